@@ -1,0 +1,3038 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "gevent>=23.9", "urllib3>=2.2", "ConfigArgParse>=1.7", "PyYAML>=6",
+#   "python-json-logger>=3.1", "statsd>=4",
+# ]
+# ///
+"""Rate telephone calls from a mirror of their signalling.
+
+SIP servers send copies of their messages as HEP packets. This agent decodes them, follows
+each call and tells a rating API when the call begins and when it ends:
+
+    OpenSIPS --HEP/TCP--+
+    Kamailio --HEP/UDP--+-> decode -> parse -> route -> track -> outbox -> rating API (HTTP)
+                        +------- pure: bytes, settings, now -----+   +- in order, per call -+
+
+Two rules keep the file readable. A room uses only names defined above it. Rooms 4 to 9 are
+pure: they take bytes, settings and ``now`` and touch no socket, clock, logger or global.
+
+What is promised: at most one begin and one end for a call, the end only after its begin was
+answered, a retry with the same octets; no charge without an answer; nothing grows without
+bound; one bad packet costs only itself; everything dropped is counted and says why.
+
+The rooms: 2 imports, 3 limits, 4 errors and types, 5 HEP, 6 SIP, 7 routes, 8 call state,
+9 call table, 10 configuration, 11 logs and metrics, 12 outbox and delivery, 13 agent,
+14 servers, 15 command line.
+"""
+
+# Room 2: imports
+
+# Before anything else is imported: this module is a program that runs on gevent's loop, and
+# urllib3 binds its queue class at import, which must be the co-operative one.
+from gevent import monkey
+
+monkey.patch_all()
+
+import difflib
+import errno
+import heapq
+import ipaddress
+import json
+import logging
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import sys
+import time
+import zlib
+from base64 import b64decode, b64encode
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import datetime, timezone
+from typing import Any, ClassVar, NamedTuple
+from urllib.parse import urlsplit
+
+import configargparse
+import gevent
+import gevent.event
+import gevent.pool
+import gevent.server
+import statsd
+import urllib3
+import yaml
+from pythonjsonlogger.json import JsonFormatter
+
+__version__ = "0.1.0"
+
+# Room 3: limits
+
+# Octets. The total length of a HEP3 frame is a u16 that counts the 6 octets before it ends.
+MAX_HEP_FRAME = 65_535
+# Octets. What a compressed payload may inflate to; a SIP message over UDP is never larger.
+MAX_INFLATED = 65_536
+# Values. INVITE copies of one attempt that are remembered: proxies in the path times branches.
+MAX_INVITE_COPIES = 64
+# Messages held for one Call-ID while an earlier one is missing: several copies of a short call.
+MAX_HELD_PER_CALL = 64
+# Messages held in all. At 10,000 messages a second a reorder window of 2 s holds 20,000.
+MAX_HELD = 50_000
+# Notices (orphans, evictions) kept between two looks of the agent, which comes ten times a second.
+MAX_NOTICES = 1_000
+# Calls that one tick may expire, so that a mass expiry never holds the event loop for long.
+MAX_EXPIRED_PER_TICK = 1_000
+# Seconds. 64*T1 of RFC 3261: a late 200, a retransmission or another copy may trail that long.
+LINGER = 32.0
+# Seconds. RFC 4028 section 5: no session interval may be shorter.
+MIN_SESSION_EXPIRES = 90
+# Seconds. A refresh sent at the last moment may be retransmitted for 64*T1 before it gives up.
+SESSION_GRACE = 32.0
+# Events that wait for delivery or lie rejected in memory, about 1 kB each.
+MAX_WAITING_EVENTS = 100_000
+# Calls whose begin was given up, remembered so that their end is given up as well.
+MAX_REFUSED_CALLS = 100_000
+# Attempts of an event that the API answers with ``ok: false`` before that is believed. With the
+# delays below they spread over two minutes: a storage service that restarts answers exactly so.
+MAX_REFUSALS = 8
+# Attempts of an end that may have been carried out already before its ``ok: false`` is believed.
+MAX_REFUSALS_AFTER_UNKNOWN = 4
+# Seconds. Delays between attempts: the first, doubled each time, up to the last.
+RETRY_FIRST = 1.0
+RETRY_LAST = 30.0
+# Seconds. The longest Retry-After that is obeyed; a server that says more is asked again.
+MAX_RETRY_AFTER = 300.0
+# Failures in a row after which an API counts as down and is asked by one probe at a time.
+DOWN_AFTER = 3
+# Octets. An answer of the rating API is about 150; more than this is not read.
+MAX_API_ANSWER = 65_536
+# Datagrams handled in one go before other greenlets get the loop (about 10 ms of work).
+UDP_BUDGET = 256
+# Frames of one TCP connection handled in one go, for the same reason.
+TCP_BUDGET = 256
+# Octets asked for as socket receive buffer; the kernel grants up to net.core.rmem_max.
+RECEIVE_BUFFER = 16 * 1024 * 1024
+# TCP connections at one time; OpenSIPS opens one for each of its workers.
+MAX_CONNECTIONS = 1_024
+# Log lines a second for one kind of warning; what is held back is counted on the next line.
+MAX_WARNINGS_PER_SECOND = 3
+# Samples of one timer kept for one flush; a statsd server computes percentiles from them.
+MAX_TIMER_SAMPLES = 100
+# Seconds between two flushes to statsd, and after which its host name is resolved anew.
+STATSD_FLUSH = 1.0
+STATSD_RESOLVE = 60.0
+# Seconds between two looks at the deadlines of the call table.
+TICK = 0.1
+
+# Room 4: errors, types
+
+
+class AgentError(Exception):
+    """The base of every error that this module raises on purpose.
+
+    ``kind`` is a short word that names the fault; it ends a metric's name.
+    """
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class HepError(AgentError):
+    """The peer sent octets that are no HEP packet; the text names the offset."""
+
+
+class SipError(AgentError):
+    """The peer sent a SIP message whose place in a call can't be told."""
+
+
+class ConfigError(AgentError):
+    """The operator wrote something that can't be meant; the text is one line for a person."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("config", text)
+
+
+class DeliveryError(AgentError):
+    """The rating API gave no answer that counts.
+
+    ``unknown`` says that the request may have been carried out all the same. ``wait`` is what
+    Retry-After asked for, in seconds.
+    """
+
+    def __init__(self, kind: str, text: str, unknown: bool, wait: float = 0.0) -> None:
+        super().__init__(kind, text)
+        self.unknown = unknown
+        self.wait = wait
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All options with their defaults; the table in room 10 says what each one means."""
+
+    listen_udp: str = ":9060"
+    listen_tcp: str = ":9060"
+    rating_api_url: str = "http://localhost:8080"
+    rating_api_timeout: float = 5.0
+    rating_api_concurrency: int = 16
+    rating_api_token: str = ""
+    rating_api_username: str = ""
+    rating_api_password: str = ""
+    tenant: str = "default"
+    product_tag: str = "VOICE"
+    transaction_tags: tuple[str, ...] = ()
+    sip_local_domains: tuple[str, ...] = ()
+    sip_header_caller: str = ""
+    sip_header_callee: str = ""
+    sip_header_history_info: str = "History-Info"
+    sip_header_history_info_index: int = 1
+    account_tag_match_regexp: str = ""
+    routes: str = ""
+    begin_on: str = "answer"
+    max_calls: int = 200_000
+    invite_timeout: float = 600.0
+    max_call_duration: float = 21_600.0
+    expired_call_end: str = "deadline"
+    reorder_window: float = 2.0
+    statsd_host: str = ""
+    statsd_port: int = 8125
+    statsd_prefix: str = "rating_agent_hep"
+    log_level: str = "info"
+    log_format: str = "json"
+    debug: bool = False
+    shutdown_timeout: float = 10.0
+
+
+@dataclass(slots=True)
+class HepPacket:
+    """One decoded HEP packet.
+
+    ``time`` is UNIX time in microseconds (chunks 0x09 and 0x0a, or the arrival). Addresses are
+    packed, 4 or 16 octets, or empty where the sender gave none. ``protocol_type`` is 1 for SIP.
+    """
+
+    version: int
+    time: int
+    protocol: int = 0
+    protocol_type: int = 0
+    source: bytes = b""
+    destination: bytes = b""
+    source_port: int = 0
+    destination_port: int = 0
+    capture_id: int = 0
+    capture_name: str = ""
+    correlation_id: str = ""
+    auth_key: bytes = field(default=b"", repr=False)
+    payload: bytes = b""
+
+    @property
+    def source_ip(self) -> str:
+        """The source address of the SIP message as text, "" where unknown."""
+        return ipaddress.ip_address(self.source).compressed if self.source else ""
+
+    @property
+    def destination_ip(self) -> str:
+        """The destination address of the SIP message as text, "" where unknown."""
+        return ipaddress.ip_address(self.destination).compressed if self.destination else ""
+
+
+class Uri(NamedTuple):
+    """A SIP, SIPS or tel URI (RFC 3261 section 19.1, RFC 3966).
+
+    ``scheme`` and ``host`` are lower case, ``host`` without the brackets of IPv6; ``user`` is as
+    written, still escaped, without password; for ``tel:`` it is the number. Other schemes have
+    neither user nor host.
+    """
+
+    scheme: str
+    user: str
+    host: str
+    port: int | None
+
+
+class Address(NamedTuple):
+    """A name-addr or addr-spec with the parameters of its header (RFC 3261 section 20.10)."""
+
+    uri: Uri
+    params: dict[str, str]
+
+
+class Via(NamedTuple):
+    """One hop of a message: the ``branch`` and the lower-case sent-by (RFC 3261 section 20.42)."""
+
+    branch: str
+    sent_by: str
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """How the calls of one rule are rated; ``routes.yaml`` and the main options fill it.
+
+    ``account`` and ``destination_account`` are ordered sources, None for the order of the former
+    agent. ``local_domains`` is None in a rule that sets none.
+    """
+
+    name: str
+    action: str
+    tenant: str
+    account: tuple[str, ...] | None
+    destination_account: tuple[str, ...] | None
+    local_domains: tuple[str, ...] | None
+    account_match: re.Pattern[str] | None
+    product_tag: str
+    tags: tuple[str, ...]
+    destination: str
+    transaction_tag: str
+    rating_api_url: str
+
+
+@dataclass(slots=True, eq=False)
+class RatingEvent:
+    """A call began or ended: what the rating API is to be told, as it will be sent.
+
+    ``kind`` is "begin" or "end", ``time`` UNIX time in microseconds, ``reason`` what gave the
+    event ("answer", "ack", "bye", "deadline", "session", "evicted"), ``body`` the JSON octets of
+    the request: made once, so that a retry sends the same.
+    """
+
+    kind: str
+    call_id: str
+    tenant: str
+    transaction_tag: str
+    account_tag: str
+    destination_account_tag: str
+    time: int
+    reason: str
+    api_url: str
+    body: bytes
+    attempts: int = 0
+    refusals: int = 0
+    unknown: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Events with the same key belong to one call and are delivered in order."""
+        return (self.api_url, self.tenant, self.transaction_tag)
+
+    def fields(self) -> dict[str, Any]:
+        """What a log line says of this event."""
+        return {
+            "call_id": self.call_id,
+            "tenant": self.tenant,
+            "transaction_tag": self.transaction_tag,
+            "account_tag": self.account_tag,
+            "destination_account_tag": self.destination_account_tag,
+            f"timestamp_{self.kind}": rfc3339(self.time),
+            "reason": self.reason,
+            "attempt": self.attempts,
+        }
+
+    def replayable(self) -> dict[str, Any]:
+        """The event whole, as a log line keeps it when it leaves memory undelivered."""
+        return {
+            "method": "POST",
+            "url": f"{self.api_url}/v1/{self.kind}_transaction",
+            "body": json.loads(self.body),
+            "maybe_delivered": self.unknown,
+        }
+
+
+def rfc3339(time_us: int) -> str:
+    """UNIX time in microseconds as RFC 3339 with milliseconds, cut as the rating API cuts."""
+    seconds, rest = divmod(time_us, 1_000_000)
+    stamp = datetime.fromtimestamp(seconds, timezone.utc)
+    return f"{stamp:%Y-%m-%dT%H:%M:%S}.{rest // 1000:03d}Z"
+
+
+# Room 5: HEP
+
+_CHUNK = struct.Struct(">HHH")
+_OLD_HEADER = struct.Struct(">BBBBHH")
+_MAGIC = (b"HEP3", b"EEP3")
+# Address family octet to octets of an address (the values of Linux, which all senders use).
+_ADDRESS_SIZE = {2: 4, 10: 16}
+# Where a HEP2 time header ends is told by what follows it, so the method must be a known one:
+# two octets further on, INVITE reads as a plausible method VITE.
+_KNOWN_START = re.compile(
+    rb"SIP/2\.0 |(?:INVITE|ACK|BYE|CANCEL|UPDATE|PRACK|OPTIONS|REGISTER|SUBSCRIBE|NOTIFY|PUBLISH"
+    rb"|MESSAGE|INFO|REFER) "
+)
+SIP_PROTOCOL_TYPE = 1
+
+
+def decode_hep(data: bytes, arrival: int) -> HepPacket:
+    """Decode one datagram or one frame of a stream: HEP version 1, 2 or 3.
+
+    ``arrival`` is UNIX time in microseconds; it stands in for a missing or zero time stamp and
+    tells the byte order of HEP2's. Source: HEP3 Network Protocol Specification rev. 37.
+    Raises HepError.
+    """
+    if data[:4] in _MAGIC:
+        return _decode_hep3(data, arrival)
+    if data[:1] in (b"\x01", b"\x02"):
+        return _decode_old_hep(data, arrival)
+    raise HepError("magic", f"no HEP packet: it begins with {data[:4].hex() or 'nothing'}")
+
+
+def _decode_hep3(data: bytes, arrival: int) -> HepPacket:
+    size = len(data)
+    total = int.from_bytes(data[4:6], "big")
+    if size < 6 or total != size:
+        raise HepError("length", f"total length says {total} octets, {size} came")
+    chunks: dict[int, bytes] = {}
+    offset = 6
+    while offset < size:
+        if size - offset < 6:
+            raise HepError("chunk", f"chunk header cut at offset {offset}")
+        vendor, kind, length = _CHUNK.unpack_from(data, offset)
+        end = offset + length
+        if length < 6 or end > size:
+            raise HepError("chunk", f"chunk 0x{kind:x} at offset {offset} has length {length}")
+        # A type number has its meaning only together with vendor 0; others are skipped.
+        if vendor == 0:
+            chunks[kind] = data[offset + 6 : end]
+        offset = end
+
+    def number(kind: int) -> int:
+        value = chunks.get(kind)
+        if value is None:
+            return 0
+        if not 1 <= len(value) <= 4:
+            raise HepError("value", f"chunk 0x{kind:x} holds {len(value)} octets, not 1 to 4")
+        return int.from_bytes(value, "big")
+
+    def address(kind: int) -> bytes:
+        value = chunks.get(kind) or chunks.get(kind + 2) or b""
+        if len(value) not in (0, 4, 16):
+            raise HepError("value", f"an address of {len(value)} octets, not 4 or 16")
+        return value
+
+    seconds = number(0x09)
+    # A fraction of a second or more in the microseconds is a sender's slip, worth no call.
+    stamp = seconds * 1_000_000 + min(number(0x0A), 999_999)
+    payload = chunks.get(0x0F) or b""
+    if not payload and chunks.get(0x10):
+        payload = _inflate(chunks[0x10])
+    return HepPacket(
+        version=3,
+        time=stamp if seconds else arrival,
+        protocol=number(0x02),
+        protocol_type=number(0x0B),
+        source=address(0x03),
+        destination=address(0x04),
+        source_port=number(0x07),
+        destination_port=number(0x08),
+        capture_id=number(0x0C),
+        capture_name=_text(chunks.get(0x13)),
+        correlation_id=_text(chunks.get(0x11)),
+        auth_key=chunks.get(0x0E, b""),
+        payload=payload,
+    )
+
+
+def _text(value: bytes | None) -> str:
+    # Some senders end a string chunk with a NUL, as C has it.
+    return value.rstrip(b"\0").decode("latin-1") if value else ""
+
+
+def _inflate(data: bytes) -> bytes:
+    # 32 + 15: zlib tells its own format from gzip by the header.
+    inflater = zlib.decompressobj(47)
+    try:
+        payload = inflater.decompress(data, MAX_INFLATED + 1)
+    except zlib.error as error:
+        raise HepError("inflate", f"compressed payload: {error}") from None
+    if len(payload) > MAX_INFLATED:
+        raise HepError("inflate", f"compressed payload of more than {MAX_INFLATED} octets")
+    if not inflater.eof:
+        raise HepError("inflate", "compressed payload is cut")
+    return payload
+
+
+def _decode_old_hep(data: bytes, arrival: int) -> HepPacket:
+    if len(data) < _OLD_HEADER.size:
+        raise HepError("short", f"HEP{data[0]} packet of {len(data)} octets")
+    # The header length octet is not read: some senders count the time header, one sends 0.
+    version, _, family, protocol, source_port, destination_port = _OLD_HEADER.unpack_from(data)
+    width = _ADDRESS_SIZE.get(family)
+    if width is None:
+        raise HepError("family", f"HEP{version} address family {family}, not 2 or 10")
+    middle = _OLD_HEADER.size + width
+    offset = middle + width
+    if len(data) < offset:
+        raise HepError(
+            "short", f"HEP{version} packet of {len(data)} octets, its header has {offset}"
+        )
+    packet = HepPacket(
+        version=version,
+        time=arrival,
+        protocol=protocol,
+        protocol_type=SIP_PROTOCOL_TYPE,
+        source=data[_OLD_HEADER.size : middle],
+        destination=data[middle:offset],
+        source_port=source_port,
+        destination_port=destination_port,
+    )
+    if version == 2:
+        if len(data) < offset + 10:
+            raise HepError("short", f"HEP2 time header cut at offset {len(data)}")
+        packet.time, packet.capture_id = _old_time(data[offset : offset + 10], arrival)
+        padded = offset + 12
+        # Kamailio and OpenSIPS send the padding of their C struct, some others do not.
+        if _KNOWN_START.match(data, offset + 10) and not _KNOWN_START.match(data, padded):
+            padded = offset + 10
+        offset = padded
+    packet.payload = data[offset:]
+    return packet
+
+
+def _old_time(header: bytes, arrival: int) -> tuple[int, int]:
+    """Time in microseconds and capture id of a HEP2 time header of either byte order.
+
+    Little-endian from Kamailio, host order from others. Microseconds rule out the wrong order
+    (a million of four thousand million values fit); what still fits twice goes to the nearer.
+    """
+    candidates = []
+    for order in "<>":
+        seconds, micros, capture_id = struct.unpack(order + "IIH", header)
+        if seconds and micros < 1_000_000:
+            stamp = seconds * 1_000_000 + micros
+            candidates.append((abs(stamp - arrival), stamp, capture_id))
+    if not candidates:
+        return arrival, struct.unpack("<H", header[8:])[0]
+    return min(candidates)[1:]
+
+
+class HepSplitter:
+    """Cut a TCP stream into HEP3 frames; their total length is the only framing there is.
+
+    Read at most ``room`` octets at a time and the buffer never exceeds one maximal frame.
+    """
+
+    __slots__ = ("_buffer",)
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    @property
+    def room(self) -> int:
+        """How many octets the next read may bring, never less than 1."""
+        return MAX_HEP_FRAME - len(self._buffer)
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield the frames that ``data`` completes, as octets for decode_hep.
+
+        Raises HepError once framing is lost, after the frames before that point were given out;
+        the stream is of no more use then. HEP1 and HEP2 have no framing, so they end up here.
+        """
+        buffer = self._buffer + data
+        self._buffer = b""
+        start, size = 0, len(buffer)
+        while start < size:
+            head = buffer[start : start + 6]
+            if not any(magic.startswith(head[:4]) for magic in _MAGIC):
+                raise HepError("framing", f"no HEP3 frame in the stream: {head[:4].hex()}")
+            if len(head) < 6:
+                break
+            total = int.from_bytes(head[4:], "big")
+            if total < 6:
+                raise HepError("framing", f"a frame with a total length of {total} octets")
+            if size - start < total:
+                break
+            yield buffer[start : start + total]
+            start += total
+        self._buffer = buffer[start:]
+
+
+# Room 6: SIP
+
+# What can matter to the life of a call: RFC 3261, and RFC 3311 for the refresh of a session.
+_REQUESTS = frozenset(("INVITE", "ACK", "BYE", "CANCEL", "UPDATE"))
+_REPLIES = frozenset(("INVITE", "UPDATE"))
+_TOKEN = r"[A-Za-z0-9.!%*_+`'~-]+"
+_START = re.compile(rf"[\r\n]*({_TOKEN})(/\d+\.\d+)?[ \t]".encode())
+_REQUEST_LINE = re.compile(rf"({_TOKEN})[ \t]+([^\s<>]+)[ \t]+SIP/2\.0\s*", re.I)
+_STATUS_LINE = re.compile(r"SIP/2\.0[ \t]+([1-6]\d\d)(?:\s.*)?", re.I | re.S)
+_CSEQ_METHOD = re.compile(rf"\ncseq[ \t]*:\s*\d+\s+({_TOKEN})".encode(), re.I)
+_CSEQ = re.compile(rf"(\d{{1,10}})\s+({_TOKEN})")
+_MAX_CSEQ = 2**31 - 1
+_FOLD = re.compile(r"\r?\n[ \t]+")
+# RFC 3261 section 7.3.3 and the RFCs that define each further header.
+_COMPACT = dict(
+    pair.split("=")
+    for pair in "a=accept-contact b=referred-by c=content-type d=request-disposition "
+    "e=content-encoding f=from i=call-id j=reject-contact k=supported l=content-length "
+    "m=contact n=identity-info o=event r=refer-to s=subject t=to u=allow-events v=via "
+    "x=session-expires y=identity".split()
+)
+_COMMA_OR_BRACKET = re.compile('[,<"]')
+_BRACKET_OR_SEMICOLON = re.compile('[<;"]')
+_SEMICOLON = re.compile('[;"]')
+_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.S)
+_VIA = re.compile(r"[^\s/]+\s*/\s*[^\s/]+\s*/\s*[^\s;]+\s+([^;]*)")
+_BRANCH = re.compile(r";\s*branch\s*=\s*([^;\s]*)", re.I)
+_TAG = re.compile(r";\s*tag\s*=\s*([^;,\s]*)", re.I)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
+
+
+@dataclass(slots=True, eq=False)
+class SipMessage:
+    """A SIP request or reply, as far as the life of a call needs it.
+
+    Text is decoded as Latin-1, octet for octet, so that no two Call-IDs are ever confused.
+    ``method`` is "" for a reply, ``status`` 0 for a request, ``to_tag`` "" where there is none.
+    ``headers`` maps lower-case full names to the values of the header lines, unfolded. ``time``
+    is that of the HEP packet, in microseconds. ``claimed`` is set once a call took it up.
+    """
+
+    method: str
+    status: int
+    request_uri: str
+    call_id: str
+    from_tag: str
+    to_tag: str
+    cseq: int
+    cseq_method: str
+    headers: dict[str, list[str]]
+    time: int
+    claimed: bool = False
+    _vias: tuple[Via, ...] | None = None
+
+    @property
+    def vias(self) -> tuple[Via, ...]:
+        """The hops, the latest first (RFC 3261 section 20.42); at least one, maybe empty."""
+        if self._vias is None:
+            lines = self.headers.get("via", ())
+            hops = tuple(_parse_via(value) for line in lines for value in split_values(line))
+            self._vias = hops or (Via("", ""),)
+        return self._vias
+
+    @property
+    def session_expires(self) -> int:
+        """Seconds of the Session-Expires header (RFC 4028 section 4), 0 where there is none."""
+        digits = re.match(r"\d{1,9}", (self.header("session-expires") or [""])[0])
+        return int(digits[0]) if digits else 0
+
+    def header(self, name: str) -> list[str]:
+        """All values of the header lines of that name, given without case or compact."""
+        name = name.lower()
+        return self.headers.get(_COMPACT.get(name, name), [])
+
+
+def parse_sip(payload: bytes, time: int = 0) -> SipMessage | None:
+    """Parse a SIP message, or return None at once for one that can't matter to a call.
+
+    ``time`` is that of the HEP packet, in microseconds. Source: RFC 3261 sections 7 and 25. The
+    agent only listens, so it is lenient where the message's place in its call stays clear (body,
+    lengths, dates, white space) and raises SipError where it does not.
+    """
+    start = _START.match(payload)
+    if start is None:
+        raise SipError("start-line", f"no SIP message: it begins with {payload[:16]!r}")
+    first = start[1].decode("latin-1")
+    if start[2] is not None:
+        cseq = _CSEQ_METHOD.search(payload)
+        if cseq is not None and cseq[1].decode("latin-1") not in _REPLIES:
+            return None
+    elif first not in _REQUESTS:
+        # A foreign protocol is told from a method that does not matter by its first line.
+        if _REQUEST_LINE.fullmatch(_first_line(payload, start.start(1))) is None and (
+            _KNOWN_START.match(payload, start.start(1)) is None
+        ):
+            raise SipError("start-line", f"no SIP request: it begins with {payload[:16]!r}")
+        return None
+    line, headers = _read_head(payload, start.start(1))
+    method, status, request_uri = _parse_start_line(line)
+    call_id = _single(headers, "call-id")
+    number = _CSEQ.fullmatch(_single(headers, "cseq"))
+    if number is None or int(number[1]) > _MAX_CSEQ:
+        raise SipError("cseq", "CSeq is no number and method")
+    if method and number[2] != method:
+        raise SipError("cseq", f"CSeq of {number[2]!r} in a request with method {method!r}")
+    if number[2] not in (_REQUESTS if method else _REPLIES):
+        return None
+    return SipMessage(
+        method,
+        status,
+        request_uri,
+        call_id,
+        _tag(_single(headers, "from")),
+        _tag(_single(headers, "to")),
+        int(number[1]),
+        number[2],
+        headers,
+        time,
+    )
+
+
+def _first_line(payload: bytes, start: int) -> str:
+    end = payload.find(b"\n", start)
+    return payload[start : end if end >= 0 else len(payload)].decode("latin-1")
+
+
+def _read_head(payload: bytes, start: int) -> tuple[str, dict[str, list[str]]]:
+    """The start line and the headers by lower-case full name (RFC 3261 section 7.3)."""
+    ends = [
+        end for end in (payload.find(b"\n\r\n", start), payload.find(b"\n\n", start)) if end > 0
+    ]
+    # Without an empty line the message is cut; its last line may be, so only whole ones count.
+    end = min(ends) if ends else payload.rfind(b"\n", start)
+    text = payload[start : max(end, start)].decode("latin-1")
+    if "\n " in text or "\n\t" in text:
+        text = _FOLD.sub(" ", text)
+    lines = text.split("\n")
+    headers: dict[str, list[str]] = {}
+    for line in lines[1:]:
+        name, colon, value = line.partition(":")
+        if colon:
+            name = name.strip().lower()
+            headers.setdefault(_COMPACT.get(name, name), []).append(value.strip())
+    return lines[0], headers
+
+
+def _parse_start_line(line: str) -> tuple[str, int, str]:
+    request = _REQUEST_LINE.fullmatch(line)
+    if request is not None:
+        return request[1], 0, request[2]
+    status = _STATUS_LINE.fullmatch(line)
+    if status is not None:
+        return "", int(status[1]), ""
+    raise SipError("start-line", f"no SIP start line: {line[:40]!r}")
+
+
+def _single(headers: dict[str, list[str]], name: str) -> str:
+    """The value of a header that may stand only once (RFC 3261 section 7.3.1)."""
+    values = headers.get(name)
+    if not values or not values[0]:
+        raise SipError("missing", f"no {name} header")
+    if any(value != values[0] for value in values[1:]):
+        raise SipError("duplicate", f"several {name} headers that differ")
+    return values[0]
+
+
+def _find_unquoted(text: str, wanted: re.Pattern[str], start: int = 0) -> int:
+    """The index of the first match of ``wanted`` outside quotes, or -1.
+
+    ``wanted`` also matches the double quote. Raises SipError for a quoted string without end.
+    """
+    while (found := wanted.search(text, start)) is not None:
+        if found[0] != '"':
+            return found.start()
+        quoted = _QUOTED.match(text, found.start())
+        if quoted is None:
+            raise SipError("quote", "a quoted string that does not end")
+        start = quoted.end()
+    return -1
+
+
+def split_values(text: str) -> list[str]:
+    """Split a header at the commas outside quotes and angle brackets (RFC 3261 section 7.3.1).
+
+    Empty values are left out. Raises SipError for a quoted string that never ends.
+    """
+    if "," not in text:
+        return [text] if text.strip() else []
+    values, start, position = [], 0, 0
+    while (position := _find_unquoted(text, _COMMA_OR_BRACKET, position)) >= 0:
+        if text[position] == "<":
+            closing = text.find(">", position)
+            position = closing if closing >= 0 else len(text)
+            continue
+        values.append(text[start:position].strip())
+        start = position = position + 1
+    values.append(text[start:].strip())
+    return [value for value in values if value]
+
+
+def _parse_via(text: str) -> Via:
+    hop = _VIA.match(text)
+    branch = _BRANCH.search(text)
+    sent_by = "".join(hop[1].split()).lower() if hop else ""
+    return Via(branch[1] if branch else "", sent_by)
+
+
+def _tag(text: str) -> str:
+    """The tag of a From or To header, "" where there is none (RFC 3261 section 19.3)."""
+    if '"' in text:
+        return parse_address(text).params.get("tag", "")
+    # In an address without angle brackets the parameters are the header's (section 20).
+    tag = _TAG.search(text, text.find(">") + 1)
+    return tag[1] if tag else ""
+
+
+def parse_address(text: str) -> Address:
+    """Parse a name-addr or an addr-spec with parameters (RFC 3261 sections 20.10 and 25.1).
+
+    Raises SipError for what has no URI, or quotes or brackets that do not close.
+    """
+    opening = _find_unquoted(text, _BRACKET_OR_SEMICOLON)
+    if opening >= 0 and text[opening] == "<":
+        closing = text.find(">", opening)
+        if closing < 0:
+            raise SipError("address", "an angle bracket that does not close")
+        return Address(parse_uri(text[opening + 1 : closing]), _parse_params(text[closing + 1 :]))
+    # Without brackets a semicolon begins the parameters of the header, not of the URI.
+    end = opening if opening >= 0 else len(text)
+    return Address(parse_uri(text[:end]), _parse_params(text[end:]))
+
+
+def _parse_params(text: str) -> dict[str, str]:
+    params: dict[str, str] = {}
+    start = _find_unquoted(text, _SEMICOLON)
+    while start >= 0:
+        end = _find_unquoted(text, _SEMICOLON, start + 1)
+        name, _, value = text[start + 1 : end if end >= 0 else len(text)].partition("=")
+        params.setdefault(name.strip().lower(), value.strip())
+        start = end
+    return params
+
+
+def parse_uri(text: str) -> Uri:
+    """Parse a URI (RFC 3261 section 19.1.1, RFC 3966). Raises SipError where there is none."""
+    scheme, colon, rest = text.strip().partition(":")
+    if not colon or not _SCHEME.fullmatch(scheme):
+        raise SipError("uri", f"no URI: {text[:40]!r}")
+    scheme = scheme.lower()
+    if scheme == "tel":
+        return Uri(scheme, rest.partition(";")[0].strip(), "", None)
+    if scheme not in ("sip", "sips"):
+        return Uri(scheme, "", "", None)
+    userinfo, at, host = rest.partition("@")
+    if not at:
+        userinfo, host = "", rest
+    host = re.split("[;?]", host, maxsplit=1)[0].strip()
+    port = ""
+    if host.startswith("["):
+        host, _, port = host[1:].partition("]")
+        port = port.lstrip(":")
+    elif ":" in host:
+        host, _, port = host.partition(":")
+    number = int(port) if re.fullmatch(r"[0-9]{1,5}", port.strip()) else None
+    return Uri(scheme, userinfo.partition(":")[0].strip(), host.strip().lower(), number)
+
+
+_ODD_IN_ID = re.compile(r"[^!-\]_-~]")
+_ODD_IN_URI = re.compile(r"[^!-~]|[<>\"{}|\\^`]")
+_ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})")
+_PHONE = re.compile(r"[0-9*#+().-]+")
+
+
+def printable_id(text: str) -> str:
+    """A Call-ID as printable ASCII, different for different Call-IDs.
+
+    Octets that no Call-ID may hold become ``^`` and two hex digits; ``^`` itself is none of the
+    characters of a Call-ID (RFC 3261 section 25.1, ``word``), so nothing can collide with it.
+    """
+    return _ODD_IN_ID.sub(lambda odd: f"^{ord(odd[0]):02x}", text)
+
+
+def uri_text(uri: Uri) -> str:
+    """``scheme:user@host`` for the rating API, pure ASCII, without port and parameters."""
+    host = f"[{uri.host}]" if ":" in uri.host else uri.host
+    user = _without_parameters(uri.user)
+    text = f"{user}@{host}" if user and host else user or host
+    return f"{uri.scheme}:" + _ODD_IN_URI.sub(lambda odd: f"%{ord(odd[0]):02X}", text)
+
+
+def _without_parameters(user: str) -> str:
+    """A telephone number without its parameters (RFC 3261 section 19.1.6), or the user as is."""
+    number, semicolon, _ = user.partition(";")
+    return number if semicolon and _PHONE.fullmatch(number) else user
+
+
+def account_text(uri: Uri) -> str:
+    """The user of a URI as an account tag: unescaped (RFC 3261 section 19.1.4), "" for none.
+
+    Visual separators leave a ``tel:`` number (RFC 3966 section 5.1.1). What is no text the rating
+    API takes (not UTF-8, control characters, outside the Basic Multilingual Plane) stays escaped.
+    """
+    user = _without_parameters(uri.user)
+    if uri.scheme == "tel":
+        return re.sub(r"[().-]", "", user)
+    if user.isascii() and "%" not in user:
+        return user
+    octets = _ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), user).encode("latin-1")
+    try:
+        text = octets.decode("utf-8")
+    except UnicodeDecodeError:
+        text = ""
+    if text.isprintable() and all(ord(character) < 0x10000 for character in text) and text:
+        return text
+    return _ODD_IN_URI.sub(lambda odd: f"%{ord(odd[0]):02X}", user)
+
+
+# Room 7: routes
+
+_SOURCES = ("history-info", "p-asserted-identity", "remote-party-id", "diversion")
+_ADDRESS_SOURCES = ("from", "to", "request-uri")
+_MATCH_KEYS = tuple(
+    "capture_id capture_name sender source_network destination_network from_domain to_domain "
+    "request_domain header".split()
+)
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(slots=True, eq=False)
+class Sighting:
+    """A SIP message as one capture agent saw it: the packet, its sender's address, the message."""
+
+    packet: HepPacket
+    message: SipMessage
+    sender: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """One entry of ``routes.yaml``: conditions that must all hold, and the route they lead to."""
+
+    route: Route
+    conditions: tuple[Callable[[Sighting], bool], ...]
+
+
+def in_domains(host: str, domains: Sequence[str]) -> bool:
+    """Whether a lower-case host is one of the domains; ``*.example`` stands for its subdomains."""
+    return any(
+        host.endswith(domain[1:]) if domain.startswith("*.") else host == domain
+        for domain in domains
+    )
+
+
+def choose_route(rules: Sequence[Rule], sighting: Sighting) -> Route:
+    """The route of the first rule whose conditions hold. The last rule has none."""
+    for rule in rules:
+        if all(condition(sighting) for condition in rule.conditions):
+            return rule.route
+    raise ValueError("the last rule must be without conditions")
+
+
+def resolve_account(route: Route, settings: Settings, message: SipMessage, callee: bool) -> str:
+    """The account tag of the caller or the callee of an INVITE, "" where there is none."""
+    sources = route.destination_account if callee else route.account
+    if sources is None:
+        tag = _former_account(route, settings, message, callee)
+    else:
+        tags = (_source_tag(source, route.local_domains, settings, message) for source in sources)
+        tag = next((found for found in tags if found), "")
+    found = route.account_match.search(tag) if route.account_match and tag else None
+    return (found[1] or "") if found else tag
+
+
+def _former_account(route: Route, settings: Settings, message: SipMessage, callee: bool) -> str:
+    """The order of the former agent, so that its configuration keeps its meaning."""
+    local = route.local_domains if route.local_domains is not None else settings.sip_local_domains
+    if callee:
+        sources = [(f"header:{settings.sip_header_callee}", None), ("to", local)]
+    else:
+        sources = [
+            ("history-info", None),
+            (f"header:{settings.sip_header_caller}", None),
+            ("p-asserted-identity", local or None),
+            ("from", local),
+        ]
+    tags = (_source_tag(source, domains, settings, message) for source, domains in sources)
+    return next((tag for tag in tags if tag), "")
+
+
+def _source_tag(
+    source: str, domains: Sequence[str] | None, settings: Settings, message: SipMessage
+) -> str:
+    """What one source says; ``domains`` limits addresses to those hosts, None allows all."""
+    if source.startswith("header:"):
+        for value in message.header(source[7:]):
+            try:
+                return account_text(parse_address(value).uri)
+            except SipError:
+                if value:
+                    return value.strip('"').encode("latin-1").decode("utf-8", "backslashreplace")
+        return ""
+    for uri in _source_uris(source, settings, message):
+        # A tel number has no host; it is as trustworthy as the identity that carries it.
+        if (
+            domains is None
+            or in_domains(uri.host, domains)
+            or (uri.scheme == "tel" and source == "p-asserted-identity")
+        ):
+            tag = account_text(uri)
+            if tag:
+                return tag
+    return ""
+
+
+def _source_uris(source: str, settings: Settings, message: SipMessage) -> list[Uri]:
+    if source == "request-uri":
+        texts = [message.request_uri]
+    elif source == "history-info":
+        name, index = settings.sip_header_history_info, settings.sip_header_history_info_index
+        lines = message.header(name) if name else []
+        entries = [value for line in lines for value in _split_leniently(line)]
+        # Counted from the last, which is the present target itself (RFC 7044 section 5).
+        texts = [entries[-1 - index]] if len(entries) > index else []
+    else:
+        texts = [value for line in message.header(source) for value in _split_leniently(line)]
+        if source == "diversion":
+            # Topmost is the most recent (RFC 5806 section 5.2).
+            texts = texts[:1]
+    uris = []
+    for text in texts:
+        try:
+            uris.append(parse_uri(text) if source == "request-uri" else parse_address(text).uri)
+        except SipError:
+            continue
+    # RFC 3325 section 9.1: an asserted identity may be one sip and one tel URI; sip goes first.
+    return sorted(uris, key=lambda uri: uri.scheme == "tel")
+
+
+def _split_leniently(line: str) -> list[str]:
+    try:
+        return split_values(line)
+    except SipError:
+        return [line]
+
+
+def transaction_tag(route: Route, sighting: Sighting) -> str:
+    """The transaction tag of a call as its route has it; the Call-ID where that source is empty."""
+    source = route.transaction_tag
+    text = ""
+    if source == "correlation-id":
+        text = sighting.packet.correlation_id
+    elif source.startswith("header:"):
+        text = next(iter(sighting.message.header(source[7:])), "")
+    return printable_id(text or sighting.message.call_id)
+
+
+def main_route(settings: Settings) -> Route:
+    """The main options as a route: the last rule. Raises ConfigError for a bad regexp."""
+    return Route(
+        name="main",
+        action="rate",
+        tenant=settings.tenant,
+        account=None,
+        destination_account=None,
+        local_domains=None,
+        account_match=account_regexp(settings.account_tag_match_regexp),
+        product_tag=settings.product_tag,
+        tags=settings.transaction_tags,
+        destination="to",
+        transaction_tag="call-id",
+        rating_api_url=settings.rating_api_url,
+    )
+
+
+def account_regexp(text: str) -> re.Pattern[str] | None:
+    """Compile the regexp whose group 1 is the account. Raises ConfigError."""
+    if not text:
+        return None
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"{text!r} is no regular expression: {error}") from None
+    if pattern.groups < 1:
+        raise ConfigError(f"{text!r} has no group; allowed: a regexp whose group 1 is the account")
+    return pattern
+
+
+def api_url(text: str) -> str:
+    """Check the base URL of a rating API and return it without a last slash. Raises ConfigError."""
+    parts = urlsplit(text)
+    try:
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or parts.query or parts.fragment or any(c.isspace() for c in text):
+        raise ConfigError(f"{text!r} is no URL; allowed: http://HOST[:PORT][/PATH] or https://...")
+    if "@" in parts.netloc:
+        raise ConfigError("a URL with a user in it; allowed: rating_api_username and _password")
+    return text.rstrip("/")
+
+
+def parse_routes(text: str, name: str, settings: Settings) -> tuple[Rule, ...]:
+    """Read ``routes.yaml`` and put the main options behind it as the last rule.
+
+    ``name`` is the file's, for messages. Raises ConfigError, one line that begins ``NAME:LINE``.
+    """
+    main = main_route(settings)
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return (Rule(main, ()),)
+        if not isinstance(node, yaml.SequenceNode):
+            raise _at(name, node, "not a list; allowed: a list of rules, each with `- name:`")
+        rules = [_parse_rule(loader, name, item, main) for item in node.value]
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = mark.line + 1 if mark else 1
+        raise ConfigError(f"{name}:{line}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}:1: not YAML: {' '.join(str(error).split())}") from None
+    finally:
+        loader.dispose()
+    return (*rules, Rule(main, ()))
+
+
+def _at(name: str, node: yaml.Node, text: str) -> ConfigError:
+    return ConfigError(f"{name}:{node.start_mark.line + 1}: {text}")
+
+
+def _parse_rule(loader: yaml.SafeLoader, name: str, node: yaml.Node, main: Route) -> Rule:
+    entries = _mapping(name, node, "a rule", ("match", *_ROUTE_VALUES))
+    values: dict[str, Any] = {}
+    for key, value in entries.items():
+        if key == "match":
+            continue
+        try:
+            values[key] = _ROUTE_VALUES[key](loader.construct_object(value, deep=True))
+        except ConfigError as error:
+            raise _at(name, value, f"{key}: {error}") from None
+    conditions = []
+    if "match" in entries:
+        for key, value in _mapping(name, entries["match"], "match", _MATCH_KEYS).items():
+            try:
+                conditions += _condition(key, loader.construct_object(value, deep=True))
+            except ConfigError as error:
+                raise _at(name, value, f"match: {key}: {error}") from None
+    values.setdefault("name", f"line {node.start_mark.line + 1}")
+    inherited = {item.name: getattr(main, item.name) for item in fields(Route)}
+    return Rule(Route(**{**inherited, **values}), tuple(conditions))
+
+
+def _mapping(name: str, node: yaml.Node, what: str, allowed: Sequence[str]) -> dict[str, yaml.Node]:
+    if not isinstance(node, yaml.MappingNode):
+        raise _at(name, node, f"{what}: not a mapping; allowed: {', '.join(allowed)}")
+    entries: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        if key.value not in allowed:
+            raise _at(
+                name, key, f"{what}: unknown key {key.value!r}; allowed: {', '.join(allowed)}"
+            )
+        if key.value in entries:
+            raise _at(name, key, f"{what}: {key.value!r} stands twice; allowed: once")
+        entries[key.value] = value
+    return entries
+
+
+def _one_text(value: Any) -> str:
+    if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+        raise ConfigError(f"{value!r}; allowed: a text that is not empty")
+    return str(value)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(_one_text(item) for item in (value if isinstance(value, list) else [value]))
+
+
+def _domains(value: Any) -> tuple[str, ...]:
+    return tuple(text.lower() for text in _texts(value))
+
+
+def _choice(*allowed: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in allowed:
+            raise ConfigError(f"{value!r}; allowed: {', '.join(allowed)}")
+        return str(value)
+
+    return check
+
+
+def _header_name(source: str) -> bool:
+    return source.startswith("header:") and re.fullmatch(_TOKEN, source[7:]) is not None
+
+
+def _accounts(value: Any) -> tuple[str, ...]:
+    sources = tuple(text.lower() for text in _texts(value))
+    for source in sources:
+        if source not in _SOURCES + _ADDRESS_SOURCES and not _header_name(source):
+            allowed = ", ".join((*_SOURCES, *_ADDRESS_SOURCES, "header:NAME"))
+            raise ConfigError(f"{source!r}; allowed: {allowed}")
+    return sources
+
+
+def _transaction_source(value: Any) -> str:
+    if value not in ("call-id", "correlation-id") and not _header_name(str(value)):
+        raise ConfigError(f"{value!r}; allowed: call-id, correlation-id, header:NAME")
+    return str(value)
+
+
+_ROUTE_VALUES: dict[str, Callable[[Any], Any]] = {
+    "name": _one_text,
+    "action": _choice("rate", "ignore"),
+    "tenant": _one_text,
+    "account": _accounts,
+    "destination_account": _accounts,
+    "local_domains": _domains,
+    "account_match": lambda value: account_regexp(_one_text(value)),
+    "product_tag": _one_text,
+    "tags": _texts,
+    "destination": _choice("to", "request-uri"),
+    "transaction_tag": _transaction_source,
+    "rating_api_url": lambda value: api_url(_one_text(value)),
+}
+
+
+def _condition(key: str, value: Any) -> list[Callable[[Sighting], bool]]:
+    """Conditions that must all hold for one key of ``match``. Raises ConfigError."""
+    if key == "header":
+        if not isinstance(value, dict) or not value:
+            raise ConfigError(f"{value!r}; allowed: a mapping of header names to regexps")
+        return [_header_condition(name, pattern) for name, pattern in value.items()]
+    if key == "capture_id":
+        numbers = value if isinstance(value, list) else [value]
+        if not all(type(item) is int and 0 <= item < 2**32 for item in numbers):
+            raise ConfigError(f"{value!r}; allowed: numbers from 0 to {2**32 - 1}")
+        return [lambda seen: seen.packet.capture_id in numbers]
+    if key == "capture_name":
+        names = _texts(value)
+        return [lambda seen: seen.packet.capture_name in names]
+    if key in ("sender", "source_network", "destination_network"):
+        networks = [_network(text) for text in _texts(value)]
+        pick = {
+            "sender": lambda seen: seen.sender,
+            "source_network": lambda seen: seen.packet.source,
+            "destination_network": lambda seen: seen.packet.destination,
+        }[key]
+        return [lambda seen: _in_networks(pick(seen), networks)]
+    domains = _domains(value)
+    source = {"from_domain": "from", "to_domain": "to", "request_domain": "request-uri"}[key]
+    return [lambda seen: in_domains(_host(source, seen.message), domains)]
+
+
+def _header_condition(name: Any, pattern: Any) -> Callable[[Sighting], bool]:
+    if not isinstance(name, str) or not re.fullmatch(_TOKEN, name):
+        raise ConfigError(f"{name!r} is no header name; allowed: a token")
+    try:
+        regexp = re.compile(str(pattern))
+    except re.error as error:
+        raise ConfigError(f"{pattern!r} is no regular expression: {error}") from None
+    return lambda seen: any(regexp.search(value) for value in seen.message.header(name))
+
+
+def _network(text: str) -> _Network:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ConfigError(
+            f"{text!r}; allowed: networks such as 10.0.0.0/8 or 2001:db8::/32"
+        ) from None
+
+
+def _in_networks(address: bytes | str, networks: Sequence[_Network]) -> bool:
+    if not address:
+        return False
+    host = ipaddress.ip_address(address)
+    return any(host.version == network.version and host in network for network in networks)
+
+
+def _host(source: str, message: SipMessage) -> str:
+    try:
+        if source == "request-uri":
+            return parse_uri(message.request_uri).host
+        return parse_address(message.header(source)[0]).uri.host
+    except SipError:
+        return ""
+
+
+# Room 8: call state
+
+TRYING, FAILED, ANSWERED, ENDED = "trying", "failed", "answered", "ended"
+STATES = (TRYING, FAILED, ANSWERED, ENDED)
+
+# Triggers: what a message means to the call it belongs to. `classify` below finds them.
+INVITE_COPY = "invite copy"  # a retransmission, or the same INVITE seen at another hop
+INVITE_BRANCH = "invite branch"  # a copy that opens a transaction after the others failed
+INVITE_RETRY = "invite retry"  # higher CSeq, no To tag: after 401, 407 or 3xx (RFC 3261 22.2)
+INVITE_OTHER = "invite other"  # another From tag under the same Call-ID
+PROVISIONAL = "provisional"
+ANSWER = "answer"  # a 2xx to the INVITE
+ANSWER_NOTED = "answer noted"  # the same where begin_on is ack
+BRANCH_REFUSED = "branch refused"  # a final non-2xx, but the caller's transaction goes on
+REFUSED = "refused"  # every INVITE copy that was seen has had its final non-2xx
+ACK_COUNTS = "ack counts"  # surely to a 2xx, and no reply is mirrored
+ACK_WAITS = "ack waits"  # maybe to a 2xx, or its 2xx is still to come
+ACK_OVERDUE = "ack overdue"  # waited for the reorder window
+ACK_LATE = "ack late"  # a final response has decided already, or it is of another attempt
+CANCEL = "cancel"
+BYE = "bye"
+BYE_OTHER = "bye other"  # of another dialog of this call (forking, RFC 3261 13.1)
+BYE_OVERDUE = "bye overdue"
+REFRESH = "refresh"  # re-INVITE or UPDATE, or a 2xx to one: the call lives
+EARLY = "early"  # belongs to an INVITE or an answer that was not seen yet
+STALE = "stale"  # belongs to an earlier attempt
+
+# Actions
+KEEP = "keep"
+HOLD = "hold"
+RESTART = "restart"  # a new attempt supersedes the pending one
+NEW_CALL = "new call"
+NOTE_ANSWER = "note answer"
+BEGIN = "begin"
+NOTE_SESSION = "note session"
+END = "end"
+ORPHAN = "orphan"
+
+# (state, trigger) -> (next state, action). A pair that is not here is counted, never an error.
+TRANSITIONS: dict[tuple[str, str], tuple[str, str]] = {
+    (TRYING, INVITE_RETRY): (TRYING, RESTART),
+    (TRYING, ANSWER): (ANSWERED, BEGIN),
+    (TRYING, ANSWER_NOTED): (TRYING, NOTE_ANSWER),
+    (TRYING, REFUSED): (FAILED, KEEP),
+    (TRYING, ACK_COUNTS): (ANSWERED, BEGIN),
+    (TRYING, ACK_WAITS): (TRYING, HOLD),
+    (TRYING, ACK_OVERDUE): (ANSWERED, BEGIN),
+    (TRYING, BYE): (TRYING, HOLD),
+    (TRYING, BYE_OVERDUE): (ENDED, ORPHAN),
+    (TRYING, EARLY): (TRYING, HOLD),
+    # A 200 that crosses a CANCEL or follows another branch's refusal still begins the call.
+    (FAILED, INVITE_BRANCH): (TRYING, KEEP),
+    (FAILED, INVITE_RETRY): (TRYING, RESTART),
+    (FAILED, INVITE_OTHER): (TRYING, NEW_CALL),
+    (FAILED, ANSWER): (ANSWERED, BEGIN),
+    (FAILED, ANSWER_NOTED): (TRYING, NOTE_ANSWER),
+    (FAILED, BRANCH_REFUSED): (TRYING, KEEP),
+    (FAILED, BYE): (FAILED, HOLD),
+    (FAILED, BYE_OVERDUE): (ENDED, ORPHAN),
+    (FAILED, EARLY): (FAILED, HOLD),
+    (ANSWERED, ANSWER): (ANSWERED, NOTE_SESSION),
+    (ANSWERED, ANSWER_NOTED): (ANSWERED, NOTE_SESSION),
+    (ANSWERED, REFRESH): (ANSWERED, NOTE_SESSION),
+    (ANSWERED, BYE): (ENDED, END),
+    # What trails behind the end is absorbed; only a new dialog's INVITE begins anew.
+    (ENDED, INVITE_RETRY): (TRYING, NEW_CALL),
+    (ENDED, INVITE_OTHER): (TRYING, NEW_CALL),
+}
+# What changes nothing in a state: copies, retransmissions, and what another message decides.
+_KEPT = {
+    TRYING: (INVITE_COPY, INVITE_OTHER, PROVISIONAL, BRANCH_REFUSED, ACK_LATE, CANCEL, BYE_OTHER),
+    FAILED: (INVITE_COPY, PROVISIONAL, REFUSED, ACK_COUNTS, ACK_WAITS, ACK_LATE, CANCEL, BYE_OTHER),
+    ANSWERED: (INVITE_COPY, INVITE_RETRY, INVITE_OTHER, PROVISIONAL, REFUSED, ACK_LATE, CANCEL),
+    ENDED: (
+        INVITE_COPY,
+        PROVISIONAL,
+        ANSWER,
+        ANSWER_NOTED,
+        REFUSED,
+        ACK_LATE,
+        CANCEL,
+        BYE,
+        REFRESH,
+    ),
+}
+TRANSITIONS |= {
+    (state, kept): (state, KEEP) for state, all_kept in _KEPT.items() for kept in all_kept
+}
+TRANSITIONS |= {(state, STALE): (state, KEEP) for state in STATES}
+TRANSITIONS |= {
+    (state, late): (state, KEEP) for state in (ANSWERED, ENDED) for late in (BYE_OTHER, EARLY)
+}
+
+
+class Attempt:
+    """The INVITE copies of one CSeq number, as far as they tell what became of it.
+
+    ``copies`` maps the branch of each INVITE copy to its Request-URIs and the branches of the hops
+    below it; ``callers`` are the sent-by of the lowest hops; ``closed`` the branches that had their
+    final non-2xx. ``replied`` says that the mirror shows replies, ``decided`` that a final response
+    was seen, ``accepted`` is the To tag of the 2xx while its ACK is awaited.
+    """
+
+    __slots__ = ("accepted", "callers", "closed", "copies", "decided", "replied")
+
+    def __init__(self) -> None:
+        self.copies: dict[str, tuple[set[str], set[str]]] = {}
+        self.callers: set[str] = set()
+        self.closed: set[str] = set()
+        self.replied = False
+        self.decided = False
+        self.accepted: str | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether each INVITE copy, or a hop below it, has had its final non-2xx."""
+        return all(
+            branch in self.closed or below & self.closed
+            for branch, (_, below) in self.copies.items()
+        )
+
+    def observe(self, message: SipMessage) -> None:
+        """Take note of an INVITE copy, a reply or an ACK of this attempt."""
+        top = message.vias[0].branch
+        if message.method == "INVITE":
+            if top in self.copies or len(self.copies) < MAX_INVITE_COPIES:
+                uris, below = self.copies.setdefault(top, (set(), set()))
+                if len(uris) < MAX_INVITE_COPIES:
+                    uris.add(message.request_uri)
+                    below.update(via.branch for via in message.vias[1 : MAX_INVITE_COPIES + 1])
+                    self.callers.add(message.vias[-1].sent_by)
+        elif message.method == "ACK":
+            if self.judge_ack(message) is False:
+                self.closed.add(top)
+        else:
+            self.replied = True
+            if message.status >= 200:
+                self.decided = True
+            if message.status >= 300 and top in self.copies:
+                self.closed.add(top)
+
+    def judge_ack(self, ack: SipMessage) -> bool | None:
+        """Whether an ACK is to a 2xx: True, False, or None while that can't be told.
+
+        An ACK to a non-2xx has branch and Request-URI of its INVITE (RFC 3261 17.1.1.3); an ACK
+        to a 2xx is a new transaction of the caller (13.2.2.4), though some user agents use the
+        INVITE's branch again and differ only in the Request-URI. One whose INVITE copy may still
+        be on its way is not judged: a proxy's own ACK to a refusal would be taken for an answer.
+        """
+        top, last = ack.vias[0], ack.vias[-1]
+        if top.branch in self.copies:
+            return ack.request_uri not in self.copies[top.branch][0]
+        known = last.branch in self.copies or any(
+            last.branch in below for _, below in self.copies.values()
+        )
+        return True if not known and last.sent_by in self.callers else None
+
+
+class Call:
+    """One call of one tenant: who is charged, and how far it has come.
+
+    Times ``answered``, ``last`` and ``refreshed`` are HEP time in microseconds; ``entered`` and
+    ``session_deadline`` run on the agent's monotonic clock, in seconds. ``session`` is the agreed
+    interval in seconds, 0 for none; ``session_slot`` is where the call table queues it.
+    """
+
+    __slots__ = tuple(
+        "account_tag answered attempt call_id capture_id cseq destination destination_account_tag "
+        "entered from_tag held hops last refreshed route session session_deadline session_slot "
+        "source source_ip state to_tag transaction_tag".split()
+    )
+
+    def __init__(self, message: SipMessage, capture_id: int) -> None:
+        self.call_id = message.call_id
+        self.capture_id = capture_id
+        self.from_tag = message.from_tag
+        self.cseq = message.cseq
+        self.state = TRYING
+        self.entered = 0.0
+        self.to_tag = ""
+        self.attempt: Attempt | None = Attempt()
+        self.held: list[SipMessage] = []
+        self.hops = 0
+        self.answered = self.last = self.refreshed = message.time
+        self.session = 0
+        self.session_deadline = 0.0
+        self.session_slot = 0
+        self.route: Route
+        self.transaction_tag = self.account_tag = self.destination_account_tag = ""
+        self.source = self.source_ip = self.destination = ""
+
+    @property
+    def rated(self) -> bool:
+        """Whether this call is reported: its route rates it and somebody is to be charged."""
+        return self.route.action == "rate" and bool(
+            self.account_tag or self.destination_account_tag
+        )
+
+    def in_dialog(self, message: SipMessage) -> bool:
+        """Whether a message is of the charged dialog; tags swap with the direction (12.2).
+
+        Before the answer the callee's tag is unknown, so the caller's must do.
+        """
+        tags = (message.from_tag, message.to_tag)
+        if self.state in (TRYING, FAILED):
+            return self.from_tag in tags
+        return tags in ((self.from_tag, self.to_tag), (self.to_tag, self.from_tag))
+
+
+def classify(call: Call, message: SipMessage, begin_on: str) -> str:
+    """What a message means to a call: one of the triggers above.
+
+    The attempt must have observed the message before.
+    """
+    ours = message.from_tag == call.from_tag
+    if message.cseq_method == "CANCEL":
+        return CANCEL
+    if message.cseq_method == "BYE":
+        return BYE if call.in_dialog(message) else BYE_OTHER
+    if message.method == "INVITE" and not message.to_tag:
+        if not ours:
+            return INVITE_OTHER
+        if message.cseq != call.cseq:
+            return INVITE_RETRY if message.cseq > call.cseq else STALE
+        reopened = call.state == FAILED and call.attempt and not call.attempt.refused
+        return INVITE_BRANCH if reopened else INVITE_COPY
+    if call.state in (ANSWERED, ENDED) or call.attempt is None:
+        return _classify_settled(call, message, ours, begin_on)
+    if message.method in ("INVITE", "UPDATE") or message.cseq_method == "UPDATE" or not ours:
+        return EARLY
+    if message.cseq != call.cseq:
+        return EARLY if message.cseq > call.cseq else STALE
+    if message.method == "ACK":
+        return _classify_ack(call.attempt, message)
+    if message.status < 200:
+        return PROVISIONAL
+    if message.status < 300:
+        return ANSWER if begin_on == "answer" else ANSWER_NOTED
+    return REFUSED if call.attempt.refused else BRANCH_REFUSED
+
+
+def _classify_settled(call: Call, message: SipMessage, ours: bool, begin_on: str) -> str:
+    """The same once the call is answered or over."""
+    if message.method == "ACK":
+        return ACK_LATE
+    if message.status and message.cseq_method == "INVITE" and ours and message.cseq == call.cseq:
+        if message.status < 200:
+            return PROVISIONAL
+        if message.status >= 300:
+            return REFUSED
+        return ANSWER if begin_on == "answer" else ANSWER_NOTED
+    lives = bool(message.method) or 200 <= message.status < 300
+    return REFRESH if lives and call.in_dialog(message) else EARLY
+
+
+def _classify_ack(attempt: Attempt, ack: SipMessage) -> str:
+    if attempt.accepted is not None:
+        return ACK_COUNTS if ack.to_tag == attempt.accepted else ACK_LATE
+    verdict = attempt.judge_ack(ack)
+    if verdict is False:
+        return REFUSED if attempt.refused else BRANCH_REFUSED
+    # As soon as a final response is seen, it decides, not the ACK.
+    if attempt.decided:
+        return ACK_LATE
+    return ACK_COUNTS if verdict and not attempt.replied else ACK_WAITS
+
+
+# Room 9: call table
+
+
+@dataclass(slots=True)
+class Notice:
+    """Something that an operator should read: ``kind`` is "orphan", "evicted" or "expired"."""
+
+    kind: str
+    call_id: str
+    fields: dict[str, Any]
+
+
+class CallTable:
+    """All calls that are being followed, and what the messages make of them.
+
+    ``handle`` and ``expire`` take ``now``, seconds of a monotonic clock, and return the events to
+    report, in order. ``counts`` maps metric names to totals. ``rules`` may be replaced at any time:
+    a call keeps the route it got.
+
+    Each state has one timeout, so each is one ordered dict whose head is the next to expire.
+    """
+
+    _GONE: ClassVar[dict[str, str]] = {TRYING: "calls.expired.trying", FAILED: "calls.failed"}
+
+    def __init__(self, settings: Settings, rules: Sequence[Rule]) -> None:
+        self.settings = settings
+        self.rules = rules
+        self.counts: dict[str, int] = {}
+        self.notices: list[Notice] = []
+        self._calls: dict[str, list[Call]] = {}
+        self._states: dict[str, OrderedDict[Call, None]] = {
+            state: OrderedDict() for state in STATES
+        }
+        self._timeouts = {
+            TRYING: settings.invite_timeout,
+            FAILED: LINGER,
+            ANSWERED: settings.max_call_duration,
+            ENDED: LINGER,
+        }
+        # Messages without a call yet, by Call-ID; and everything that waits, in order of arrival.
+        self._orphans: dict[str, list[SipMessage]] = {}
+        self._waiting: deque[tuple[float, str, Call | None, SipMessage]] = deque()
+        # Calls with a session timer by the second in which to look at them again, so that a call
+        # that ends leaves at once whatever its interval is.
+        self._sessions: dict[int, dict[Call, None]] = {}
+        self._session_second = 0
+
+    def __len__(self) -> int:
+        return sum(len(calls) for calls in self._states.values())
+
+    def sizes(self) -> dict[str, int]:
+        """The number of calls in each state."""
+        return {state: len(calls) for state, calls in self._states.items()}
+
+    def handle(self, sighting: Sighting, now: float) -> list[RatingEvent]:
+        """Take in one message; return the events that it brings about."""
+        message = sighting.message
+        events: list[RatingEvent] = []
+        calls = self._calls.get(message.call_id)
+        if message.method == "INVITE" and not message.to_tag:
+            self._handle_invite(sighting, calls or [], now, events)
+        elif calls is None:
+            self._hold(None, message, now, events)
+        else:
+            for call in tuple(calls):
+                self._process(call, message, now, events)
+        return events
+
+    def expire(self, now: float) -> list[RatingEvent]:
+        """Act on every deadline that has passed, at most MAX_EXPIRED_PER_TICK of each kind."""
+        events: list[RatingEvent] = []
+        for _ in range(MAX_EXPIRED_PER_TICK):
+            if not self._waiting or self._waiting[0][0] > now:
+                break
+            self._release(now, events)
+        for state, calls in self._states.items():
+            for _ in range(MAX_EXPIRED_PER_TICK):
+                call = next(iter(calls), None)
+                if call is None or call.entered + self._timeouts[state] > now:
+                    break
+                self._expire_call(call, "deadline", events)
+        self._expire_sessions(now, events)
+        return events
+
+    def take_notices(self) -> list[Notice]:
+        """What there was to tell since the last time."""
+        notices, self.notices = self.notices, []
+        return notices
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Add to a counter."""
+        self.counts[name] = self.counts.get(name, 0) + number
+
+    def _handle_invite(
+        self, sighting: Sighting, calls: Sequence[Call], now: float, events: list[RatingEvent]
+    ) -> None:
+        packet, message = sighting.packet, sighting.message
+        route = choose_route(self.rules, sighting)
+        for call in calls:
+            # A copy from the same capture agent is the same call even where its addresses match
+            # another rule; from another agent it may be another tenant's charge for the call.
+            if call.capture_id == packet.capture_id or call.route.tenant == route.tenant:
+                break
+        else:
+            call = self._create(sighting, route, now, events)
+        step = TRANSITIONS.get((call.state, classify(call, message, self.settings.begin_on)))
+        if step is not None and step[1] == NEW_CALL:
+            self._leave(call)
+            call = self._create(sighting, route, now, events)
+        if call.state in (TRYING, FAILED) and call.from_tag == message.from_tag:
+            self._identify(call, sighting, route)
+        self._process(call, message, now, events)
+
+    def _create(
+        self, sighting: Sighting, route: Route, now: float, events: list[RatingEvent]
+    ) -> Call:
+        if len(self) >= self.settings.max_calls:
+            self._evict(sighting.message.time, events)
+        call = Call(sighting.message, sighting.packet.capture_id)
+        call.route = route
+        self._calls.setdefault(call.call_id, []).append(call)
+        call.entered = now
+        self._states[TRYING][call] = None
+        # What came before its INVITE; kept there, for another tenant's INVITE may follow.
+        for early in self._orphans.get(call.call_id, ()):
+            early.claimed = True
+            call.held.append(early)
+            self._wait(call.call_id, call, early, now)
+        return call
+
+    def _identify(self, call: Call, sighting: Sighting, route: Route) -> None:
+        """Fill in whose call it is from the INVITE copy nearest to the caller.
+
+        Copies may arrive in any order, so one with fewer hops than those before decides anew.
+        A copy further on only adds an account that was missing, such as an identity that the
+        proxy asserts.
+        """
+        message, settings = sighting.message, self.settings
+        hops = len(message.vias)
+        nearer = not call.hops or hops < call.hops
+        if nearer:
+            call.hops = hops
+            call.route = route
+            call.account_tag = call.destination_account_tag = ""
+            call.transaction_tag = transaction_tag(route, sighting)
+            call.source_ip = sighting.packet.source_ip
+            call.source = self._party("from", message)
+            call.destination = self._party(route.destination, message)
+        if not call.account_tag:
+            call.account_tag = resolve_account(call.route, settings, message, callee=False)
+        if not call.destination_account_tag:
+            call.destination_account_tag = resolve_account(
+                call.route, settings, message, callee=True
+            )
+
+    @staticmethod
+    def _party(source: str, message: SipMessage) -> str:
+        try:
+            if source == "request-uri":
+                return uri_text(parse_uri(message.request_uri))
+            return uri_text(parse_address(message.header(source)[0]).uri)
+        except SipError:
+            return ""
+
+    def _process(
+        self, call: Call, message: SipMessage, now: float, events: list[RatingEvent]
+    ) -> None:
+        """Apply a message, then those held before that it may have made sense of."""
+        if self._apply(call, message, self._trigger(call, message), now, events):
+            self._process_held(call, now, events)
+
+    def _process_held(self, call: Call, now: float, events: list[RatingEvent]) -> None:
+        changed = True
+        while changed and call.held:
+            changed = False
+            for held in sorted(call.held, key=lambda held: held.time):
+                trigger = self._trigger(call, held)
+                step = TRANSITIONS.get((call.state, trigger))
+                if step is None or step[1] != HOLD:
+                    call.held.remove(held)
+                    changed |= self._apply(call, held, trigger, now, events)
+
+    def _trigger(self, call: Call, message: SipMessage) -> str:
+        attempt = call.attempt
+        if (
+            attempt is not None
+            and message.cseq == call.cseq
+            and message.from_tag == call.from_tag
+            and message.cseq_method in ("INVITE", "ACK")
+            and not (message.method == "INVITE" and message.to_tag)
+        ):
+            attempt.observe(message)
+        return classify(call, message, self.settings.begin_on)
+
+    def _apply(
+        self, call: Call, message: SipMessage, trigger: str, now: float, events: list[RatingEvent]
+    ) -> bool:
+        """Take one step of the table; True where held messages may mean something else now."""
+        step = TRANSITIONS.get((call.state, trigger))
+        if step is None:
+            self.count("calls.transition_unknown")
+            return False
+        state, action = step
+        if action == HOLD:
+            self._hold(call, message, now, events)
+            return False
+        if action == RESTART:
+            call.from_tag, call.cseq = message.from_tag, message.cseq
+            call.attempt = Attempt()
+            call.attempt.observe(message)
+        elif action == NOTE_ANSWER:
+            assert call.attempt is not None
+            if call.attempt.accepted is None:
+                call.attempt.accepted = message.to_tag
+            self._note_session(call, message, now)
+        elif action == BEGIN:
+            self._begin(call, message, now, events)
+        elif action == NOTE_SESSION:
+            if call.in_dialog(message):
+                call.last = max(call.last, message.time)
+                self._note_session(call, message, now)
+        elif action == END:
+            self._end(call, message.time, "bye", events)
+        elif action == ORPHAN:
+            self._orphan(call.call_id, message)
+        if state != call.state or action in (RESTART, NOTE_ANSWER):
+            self._enter(call, state, now)
+            return True
+        return trigger in (INVITE_COPY, ANSWER, ANSWER_NOTED, PROVISIONAL)
+
+    def _enter(self, call: Call, state: str, now: float) -> None:
+        del self._states[call.state][call]
+        call.state = state
+        call.entered = now
+        self._states[state][call] = None
+        if state in (ANSWERED, ENDED):
+            call.attempt = None
+
+    def _leave(self, call: Call) -> None:
+        if call.state in self._GONE:
+            self.count(self._GONE[call.state])
+        del self._states[call.state][call]
+        calls = self._calls[call.call_id]
+        calls.remove(call)
+        if not calls:
+            del self._calls[call.call_id]
+        call.held.clear()
+        if call.session_slot in self._sessions:
+            self._sessions[call.session_slot].pop(call, None)
+
+    # What is held
+
+    def _hold(
+        self, call: Call | None, message: SipMessage, now: float, events: list[RatingEvent]
+    ) -> None:
+        held = call.held if call else self._orphans.setdefault(message.call_id, [])
+        if len(held) >= MAX_HELD_PER_CALL:
+            self.count("messages.held_dropped")
+            return
+        held.append(message)
+        self._wait(message.call_id, call, message, now)
+        while len(self._waiting) > MAX_HELD:
+            self.count("messages.held_early")
+            self._release(now, events)
+
+    def _wait(self, call_id: str, call: Call | None, message: SipMessage, now: float) -> None:
+        deadline = now + self.settings.reorder_window
+        self._waiting.append((deadline, call_id, call, message))
+
+    def _release(self, now: float, events: list[RatingEvent]) -> None:
+        """The reorder window of the message that waits longest is over."""
+        _, call_id, call, message = self._waiting.popleft()
+        if call is None:
+            orphans = self._orphans[call_id]
+            orphans.remove(message)
+            if not orphans:
+                del self._orphans[call_id]
+            if not message.claimed:
+                self._orphan(call_id, message)
+            return
+        if message not in call.held:
+            return
+        # An ACK that waits for its 2xx goes first: it may be what the others wait for.
+        for ack in sorted(call.held, key=lambda held: held.time):
+            if ack.method == "ACK" and self._trigger(call, ack) == ACK_WAITS:
+                call.held.remove(ack)
+                if self._apply(call, ack, ACK_OVERDUE, now, events):
+                    self._process_held(call, now, events)
+                break
+        if message in call.held:
+            call.held.remove(message)
+            if self._trigger(call, message) == BYE:
+                self._apply(call, message, BYE_OVERDUE, now, events)
+            else:
+                self.count("messages.held_expired")
+
+    def _orphan(self, call_id: str, message: SipMessage) -> None:
+        self.count("calls.orphaned" if message.method == "BYE" else "messages.orphaned")
+        if message.method == "BYE":
+            stamp = rfc3339(message.time)
+            self._notice(Notice("orphan", printable_id(call_id), {"timestamp_end": stamp}))
+
+    def _notice(self, notice: Notice) -> None:
+        if len(self.notices) < MAX_NOTICES:
+            self.notices.append(notice)
+
+    # What is reported
+
+    def _begin(
+        self, call: Call, message: SipMessage, now: float, events: list[RatingEvent]
+    ) -> None:
+        call.to_tag = message.to_tag
+        call.answered = call.last = message.time
+        if message.status:
+            self._note_session(call, message, now)
+        if not call.rated:
+            ignored = call.route.action == "ignore"
+            self.count("calls.unrated.ignored" if ignored else "calls.unrated.no_account")
+            return
+        self.count("calls.begun")
+        body = {
+            "source": call.source,
+            "source_ip": call.source_ip,
+            "destination": call.destination,
+            "product_tag": call.route.product_tag,
+            "tags": list(call.route.tags),
+            "timestamp_begin": rfc3339(message.time),
+        }
+        reason = "answer" if message.status else "ack"
+        events.append(self._event(call, "begin", message.time, reason, body))
+
+    def _end(self, call: Call, time: int, reason: str, events: list[RatingEvent]) -> None:
+        if not call.rated:
+            return
+        self.count("calls.ended")
+        events.append(self._event(call, "end", time, reason, {"timestamp_end": rfc3339(time)}))
+
+    @staticmethod
+    def _event(call: Call, kind: str, time: int, reason: str, body: dict[str, Any]) -> RatingEvent:
+        route = call.route
+        content = {
+            "tenant": route.tenant,
+            "transaction_tag": call.transaction_tag,
+            "account_tag": call.account_tag,
+            "destination_account_tag": call.destination_account_tag,
+            **body,
+        }
+        # An empty tag is left out: some of the API's answers to "" are ok with nothing stored.
+        content = {name: value for name, value in content.items() if value}
+        return RatingEvent(
+            kind=kind,
+            call_id=printable_id(call.call_id),
+            tenant=route.tenant,
+            transaction_tag=call.transaction_tag,
+            account_tag=call.account_tag,
+            destination_account_tag=call.destination_account_tag,
+            time=time,
+            reason=reason,
+            api_url=route.rating_api_url,
+            body=json.dumps(content, separators=(",", ":")).encode(),
+        )
+
+    # What ends without a BYE
+
+    def _note_session(self, call: Call, message: SipMessage, now: float) -> None:
+        """Start, renew or stop the session timer (RFC 4028 sections 7.2 and 10)."""
+        if message.status:
+            # A 2xx without the header means that there is no session timer from here on.
+            expires = message.session_expires
+            call.session = max(expires, MIN_SESSION_EXPIRES) if expires else 0
+        if not call.session:
+            return
+        call.refreshed = max(call.refreshed, message.time)
+        call.session_deadline = now + call.session + SESSION_GRACE
+        if not call.session_slot:
+            self._queue_session(call, now)
+
+    def _queue_session(self, call: Call, now: float) -> None:
+        if not self._sessions:
+            self._session_second = int(now)
+        call.session_slot = int(call.session_deadline) + 1
+        self._sessions.setdefault(call.session_slot, {})[call] = None
+
+    def _expire_sessions(self, now: float, events: list[RatingEvent]) -> None:
+        while self._sessions and self._session_second <= now:
+            for call in self._sessions.pop(self._session_second, ()):
+                call.session_slot = 0
+                # A refresh only moves the deadline; its slot is looked up again here.
+                if call.session and call.session_deadline > now:
+                    self._queue_session(call, now)
+                elif call.session and call.state == ANSWERED:
+                    self._expire_call(call, "session", events)
+            self._session_second += 1
+
+    def _expire_call(self, call: Call, reason: str, events: list[RatingEvent]) -> None:
+        """A call goes without a message of its own: its timeout or its session's is over."""
+        if call.state == ANSWERED:
+            self.count("calls.expired.answered")
+            if self.settings.expired_call_end == "last-seen":
+                end = call.last
+            elif reason == "session":
+                end = call.refreshed + call.session * 1_000_000
+            else:
+                end = call.answered + round(self.settings.max_call_duration * 1_000_000)
+            self._end(call, end, reason, events)
+            stamp = {"timestamp_end": rfc3339(end), "reason": reason}
+            self._notice(Notice("expired", printable_id(call.call_id), stamp))
+        self._leave(call)
+
+    def _evict(self, time: int, events: list[RatingEvent]) -> None:
+        """Make room for one call: what is over goes first, an answered call last."""
+        for state in (ENDED, FAILED, TRYING, ANSWERED):
+            call = next(iter(self._states[state]), None)
+            if call is not None:
+                self.count(f"calls.evicted.{state}")
+                if state == ANSWERED:
+                    end = max(time, call.last)
+                    self._end(call, end, "evicted", events)
+                    stamp = {"timestamp_end": rfc3339(end)}
+                    self._notice(Notice("evicted", printable_id(call.call_id), stamp))
+                self._leave(call)
+                return
+
+
+# Room 10: configuration
+
+_PREFIX = "RATING_AGENT_HEP_"
+# Options of the former agent that have nothing to act on here.
+_FORMER = ("message_bus_uri", "state_manager", "redis_address", "redis_password", "redis_db")
+# The former agent's first versions had one listener.
+_FORMER_NAMES = {"listen": "listen_udp"}
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def listener(text: str) -> str:
+    """Check HOST:PORT, :PORT or [IPv6]:PORT, or "" for off. Raises ConfigError."""
+    if text and not 0 <= split_address(text)[1] <= 65_535:
+        raise ConfigError(f"{text!r} is no address; allowed: HOST:PORT, :PORT, [IPv6]:PORT")
+    return text
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Host (without brackets, "" for all) and port of HOST:PORT; port -1 where it is none."""
+    host, colon, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not port.isascii() or not port.isdigit() or (":" in bare and bare == host):
+        return "", -1
+    return bare, int(port)
+
+
+def number(least: float, most: float, kind: type = float) -> Callable[[str], Any]:
+    """A converter to numbers from least to most, of kind int or float (seconds)."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            what = "a whole number" if kind is int else "seconds"
+            raise ConfigError(f"{text!r}; allowed: {what} from {least:g} to {most:g}")
+        return value
+
+    return convert
+
+
+def words(text: str) -> tuple[str, ...]:
+    """A list: JSON as the YAML file's reader hands it on, else words split at commas or spaces."""
+    if text.startswith("["):
+        return tuple(str(item) for item in json.loads(text))
+    return tuple(word for word in re.split(r"[,\s]+", text) if word)
+
+
+def flag(text: str) -> bool:
+    """true or false in the spellings of YAML and of shells. Raises ConfigError."""
+    if text.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0", ""):
+        return text.lower() in ("true", "yes", "on", "1")
+    raise ConfigError(f"{text!r}; allowed: true, false")
+
+
+def domains(text: str) -> tuple[str, ...]:
+    """A list of domains in lower case; ``*.example`` stands for all subdomains of example."""
+    return tuple(word.lower() for word in words(text))
+
+
+def _regexp(text: str) -> str:
+    account_regexp(text)
+    return text
+
+
+def _header(text: str) -> str:
+    if text and not re.fullmatch(_TOKEN, text):
+        raise ConfigError(f"{text!r}; allowed: a header name, or nothing")
+    return text
+
+
+class Option(NamedTuple):
+    """One option: its name in the file, the group it stands in, how its text becomes a value."""
+
+    name: str
+    group: str
+    convert: Callable[[str], Any]
+    help: str
+    secret: bool = False
+
+
+OPTIONS = (
+    Option("listen_udp", "Listening", listener, "address for HEP over UDP; empty: off"),
+    Option("listen_tcp", "Listening", listener, "address for HEP over TCP; empty: off"),
+    Option("rating_api_url", "Rating API", api_url, "base URL of the rating API"),
+    Option("rating_api_timeout", "Rating API", number(0.1, 300), "seconds for one request"),
+    Option("rating_api_concurrency", "Rating API", number(1, 1000, int), "requests at one time"),
+    Option("rating_api_token", "Rating API", str, "bearer token of each request", secret=True),
+    Option("rating_api_username", "Rating API", str, "user of basic authentication"),
+    Option("rating_api_password", "Rating API", str, "password of that user", secret=True),
+    Option("tenant", "Calls", _one_text, "tenant of the calls"),
+    Option("product_tag", "Calls", str, "product tag of the transactions"),
+    Option("transaction_tags", "Calls", words, "list of tags of the transactions"),
+    Option("sip_local_domains", "Calls", domains, "list of domains whose users have accounts"),
+    Option("sip_header_caller", "Calls", _header, "header that names the caller's account"),
+    Option("sip_header_callee", "Calls", _header, "header that names the callee's account"),
+    Option("sip_header_history_info", "Calls", _header, "header of who forwarded; empty: ignored"),
+    Option("sip_header_history_info_index", "Calls", number(0, 100, int), "its entry; 0: the last"),
+    Option("account_tag_match_regexp", "Calls", _regexp, "regexp whose group 1 is the account"),
+    Option("routes", "Calls", str, "file of rules that send calls to tenants and rating APIs"),
+    Option("begin_on", "Calls", _choice("answer", "ack"), "what begins a call: answer or ack"),
+    Option("max_calls", "Calls", number(1, 100_000_000, int), "calls followed at one time"),
+    Option("invite_timeout", "Calls", number(1, 86_400), "seconds that a call may ring"),
+    Option("max_call_duration", "Calls", number(1, 86_400), "seconds after which a call is ended"),
+    Option(
+        "expired_call_end",
+        "Calls",
+        _choice("deadline", "last-seen"),
+        "when a call without a BYE has ended: deadline or last-seen",
+    ),
+    Option("reorder_window", "Calls", number(0, 60), "seconds to wait for an overdue message"),
+    Option("statsd_host", "Metrics and logs", str, "host of a statsd server; empty: off"),
+    Option("statsd_port", "Metrics and logs", number(1, 65_535, int), "its UDP port"),
+    Option("statsd_prefix", "Metrics and logs", str, "prefix of all metrics"),
+    Option("log_level", "Metrics and logs", _choice(*_LEVELS), ", ".join(_LEVELS)),
+    Option("log_format", "Metrics and logs", _choice("json", "text"), "json or text"),
+    Option("debug", "Metrics and logs", flag, "the same as log_level debug"),
+    Option("shutdown_timeout", "Running", number(0, 3_600), "seconds to deliver what waits"),
+)
+
+
+class _ConfigFile(configargparse.ConfigFileParser):
+    """YAML whose values become text for the converters; unknown keys name their line."""
+
+    former: list[str]
+
+    def parse(self, stream: Any) -> dict[str, str]:
+        name = getattr(stream, "name", "configuration")
+        loader = yaml.SafeLoader(stream.read())
+        known = {option.name for option in OPTIONS}
+        values: dict[str, str] = {}
+        try:
+            node = loader.get_single_node()
+            if node is not None and not isinstance(node, yaml.MappingNode):
+                raise _at(name, node, "not a mapping; allowed: lines of OPTION: VALUE")
+            for key, value in node.value if node is not None else ():
+                option = str(key.value).replace("-", "_")
+                option = _FORMER_NAMES.get(option, option)
+                if option in _FORMER:
+                    self.former.append(option)
+                elif option not in known:
+                    near = difflib.get_close_matches(option, known, 3)
+                    allowed = ", ".join(near) if near else "the options that --help lists"
+                    raise _at(name, key, f"unknown option {key.value!r}; allowed: {allowed}")
+                elif option in values:
+                    raise _at(name, key, f"{option} stands twice; allowed: once")
+                else:
+                    values[option] = self._text(name, value, loader)
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise ConfigError(f"{name}:{line}: not YAML: {error.problem}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{name}:1: not YAML: {' '.join(str(error).split())}") from None
+        return values
+
+    @staticmethod
+    def _text(name: str, node: yaml.Node, loader: yaml.SafeLoader) -> str:
+        if isinstance(node, yaml.ScalarNode):
+            # The text as written: 0123 or 1e3 in an account is no number.
+            return "" if node.tag.endswith(":null") else str(node.value)
+        if isinstance(node, yaml.SequenceNode):
+            return json.dumps([str(item.value) for item in node.value])
+        raise _at(name, node, "a mapping; allowed: a value or a list")
+
+
+class _Parser(configargparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ConfigError(" ".join(message.split()))
+
+
+class Configuration(NamedTuple):
+    """What the command line, environment and file say together."""
+
+    command: str
+    files: list[str]
+    settings: Settings
+    rules: tuple[Rule, ...]
+    warnings: list[str]
+
+
+def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configuration:
+    """Read and check everything before a socket opens. Raises ConfigError with one line."""
+    values, command, files, former = _read_options(argv, environ)
+    defaults = Settings()
+    converted: dict[str, Any] = {}
+    for option in OPTIONS:
+        text = values[option.name]
+        if text is None:
+            converted[option.name] = getattr(defaults, option.name)
+            continue
+        try:
+            converted[option.name] = option.convert(text)
+        except (ConfigError, ValueError) as error:
+            raise ConfigError(f"{option.name}: {error}") from None
+    settings = Settings(**converted)
+    if not settings.listen_udp and not settings.listen_tcp:
+        raise ConfigError("listen_udp, listen_tcp: all empty; allowed: at least one address")
+    former += [name for name in _FORMER if _PREFIX + name.upper() in environ]
+    warnings = []
+    if former:
+        names = ", ".join(sorted(set(former)))
+        warnings.append(f"options of the former agent that have no effect yet: {names}")
+    return Configuration(command, files, settings, load_rules(settings), warnings)
+
+
+def _read_options(
+    argv: Sequence[str], environ: dict[str, str]
+) -> tuple[dict[str, str | None], str, list[str], list[str]]:
+    former: list[str] = []
+    parser = _Parser(
+        prog="rating_agent_hep.py",
+        description="Rate telephone calls from a HEP mirror of their signalling.",
+        epilog="Lists: YAML lists, or words separated by commas or spaces.",
+        config_file_parser_class=type("_Reader", (_ConfigFile,), {"former": former}),
+        add_env_var_help=False,
+        add_config_file_help=False,
+        allow_abbrev=False,
+        default_config_files=[],
+    )
+    parser.add_argument("command", nargs="?", choices=("run", "check", "decode"), default="run")
+    parser.add_argument("files", nargs="*", help="captures for decode")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "-c", "--config", is_config_file=True, env_var=_PREFIX + "CONFIG", help="YAML file"
+    )
+    groups: dict[str, Any] = {}
+    for option in OPTIONS:
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        spellings = [f"--{option.name.replace('_', '-')}"]
+        if "_" in option.name:
+            spellings.append(f"--{option.name}")
+        more: dict[str, Any] = {"nargs": "?", "const": "true"} if option.convert is flag else {}
+        groups[option.group].add_argument(
+            *spellings,
+            dest=option.name,
+            env_var=_PREFIX + option.name.upper(),
+            metavar="VALUE",
+            help=f"{option.help} (default: {default_text(option)})",
+            **more,
+        )
+    found = vars(parser.parse_args(list(argv), env_vars=environ))
+    command, files = found["command"], found["files"]
+    if files and command != "decode":
+        raise ConfigError(f"{files[0]!r}: unexpected; allowed: decode FILE..., run, check")
+    return {option.name: found[option.name] for option in OPTIONS}, command, files, former
+
+
+def default_text(option: Option) -> str:
+    """An option's default as README and --help show it."""
+    value = getattr(Settings(), option.name)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g} s"
+    return str(value) if value not in ("", ()) else "none"
+
+
+def load_rules(settings: Settings) -> tuple[Rule, ...]:
+    """The rules of the routes file and the main options. Raises ConfigError."""
+    if not settings.routes:
+        return (Rule(main_route(settings), ()),)
+    try:
+        with open(settings.routes, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"routes: {settings.routes}: {reason}") from None
+    return parse_routes(text, settings.routes, settings)
+
+
+def effective(configuration: Configuration) -> Iterator[str]:
+    """The options in force, a line each in the file's own form, without secrets."""
+    for option in OPTIONS:
+        value = getattr(configuration.settings, option.name)
+        if option.secret and value:
+            value = "***"
+        yield f"{option.name}: {json.dumps(list(value) if isinstance(value, tuple) else value)}"
+    for rule in configuration.rules:
+        route = rule.route
+        what = "ignored" if route.action == "ignore" else f"tenant {route.tenant}"
+        conditions = len(rule.conditions)
+        yield f"# route {route.name}: {conditions} conditions, {what}, {route.rating_api_url}"
+
+
+# Room 11: logs, metrics
+
+log = logging.getLogger("rating_agent_hep")
+
+
+class WarningLimiter(logging.Filter):
+    """Let only a few warnings of one ``event`` through each second, and say how many were held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._second = 0
+        self._seen: dict[str, int] = {}
+        self._held: dict[str, int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        event = getattr(record, "event", None)
+        if record.levelno != logging.WARNING or event is None:
+            return True
+        if int(record.created) != self._second:
+            self._second = int(record.created)
+            self._seen.clear()
+        self._seen[event] = self._seen.get(event, 0) + 1
+        if self._seen[event] > MAX_WARNINGS_PER_SECOND:
+            self._held[event] = self._held.get(event, 0) + 1
+            return False
+        if event in self._held:
+            record.held_back = self._held.pop(event)
+        return True
+
+    def take_held(self) -> dict[str, int]:
+        """How many lines of each event were held back and not told of yet."""
+        held, self._held = self._held, {}
+        return held
+
+
+def set_up_logging(settings: Settings, stream: Any) -> WarningLimiter:
+    """Send log lines to ``stream``: JSON objects, or text for a person."""
+    handler = logging.StreamHandler(stream)
+    if settings.log_format == "json":
+        names = {"levelname": "level"}
+        handler.setFormatter(
+            JsonFormatter("%(levelname)s %(message)s", rename_fields=names, timestamp="time")
+        )
+    else:
+        handler.setFormatter(_TextFormatter("%(asctime)s %(levelname)-7s %(message)s"))
+    limiter = WarningLimiter()
+    handler.addFilter(limiter)
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(logging.DEBUG if settings.debug else settings.log_level.upper())
+    return limiter
+
+
+class _TextFormatter(logging.Formatter):
+    """The message with the fields behind it, for a terminal."""
+
+    _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "event"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        more = {name: value for name, value in vars(record).items() if name not in self._STANDARD}
+        text = " ".join(
+            f"{name}={value}" for name, value in more.items() if value not in ("", None)
+        )
+        return f"{super().format(record)} {text}".rstrip()
+
+
+class Metrics:
+    """Counters and timers, added up here and sent to statsd by `flush` only.
+
+    ``totals`` maps names to counts since the start. A statsd server that is gone, or whose name
+    does not resolve, disturbs nothing: sending is tried anew at each flush.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.totals: dict[str, int] = {}
+        self._settings = settings
+        self._sent: dict[str, int] = {}
+        self._timers: dict[str, list[float]] = {}
+        self._client: Any = None
+        self._resolved = 0.0
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Add to a counter."""
+        self.totals[name] = self.totals.get(name, 0) + number
+
+    def time(self, name: str, seconds: float) -> None:
+        """Add a sample to a timer; of many in one flush only the first are kept."""
+        samples = self._timers.setdefault(name, [])
+        if len(samples) < MAX_TIMER_SAMPLES:
+            samples.append(seconds)
+
+    def flush(self, gauges: dict[str, int], now: float) -> None:
+        """Send what has changed since the last flush; ``now`` on a monotonic clock."""
+        timers, self._timers = self._timers, {}
+        settings = self._settings
+        if not settings.statsd_host:
+            return
+        try:
+            if self._client is None or now - self._resolved >= STATSD_RESOLVE:
+                # The client resolves the name when it is made and never again.
+                self._client = statsd.StatsClient(
+                    settings.statsd_host, settings.statsd_port, settings.statsd_prefix
+                )
+                self._resolved = now
+            with self._client.pipeline() as pipeline:
+                for name, total in self.totals.items():
+                    if total != self._sent.get(name, 0):
+                        pipeline.incr(name, total - self._sent.get(name, 0))
+                        self._sent[name] = total
+                for name, samples in timers.items():
+                    for sample in samples:
+                        pipeline.timing(name, sample * 1000)
+                for name, value in gauges.items():
+                    pipeline.gauge(name, value)
+        except OSError as error:
+            self._client = None
+            log.warning("statsd unreachable: %s", error, extra={"event": "statsd"})
+
+
+# Room 12: outbox, delivery
+
+DELIVERED, REFUSED_BY_API, REJECTED = "delivered", "refused", "rejected"
+
+
+class RatingApi:
+    """A client of one rating API: one synchronous POST for each event, never retried in here."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        self.url = url
+        self._timeout = settings.rating_api_timeout
+        self._prefix = urlsplit(url).path
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "User-Agent": f"rating-agent-hep/{__version__}",
+        }
+        if settings.rating_api_token:
+            self._headers["Authorization"] = f"Bearer {settings.rating_api_token}"
+        elif settings.rating_api_username:
+            pair = f"{settings.rating_api_username}:{settings.rating_api_password}"
+            self._headers["Authorization"] = "Basic " + b64encode(pair.encode()).decode()
+        # The defaults keep one connection and throw the others away.
+        self._pool = urllib3.connection_from_url(
+            url, maxsize=settings.rating_api_concurrency, block=True, timeout=self._timeout
+        )
+
+    def send(self, event: RatingEvent) -> str:
+        """Tell the API one event: DELIVERED, REFUSED_BY_API (``ok: false``) or REJECTED (4xx).
+
+        Raises DeliveryError where the API gave no answer that counts.
+        """
+        # urllib3's time-outs are for each read; a server that trickles would hold a worker.
+        limit = gevent.Timeout(self._timeout * 2 + 1)
+        try:
+            with limit:
+                status, retry_after, answer = self._post(event)
+        except gevent.Timeout as timeout:
+            if timeout is not limit:
+                raise
+            raise DeliveryError("timeout", "no whole answer in time", True) from None
+        except urllib3.exceptions.ReadTimeoutError:
+            raise DeliveryError("timeout", "no answer in time", True) from None
+        except (
+            urllib3.exceptions.NewConnectionError,
+            urllib3.exceptions.ConnectTimeoutError,
+            urllib3.exceptions.SSLError,
+        ) as error:
+            raise DeliveryError("connection", str(error), False) from None
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise DeliveryError("connection", str(error), True) from None
+        if 200 <= status < 300:
+            try:
+                return DELIVERED if json.loads(answer)["ok"] is True else REFUSED_BY_API
+            except (ValueError, KeyError, TypeError):
+                raise DeliveryError("answer", "an answer that is no rating API's", True) from None
+        wait = min(float(retry_after), MAX_RETRY_AFTER) if retry_after.isdecimal() else 0.0
+        if status in (408, 429) or not 400 <= status < 500:
+            # A gateway's time-out says nothing of the request; the API's own 500 comes undone.
+            unknown = status in (408, 502, 504)
+            raise DeliveryError(f"status_{status}", f"status {status}", unknown, wait)
+        return REJECTED
+
+    def _post(self, event: RatingEvent) -> tuple[int, str, bytes]:
+        path = f"{self._prefix}/v1/{event.kind}_transaction"
+        # A redirect would carry the token elsewhere.
+        response = self._pool.urlopen(
+            "POST",
+            path,
+            body=event.body,
+            headers=self._headers,
+            retries=False,
+            redirect=False,
+            preload_content=False,
+        )
+        try:
+            answer = response.read(MAX_API_ANSWER)
+            if response.read(1):
+                response.close()
+        finally:
+            response.release_conn()
+        return response.status, response.headers.get("Retry-After", ""), answer
+
+
+class Outbox:
+    """The events that wait for one API: which may be sent when, in order for each call.
+
+    It sends nothing itself. `take` gives out an event, and `settle` or `fail` say what became of
+    it; ``now`` is seconds of a monotonic clock. At most one event of a call is out at a time.
+    """
+
+    def __init__(self, limit: int = MAX_WAITING_EVENTS, jitter: Callable[[], float] | None = None):
+        self.limit = limit
+        self._jitter = jitter or (lambda: random.uniform(0.75, 1.25))
+        self._calls: dict[tuple[str, str, str], deque[RatingEvent]] = {}
+        self._ready: deque[tuple[str, str, str]] = deque()
+        self._delayed: list[tuple[float, int, tuple[str, str, str]]] = []
+        self._out: set[tuple[str, str, str]] = set()
+        self._rejected: deque[RatingEvent] = deque()
+        # Calls whose begin was given up: their end must not be sent alone.
+        self._given_up: OrderedDict[tuple[str, str, str], None] = OrderedDict()
+        self._waiting = 0
+        self._sequence = 0
+        self._failures = 0
+        self._down_until = 0.0
+        self._probe: RatingEvent | None = None
+
+    def __len__(self) -> int:
+        return self._waiting
+
+    @property
+    def rejected(self) -> int:
+        """How many events lie rejected."""
+        return len(self._rejected)
+
+    @property
+    def down(self) -> bool:
+        """Whether the API failed so often in a row that it gets one probe at a time."""
+        return self._failures >= DOWN_AFTER
+
+    def put(self, event: RatingEvent) -> tuple[bool, list[RatingEvent]]:
+        """Add an event: whether it will be sent, and what had to leave memory for it."""
+        if event.kind == "end" and event.key in self._given_up:
+            del self._given_up[event.key]
+            self._rejected.append(event)
+            return False, self._make_room()
+        self._given_up.pop(event.key, None)
+        queue = self._calls.get(event.key)
+        if queue is None:
+            queue = self._calls[event.key] = deque()
+            self._ready.append(event.key)
+        queue.append(event)
+        self._waiting += 1
+        return True, self._make_room()
+
+    def take(self, now: float) -> RatingEvent | None:
+        """The next event to send, or None while there is none that may go."""
+        while self._delayed and self._delayed[0][0] <= now:
+            self._ready.append(heapq.heappop(self._delayed)[2])
+        if self.down:
+            if self._probe is not None or now < self._down_until:
+                return None
+            if not self._ready and self._delayed:
+                self._ready.append(heapq.heappop(self._delayed)[2])
+        while self._ready:
+            key = self._ready.popleft()
+            if key in self._calls and key not in self._out:
+                self._out.add(key)
+                event = self._calls[key][0]
+                event.attempts += 1
+                if self.down:
+                    self._probe = event
+                return event
+        return None
+
+    def settle(self, event: RatingEvent, outcome: str, now: float) -> tuple[str, list[RatingEvent]]:
+        """The API answered; returns what that means and the events that are rejected for good.
+
+        The meaning is DELIVERED, REJECTED, or REFUSED_BY_API for an event that is tried again.
+        """
+        self._failures = 0
+        self._back(event)
+        if outcome == REFUSED_BY_API:
+            event.refusals += 1
+            # A dead storage service answers ok: false as well, so that is believed only after
+            # some minutes. Then it means for an end that may have arrived: it had.
+            done_before = event.kind == "end" and event.unknown
+            if event.refusals < (MAX_REFUSALS_AFTER_UNKNOWN if done_before else MAX_REFUSALS):
+                self._delay(event, now, event.refusals)
+                return REFUSED_BY_API, []
+            outcome = DELIVERED if done_before else REJECTED
+        queue = self._calls[event.key]
+        gone = [queue.popleft()]
+        if outcome == REJECTED and event.kind == "begin":
+            gone += queue
+            queue.clear()
+            if len(gone) == 1:
+                self._given_up[event.key] = None
+                if len(self._given_up) > MAX_REFUSED_CALLS:
+                    self._given_up.popitem(last=False)
+        self._waiting -= len(gone)
+        if queue:
+            self._ready.append(event.key)
+        else:
+            del self._calls[event.key]
+        if outcome == REJECTED:
+            self._rejected.extend(gone)
+            return REJECTED, gone
+        return DELIVERED, []
+
+    def fail(self, event: RatingEvent, error: DeliveryError, now: float) -> None:
+        """The API gave no answer that counts: the event is sent again, the same octets, later."""
+        self._back(event)
+        event.unknown |= error.unknown
+        self._failures = max(self._failures + 1, DOWN_AFTER if error.wait else 0)
+        if self.down:
+            pause = self._backoff(self._failures - DOWN_AFTER + 1)
+            self._down_until = max(self._down_until, now + max(pause, error.wait))
+        self._delay(event, now, event.attempts - event.refusals)
+
+    def undelivered(self) -> list[RatingEvent]:
+        """All that still waits, the calls in order of their oldest event."""
+        return [event for queue in self._calls.values() for event in queue]
+
+    def _back(self, event: RatingEvent) -> None:
+        self._out.discard(event.key)
+        if self._probe is event:
+            self._probe = None
+
+    def _backoff(self, failures: int) -> float:
+        return min(RETRY_FIRST * 2.0 ** min(failures - 1, 16), RETRY_LAST) * self._jitter()
+
+    def _delay(self, event: RatingEvent, now: float, failures: int) -> None:
+        self._sequence += 1
+        due = now + self._backoff(failures)
+        heapq.heappush(self._delayed, (due, self._sequence, event.key))
+
+    def _make_room(self) -> list[RatingEvent]:
+        """Take out the oldest rejected, else the oldest waiting call's events, over the limit."""
+        gone: list[RatingEvent] = []
+        while self._waiting + len(self._rejected) > self.limit:
+            if self._rejected:
+                gone.append(self._rejected.popleft())
+                continue
+            key = next((key for key in self._calls if key not in self._out), None)
+            if key is None:
+                break
+            events = self._calls.pop(key)
+            self._waiting -= len(events)
+            if len(events) == 1 and events[0].kind == "begin":
+                self._given_up[key] = None
+            gone += events
+        return gone
+
+
+class _Lane:
+    """One API with its outbox, its client and the workers that have nothing to do."""
+
+    def __init__(self, api: RatingApi) -> None:
+        self.api = api
+        self.outbox = Outbox()
+        self.idle: list[gevent.event.Event] = []
+        self.was_down = False
+
+
+class Delivery:
+    """Workers that tell the rating APIs what happened: ``rating_api_concurrency`` for each API."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._lanes: dict[str, _Lane] = {}
+        self._workers: list[gevent.Greenlet] = []
+
+    def put(self, event: RatingEvent) -> None:
+        """Hand over an event for delivery; never waits."""
+        lane = self._lanes.get(event.api_url) or self._open(event.api_url)
+        accepted, lost = lane.outbox.put(event)
+        if not accepted:
+            self._log_rejected(event, "its begin was rejected")
+        for gone in lost:
+            self._metrics.count("events.lost")
+            self._log_whole(gone, "event_lost", "an event left memory undelivered: too many wait")
+        self._wake(lane)
+
+    def tick(self) -> None:
+        """Send what has waited long enough; called a few times a second."""
+        for lane in self._lanes.values():
+            self._wake(lane)
+
+    def __len__(self) -> int:
+        return sum(len(lane.outbox) for lane in self._lanes.values())
+
+    @property
+    def rejected(self) -> int:
+        """How many events were rejected and are still kept."""
+        return sum(lane.outbox.rejected for lane in self._lanes.values())
+
+    def stop(self) -> None:
+        """End the workers and log each event that was not delivered, so that it can be replayed."""
+        gevent.killall(self._workers)
+        for lane in self._lanes.values():
+            for event in lane.outbox.undelivered():
+                self._log_whole(event, "event_undelivered", "an event was not delivered")
+
+    def _open(self, url: str) -> _Lane:
+        lane = self._lanes[url] = _Lane(RatingApi(url, self._settings))
+        count = self._settings.rating_api_concurrency
+        self._workers += [gevent.spawn(self._work, lane) for _ in range(count)]
+        return lane
+
+    @staticmethod
+    def _wake(lane: _Lane) -> None:
+        # The worker that waits shortest goes first; its connection is the warmest.
+        if lane.idle:
+            lane.idle.pop().set()
+
+    def _work(self, lane: _Lane) -> None:
+        wake = gevent.event.Event()
+        while True:
+            event = lane.outbox.take(time.monotonic())
+            if event is None:
+                wake.clear()
+                lane.idle.append(wake)
+                wake.wait()
+                continue
+            # There may be more than this worker can do.
+            self._wake(lane)
+            self._deliver(lane, event)
+
+    def _deliver(self, lane: _Lane, event: RatingEvent) -> None:
+        started = time.monotonic()
+        try:
+            outcome = lane.api.send(event)
+        except DeliveryError as error:
+            lane.outbox.fail(event, error, time.monotonic())
+            self._metrics.count(f"api.errors.{error.kind}")
+            self._metrics.count("api.retries")
+            extra = {"event": "api_error", "api": lane.api.url, **event.fields()}
+            log.warning("rating API: %s", error, extra=extra)
+        except Exception as error:
+            # A fault of ours must not end the worker: the event is tried again like any other.
+            failure = DeliveryError("internal", repr(error), True)
+            lane.outbox.fail(event, failure, time.monotonic())
+            self._metrics.count("api.errors.internal")
+            extra = {"event": "internal_error", **event.fields()}
+            log.warning("delivery failed", exc_info=True, extra=extra)
+        else:
+            self._settle(lane, event, outcome)
+        self._metrics.time("api.time", time.monotonic() - started)
+        if lane.outbox.down != lane.was_down:
+            lane.was_down = lane.outbox.down
+            extra = {"event": "api_down" if lane.was_down else "api_up", "api": lane.api.url}
+            extra["waiting"] = len(lane.outbox)
+            log.warning("rating API is %s", "down" if lane.was_down else "up again", extra=extra)
+
+    def _settle(self, lane: _Lane, event: RatingEvent, outcome: str) -> None:
+        meaning, gone = lane.outbox.settle(event, outcome, time.monotonic())
+        self._metrics.count(f"api.answers.{outcome}")
+        if meaning == DELIVERED:
+            done = "done before" if outcome == REFUSED_BY_API else "ok"
+            extra = {"event": f"call_{event.kind}", "outcome": done, **event.fields()}
+            log.info("call %s", "begun" if event.kind == "begin" else "ended", extra=extra)
+        elif meaning == REFUSED_BY_API:
+            self._metrics.count("api.retries")
+            extra = {"event": "api_refused", "api": lane.api.url, **event.fields()}
+            log.warning("rating API refused, to be tried again", extra=extra)
+        for rejected in gone:
+            reason = "refused by the API" if rejected is event else "its begin was rejected"
+            self._log_rejected(rejected, reason)
+
+    def _log_rejected(self, event: RatingEvent, reason: str) -> None:
+        self._metrics.count("events.rejected")
+        self._log_whole(event, "event_rejected", f"an event was rejected: {reason}")
+
+    @staticmethod
+    def _log_whole(event: RatingEvent, name: str, text: str) -> None:
+        extra = {"event": name, "outcome": "failed", **event.fields(), "replay": event.replayable()}
+        log.error(text, extra=extra)
+
+
+# Room 13: agent
+
+
+class Agent:
+    """The glue: a packet in, events out to delivery. Its methods never raise."""
+
+    def __init__(self, settings: Settings, rules: Sequence[Rule], limiter: WarningLimiter) -> None:
+        self.settings = settings
+        self.metrics = Metrics(settings)
+        self.table = CallTable(settings, rules)
+        self.delivery = Delivery(settings, self.metrics)
+        self.connections = 0
+        self._limiter = limiter
+        self._flushed = 0.0
+
+    def receive(self, data: bytes, transport: str, sender: str) -> None:
+        """Take in one HEP packet; ``transport`` is "udp" or "tcp", ``sender`` an IP address."""
+        count = self.metrics.count
+        count(f"packets.received.{transport}")
+        try:
+            packet = decode_hep(data, round(time.time() * 1_000_000))
+            if packet.protocol_type != SIP_PROTOCOL_TYPE:
+                count("packets.dropped.not_sip")
+                return
+            if not packet.payload.strip(b"\r\n\0 "):
+                count("packets.dropped.empty")
+                return
+            message = parse_sip(packet.payload, packet.time)
+            if message is None:
+                count("packets.ignored")
+                return
+            self._report(self.table.handle(Sighting(packet, message, sender), time.monotonic()))
+        except (HepError, SipError) as error:
+            layer = "hep" if isinstance(error, HepError) else "sip"
+            self.malformed(f"{layer}_{error.kind}", str(error), sender)
+        except Exception:
+            count("packets.internal_error")
+            extra = {"event": "internal_error", "sender": sender}
+            log.warning("a packet could not be handled", exc_info=True, extra=extra)
+
+    def malformed(self, kind: str, text: str, sender: str) -> None:
+        """Count a fault of a peer by its kind, and log it at a limited rate."""
+        kind = kind.replace("-", "_")
+        self.metrics.count(f"packets.malformed.{kind}")
+        extra = {"event": f"malformed_{kind}", "sender": sender}
+        log.warning("malformed packet: %s", text, extra=extra)
+
+    def tick(self, ahead: float = 0.0) -> None:
+        """Look at deadlines, up to ``ahead`` seconds early, and once a second flush metrics."""
+        now = time.monotonic()
+        try:
+            self._report(self.table.expire(now + ahead))
+            self.delivery.tick()
+            for notice in self.table.take_notices():
+                text = {
+                    "orphan": "a BYE without a call: its answer was not seen, nothing is charged",
+                    "evicted": "too many calls: a running call was ended",
+                    "expired": "a call without BYE was ended",
+                }[notice.kind]
+                extra = {"event": f"call_{notice.kind}", "call_id": notice.call_id, **notice.fields}
+                log.warning(text, extra=extra)
+            if now - self._flushed >= STATSD_FLUSH:
+                self._flushed = now
+                self.flush(now)
+        except Exception:
+            self.metrics.count("packets.internal_error")
+            log.warning("a tick failed", exc_info=True, extra={"event": "internal_error"})
+
+    def flush(self, now: float) -> None:
+        """Send metrics, and say how many warnings were held back."""
+        counts, self.table.counts = self.table.counts, {}
+        for name, number in counts.items():
+            self.metrics.count(name, number)
+        gauges = {f"calls.{state}": size for state, size in self.table.sizes().items()}
+        gauges["events.waiting"] = len(self.delivery)
+        gauges["events.rejected_kept"] = self.delivery.rejected
+        gauges["connections"] = self.connections
+        self.metrics.flush(gauges, now)
+        for event, held in self._limiter.take_held().items():
+            extra = {"event": "held_back", "kind": event, "held_back": held}
+            log.warning("more warnings of one kind were held back", extra=extra)
+
+    def reload(self) -> None:
+        """Read the routes again, whole or not at all; calls keep the route they have."""
+        try:
+            self.table.rules = load_rules(self.settings)
+        except ConfigError as error:
+            log.error("routes not reloaded: %s", error, extra={"event": "reload_failed"})
+        else:
+            extra = {"event": "reloaded", "rules": len(self.table.rules) - 1}
+            log.info("routes reloaded", extra=extra)
+
+    def _report(self, events: Iterable[RatingEvent]) -> None:
+        for event in events:
+            self.delivery.put(event)
+
+
+# Room 14: servers
+
+
+def bind(text: str, kind: socket.SocketKind) -> socket.socket:
+    """A bound socket for HOST:PORT; an empty host means all addresses, IPv6 too where it is there.
+
+    Raises OSError, whose text names the address.
+    """
+    host, port = split_address(text)
+    family = socket.AF_INET6 if ":" in host or (not host and socket.has_ipv6) else socket.AF_INET
+    try:
+        return _bind(host, port, kind, family)
+    except OSError as error:
+        if not host and family == socket.AF_INET6 and error.errno != errno.EADDRINUSE:
+            # The kernel was started without IPv6.
+            family = socket.AF_INET
+            return _bind(host, port, kind, family)
+        raise OSError(error.errno, f"{text}: {error.strerror or error}") from None
+
+
+def _bind(host: str, port: int, kind: socket.SocketKind, family: int) -> socket.socket:
+    sock = socket.socket(family, kind)
+    try:
+        if family == socket.AF_INET6 and not host:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        if kind == socket.SOCK_STREAM:
+            # For TCP this allows a restart at once; for UDP it would let two agents share a port.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+        address = socket.getaddrinfo(host or None, port, family, kind, 0, socket.AI_PASSIVE)[0][4]
+        sock.bind(address)
+        if kind == socket.SOCK_STREAM:
+            sock.listen(128)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _sender(address: tuple[Any, ...]) -> str:
+    host = str(address[0])
+    return host[7:] if host.startswith("::ffff:") else host
+
+
+class UdpServer(gevent.server.DatagramServer):
+    """HEP over UDP: each wake-up drains the socket, up to a budget, without a greenlet a packet.
+
+    gevent's own do_read takes 8192 octets, so longer datagrams would be cut without a word.
+    """
+
+    def __init__(self, sock: socket.socket, agent: Agent) -> None:
+        super().__init__(sock, handle=lambda *_: None)
+        self._agent = agent
+
+    def do_read(self) -> None:
+        # Returning None ends this wake-up; the watcher fires again while there is more to read.
+        for _ in range(UDP_BUDGET):
+            try:
+                data, address = self._socket.recvfrom(MAX_HEP_FRAME + 1, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                # Such as an ICMP error that a former packet brought about.
+                self._agent.malformed("udp_receive", str(error), "")
+                return
+            self._agent.receive(data, "udp", _sender(address))
+
+
+class TcpServer(gevent.server.StreamServer):
+    """HEP over TCP: a greenlet a connection; one that loses framing is closed, others go on."""
+
+    def __init__(self, sock: socket.socket, agent: Agent) -> None:
+        super().__init__(sock, handle=self._converse, spawn=MAX_CONNECTIONS)
+        self._agent = agent
+
+    def _converse(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        agent, sender, splitter = self._agent, _sender(address), HepSplitter()
+        agent.connections += 1
+        agent.metrics.count("connections.opened")
+        frames = 0
+        try:
+            while data := sock.recv(splitter.room):
+                for frame in splitter.feed(data):
+                    agent.receive(frame, "tcp", sender)
+                    frames += 1
+                    if frames % TCP_BUDGET == 0:
+                        gevent.sleep(0)
+                # recv does not yield while there is something to read.
+                gevent.sleep(0)
+            log.debug("connection closed", extra={"event": "connection_closed", "sender": sender})
+        except HepError as error:
+            agent.malformed(f"hep_{error.kind}", f"connection closed: {error}", sender)
+        except OSError as error:
+            agent.metrics.count("connections.failed")
+            extra = {"event": "connection_failed", "sender": sender}
+            log.warning("connection failed: %s", error, extra=extra)
+        finally:
+            agent.connections -= 1
+
+
+# Room 15: command line
+
+
+def run(configuration: Configuration) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status."""
+    settings = configuration.settings
+    limiter = set_up_logging(settings, sys.stdout)
+    for warning in configuration.warnings:
+        log.warning(warning, extra={"event": "former_option"})
+    agent = Agent(settings, configuration.rules, limiter)
+    servers: list[gevent.server.BaseServer] = []
+    try:
+        if settings.listen_udp:
+            servers.append(UdpServer(bind(settings.listen_udp, socket.SOCK_DGRAM), agent))
+        if settings.listen_tcp:
+            servers.append(TcpServer(bind(settings.listen_tcp, socket.SOCK_STREAM), agent))
+    except OSError as error:
+        return _fail(f"cannot listen on {error.strerror}")
+    stop = gevent.event.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    gevent.signal_handler(signal.SIGTERM, on_signal)
+    gevent.signal_handler(signal.SIGINT, on_signal)
+    gevent.signal_handler(signal.SIGHUP, agent.reload)
+    for server in servers:
+        server.start()
+        host, port = server.socket.getsockname()[:2]
+        extra = {
+            "event": "listening",
+            "address": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+        }
+        extra["transport"] = "udp" if isinstance(server, UdpServer) else "tcp"
+        extra["receive_buffer"] = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        log.info("listening", extra=extra)
+    while not stop.wait(TICK):
+        agent.tick()
+    _shut_down(agent, servers)
+    return 0
+
+
+def _shut_down(agent: Agent, servers: Sequence[gevent.server.BaseServer]) -> None:
+    log.info("stopping", extra={"event": "stopping", "waiting": len(agent.delivery)})
+    for server in servers:
+        if isinstance(server, UdpServer):
+            server.do_read()
+        server.stop(timeout=0)
+    # What waits for a late message is decided with what is known now.
+    agent.tick(ahead=agent.settings.reorder_window)
+    deadline = time.monotonic() + agent.settings.shutdown_timeout
+    while len(agent.delivery) and time.monotonic() < deadline:
+        gevent.sleep(TICK / 2)
+        agent.tick()
+    agent.delivery.stop()
+    agent.flush(time.monotonic())
+    running = agent.table.sizes()[ANSWERED]
+    if running:
+        extra = {"event": "calls_forgotten", "running": running}
+        log.warning("running calls are forgotten: their end will not be reported", extra=extra)
+    log.info("stopped", extra={"event": "stopped"})
+
+
+def decode_files(names: Sequence[str], out: Any) -> int:
+    """Print captures as text: `.hepl` files, or files of concatenated HEP3 frames."""
+    status = 0
+    for name in names:
+        try:
+            for where, data in _read_packets(name):
+                print(f"{name}:{where}: {describe(data)}", file=out)
+        except (OSError, ValueError, HepError) as error:
+            print(f"rating_agent_hep.py: {name}: {error}", file=sys.stderr)
+            status = 2
+    return status
+
+
+def _read_packets(name: str) -> Iterator[tuple[str, bytes]]:
+    """Yield a label and the octets of each packet in a capture. Raises OSError, ValueError."""
+    with open(name, "rb") as file:
+        data = file.read()
+    if not data.startswith(b"{"):
+        frames = [data] if data[:1] in (b"\x01", b"\x02") else HepSplitter().feed(data)
+        yield from ((str(index), frame) for index, frame in enumerate(frames, 1))
+        return
+    splitters: dict[Any, HepSplitter] = {}
+    for index, line in enumerate(data.splitlines(), 1):
+        event = json.loads(line)
+        if event.get("ev") != "data":
+            continue
+        octets = b64decode(event["data"])
+        if event["transport"] == "udp":
+            yield str(index), octets
+            continue
+        for frame in splitters.setdefault(event["conn"], HepSplitter()).feed(octets):
+            yield str(index), frame
+
+
+def describe(data: bytes) -> str:
+    """A HEP packet as text for a terminal: a line of its facts, then the payload, indented."""
+    try:
+        packet = decode_hep(data, 0)
+    except HepError as error:
+        return f"malformed: {error}"
+    source = f"{packet.source_ip or '?'} port {packet.source_port}"
+    destination = f"{packet.destination_ip or '?'} port {packet.destination_port}"
+    facts = [f"HEP{packet.version} {rfc3339(packet.time)} {source} > {destination}"]
+    facts.append(f"type {packet.protocol_type}, capture id {packet.capture_id}")
+    if packet.capture_name or packet.correlation_id:
+        facts.append(f"name {packet.capture_name!r}, correlation id {packet.correlation_id!r}")
+    if packet.auth_key:
+        facts.append("with a key")
+    text = packet.payload.decode("utf-8", "backslashreplace").replace("\r\n", "\n").rstrip("\n")
+    lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in x) for x in text.split("\n")]
+    return "\n    ".join([", ".join(facts), *lines])
+
+
+def _fail(text: str) -> int:
+    print(f"rating_agent_hep.py: {text}", file=sys.stderr)
+    return 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns the exit status: 0, or 2 for what the operator has to mend."""
+    try:
+        arguments = sys.argv[1:] if argv is None else argv
+        configuration = load_configuration(arguments, dict(os.environ))
+    except ConfigError as error:
+        return _fail(str(error))
+    if configuration.command == "decode":
+        if not configuration.files:
+            return _fail("decode: no file; allowed: decode FILE...")
+        return decode_files(configuration.files, sys.stdout)
+    if configuration.command == "check":
+        for warning in configuration.warnings:
+            print(f"# {warning}")
+        for line in effective(configuration):
+            print(line)
+        return 0
+    return run(configuration)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

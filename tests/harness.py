@@ -1,0 +1,192 @@
+"""The agent as a process, real sockets, and a rating API server that keeps a ledger."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import gevent
+from gevent.pywsgi import WSGIServer
+
+ROOT = Path(__file__).resolve().parent.parent
+# The selection that is in the repository, and all captures where they are there.
+SELECTION = ROOT / "tests" / "captures"
+ALL = ROOT.parent / "shared" / "captures"
+# Seconds for anything that has to happen; far more than it takes on a busy machine.
+DEADLINE = 30.0
+TOLERANCE = 0.050  # seconds between a message and its forwarded copy
+
+
+def captures_folder() -> Path:
+    """All captures where they are there, else the selection."""
+    return ALL if (ALL / "expected.json").exists() else SELECTION
+
+
+def expected(folder: Path) -> dict[str, dict[str, Any]]:
+    """What a right agent reports for each capture: file name to `expected.json`'s entry."""
+    entries: dict[str, dict[str, Any]] = json.loads((folder / "expected.json").read_text())
+    return entries
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLINE) -> None:
+    """Poll until the condition holds; fails the test with `what` when the time is over."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not in {seconds:g} s: {what}"
+        gevent.sleep(0.01)
+
+
+class RatingServer:
+    """A rating API over HTTP on loopback that answers ok and keeps each request in order.
+
+    `requests` holds (path, body). `answer` may be replaced to answer otherwise: it takes path and
+    body and returns (status, JSON).
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.answer: Callable[[str, dict[str, Any]], tuple[str, Any]] = lambda path, body: (
+            "200 OK",
+            {"ok": True},
+        )
+        self._server = WSGIServer(("127.0.0.1", 0), self._serve, log=None)
+        self._server.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def _serve(self, environ: dict[str, Any], start: Any) -> list[bytes]:
+        body = json.loads(environ["wsgi.input"].read())
+        self.requests.append((environ["PATH_INFO"], body))
+        status, answer = self.answer(environ["PATH_INFO"], body)
+        start(status, [("Content-Type", "application/json")])
+        return [json.dumps(answer).encode()]
+
+    def __enter__(self) -> RatingServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop(timeout=1)
+
+
+class AgentProcess:
+    """The agent on ports of its own choice; `lines` are its JSON log lines, parsed."""
+
+    def __init__(self, *options: str, env: dict[str, str] | None = None) -> None:
+        self.lines: list[dict[str, Any]] = []
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                str(ROOT / "rating_agent_hep.py"),
+                "--listen-udp=127.0.0.1:0",
+                "--listen-tcp=127.0.0.1:0",
+                *options,
+            ],
+            stdout=subprocess.PIPE,
+            env={**os.environ, **(env or {})},
+        )
+        self.pid = self._process.pid
+        self._reader = gevent.spawn(self._read)
+        wait_until(lambda: len(self.events("listening")) == 2 or self.ended, "the agent listens")
+        assert not self.ended, "the agent ended at start"
+        self.udp, self.tcp = (self._address(transport) for transport in ("udp", "tcp"))
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(json.loads(line))
+
+    def _address(self, transport: str) -> tuple[str, int]:
+        line = next(x for x in self.events("listening") if x["transport"] == transport)
+        host, _, port = line["address"].rpartition(":")
+        return host, int(port)
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The log lines of one event."""
+        return [line for line in self.lines if line.get("event") == name]
+
+    def kill(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Ask it to end, wait for it, return its exit status."""
+        if not self.ended:
+            self.kill(number)
+        wait_until(lambda: self.ended, "the agent ends")
+        self._reader.join(timeout=DEADLINE)
+        return int(self._process.returncode)
+
+    def __enter__(self) -> AgentProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.ended:
+            os.kill(self.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+def send_udp(address: tuple[str, int], datagrams: Iterable[bytes]) -> None:
+    """Send datagrams slowly enough for the default receive buffer: UDP has no back-pressure."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(address)
+        for index, datagram in enumerate(datagrams):
+            sock.send(datagram)
+            if index % 20 == 19:
+                gevent.sleep(0.005)
+
+
+def send_tcp(address: tuple[str, int], pieces: Iterable[bytes]) -> None:
+    """Send pieces of a stream over one connection, each as a segment of its own."""
+    with socket.create_connection(address) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in pieces:
+            sock.sendall(piece)
+            gevent.sleep(0)
+
+
+def seconds(stamp: str) -> float:
+    """RFC 3339 to UNIX time."""
+    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
+
+
+def ledger_faults(
+    requests: Sequence[tuple[str, dict[str, Any]]], entries: dict[str, dict[str, Any]]
+) -> list[str]:
+    """Where the requests of the API differ from what was expected; empty where all is right."""
+    reported: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for path, body in requests:
+        kind = path.removeprefix("/v1/").removesuffix("_transaction")
+        reported.setdefault(body["transaction_tag"], []).append((kind, body))
+    faults = []
+    for name, entry in entries.items():
+        for call in entry["calls"]:
+            got = reported.pop(call["call_id"], [])
+            want = [kind for kind in ("begin", "end") if call[kind]]
+            where = f"{name} {call['call_id']}"
+            if [kind for kind, _ in got] != want:
+                faults.append(f"{where}: {[kind for kind, _ in got]}, expected {want}")
+                continue
+            for kind, body in got:
+                drift = seconds(body[f"timestamp_{kind}"]) - seconds(call[kind])
+                if abs(drift) > TOLERANCE:
+                    faults.append(f"{where}: {kind} is {drift:+.3f} s off")
+                fields = ["account_tag", "destination_account_tag"]
+                fields += ["source", "destination"] if kind == "begin" else []
+                faults += [
+                    f"{where}: {field} {body.get(field)!r}, expected {call[field]!r}"
+                    for field in fields
+                    if body.get(field) != call[field]
+                ]
+    faults += [f"reported, but not expected: {tag}: {got}" for tag, got in reported.items()]
+    return faults
