@@ -85,7 +85,7 @@ MAX_HELD = 50_000
 # Notices (orphans, evictions) kept between two looks of the agent, which comes ten times a second.
 MAX_NOTICES = 1_000
 # Calls that one tick may expire, so that a mass expiry never holds the event loop for long.
-MAX_EXPIRED_PER_TICK = 1_000
+MAX_EXPIRED_PER_TICK = 2_000
 # Seconds. 64*T1 of RFC 3261: a late 200, a retransmission or another copy may trail that long.
 LINGER = 32.0
 # Seconds. RFC 4028 section 5: no session interval may be shorter.
@@ -555,10 +555,14 @@ _REQUESTS = frozenset(("INVITE", "ACK", "BYE", "CANCEL", "UPDATE"))
 _REPLIES = frozenset(("INVITE", "UPDATE"))
 _TOKEN = r"[A-Za-z0-9.!%*_+`'~-]+"
 _START = re.compile(rf"[\r\n]*({_TOKEN})(/\d+\.\d+)?[ \t]".encode())
-_REQUEST_LINE = re.compile(rf"({_TOKEN})[ \t]+([^\s<>]+)[ \t]+SIP/2\.0\s*", re.I)
-_STATUS_LINE = re.compile(r"SIP/2\.0[ \t]+([1-6]\d\d)(?:\s.*)?", re.I | re.S)
+# White space is ASCII's: in Latin-1 text the octets 0x85 and 0xA0, half of a UTF-8 letter, would
+# count as well.
+_SPACE = " \t\r\n"
+_NO_SPACE = str.maketrans("", "", _SPACE)
+_REQUEST_LINE = re.compile(rf"({_TOKEN})[ \t]+([^\s<>]+)[ \t]+SIP/2\.0\s*", re.I | re.A)
+_STATUS_LINE = re.compile(r"SIP/2\.0[ \t]+([1-6]\d\d)(?:\s.*)?", re.I | re.S | re.A)
 _CSEQ_METHOD = re.compile(rf"\ncseq[ \t]*:\s*\d+\s+({_TOKEN})".encode(), re.I)
-_CSEQ = re.compile(rf"(\d{{1,10}})\s+({_TOKEN})")
+_CSEQ = re.compile(rf"0*(\d{{1,10}})\s+({_TOKEN})", re.A)
 _MAX_CSEQ = 2**31 - 1
 _FOLD = re.compile(r"\r?\n[ \t]+")
 # RFC 3261 section 7.3.3 and the RFCs that define each further header.
@@ -573,9 +577,9 @@ _COMMA_OR_BRACKET = re.compile('[,<"]')
 _BRACKET_OR_SEMICOLON = re.compile('[<;"]')
 _SEMICOLON = re.compile('[;"]')
 _QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.S)
-_VIA = re.compile(r"[^\s/]+\s*/\s*[^\s/]+\s*/\s*[^\s;]+\s+([^;]*)")
-_BRANCH = re.compile(r";\s*branch\s*=\s*([^;\s]*)", re.I)
-_TAG = re.compile(r";\s*tag\s*=\s*([^;,\s]*)", re.I)
+_VIA = re.compile(r"[^\s/]+\s*/\s*[^\s/]+\s*/\s*[^\s;]+\s+([^;]*)", re.A)
+_BRANCH = re.compile(r";\s*branch\s*=\s*([^;\s]*)", re.I | re.A)
+_TAG = re.compile(r";\s*tag\s*=\s*([^;,\s]*)", re.I | re.A)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 
 
@@ -607,7 +611,7 @@ class SipMessage:
         """The hops, the latest first (RFC 3261 section 20.42); at least one, maybe empty."""
         if self._vias is None:
             lines = self.headers.get("via", ())
-            hops = tuple(_parse_via(value) for line in lines for value in split_values(line))
+            hops = tuple(_parse_via(value) for line in lines for value in split_leniently(line))
             self._vias = hops or (Via("", ""),)
         return self._vias
 
@@ -635,7 +639,7 @@ def parse_sip(payload: bytes, time: int = 0) -> SipMessage | None:
         raise SipError("start-line", f"no SIP message: it begins with {payload[:16]!r}")
     first = start[1].decode("latin-1")
     if start[2] is not None:
-        cseq = _CSEQ_METHOD.search(payload)
+        cseq = _CSEQ_METHOD.search(payload, 0, _head_end(payload, start.start(1)))
         if cseq is not None and cseq[1].decode("latin-1") not in _REPLIES:
             return None
     elif first not in _REQUESTS:
@@ -674,24 +678,28 @@ def _first_line(payload: bytes, start: int) -> str:
     return payload[start : end if end >= 0 else len(payload)].decode("latin-1")
 
 
+def _head_end(payload: bytes, start: int) -> int:
+    """Where the headers end: at the empty line.
+
+    Without one the message is cut, and so may be its last line: only whole lines count.
+    """
+    ends = payload.find(b"\n\r\n", start), payload.find(b"\n\n", start)
+    return min((end for end in ends if end >= 0), default=max(payload.rfind(b"\n"), start))
+
+
 def _read_head(payload: bytes, start: int) -> tuple[str, dict[str, list[str]]]:
     """The start line and the headers by lower-case full name (RFC 3261 section 7.3)."""
-    ends = [
-        end for end in (payload.find(b"\n\r\n", start), payload.find(b"\n\n", start)) if end > 0
-    ]
-    # Without an empty line the message is cut; its last line may be, so only whole ones count.
-    end = min(ends) if ends else payload.rfind(b"\n", start)
-    text = payload[start : max(end, start)].decode("latin-1")
+    text = payload[start : _head_end(payload, start)].decode("latin-1")
     if "\n " in text or "\n\t" in text:
         text = _FOLD.sub(" ", text)
-    lines = text.split("\n")
+    line, *lines = text.split("\n")
     headers: dict[str, list[str]] = {}
-    for line in lines[1:]:
-        name, colon, value = line.partition(":")
+    for header in lines:
+        name, colon, value = header.partition(":")
         if colon:
-            name = name.strip().lower()
-            headers.setdefault(_COMPACT.get(name, name), []).append(value.strip())
-    return lines[0], headers
+            name = name.strip(_SPACE).lower()
+            headers.setdefault(_COMPACT.get(name, name), []).append(value.strip(_SPACE))
+    return line, headers
 
 
 def _parse_start_line(line: str) -> tuple[str, int, str]:
@@ -735,33 +743,51 @@ def split_values(text: str) -> list[str]:
     Empty values are left out. Raises SipError for a quoted string that never ends.
     """
     if "," not in text:
-        return [text] if text.strip() else []
+        return [text] if text.strip(_SPACE) else []
     values, start, position = [], 0, 0
     while (position := _find_unquoted(text, _COMMA_OR_BRACKET, position)) >= 0:
         if text[position] == "<":
             closing = text.find(">", position)
             position = closing if closing >= 0 else len(text)
             continue
-        values.append(text[start:position].strip())
+        values.append(text[start:position].strip(_SPACE))
         start = position = position + 1
-    values.append(text[start:].strip())
+    values.append(text[start:].strip(_SPACE))
     return [value for value in values if value]
+
+
+def split_leniently(line: str) -> list[str]:
+    """The same, and a line whose quotes do not close as one value."""
+    try:
+        return split_values(line)
+    except SipError:
+        return [line]
 
 
 def _parse_via(text: str) -> Via:
     hop = _VIA.match(text)
     branch = _BRANCH.search(text)
-    sent_by = "".join(hop[1].split()).lower() if hop else ""
+    sent_by = hop[1].translate(_NO_SPACE).lower() if hop else ""
     return Via(branch[1] if branch else "", sent_by)
 
 
 def _tag(text: str) -> str:
     """The tag of a From or To header, "" where there is none (RFC 3261 section 19.3)."""
-    if '"' in text:
-        return parse_address(text).params.get("tag", "")
-    # In an address without angle brackets the parameters are the header's (section 20).
-    tag = _TAG.search(text, text.find(">") + 1)
+    tag = _TAG.search(_split_address(text)[1])
     return tag[1] if tag else ""
+
+
+def _split_address(text: str) -> tuple[str, str]:
+    """The URI and the parameters of a name-addr or addr-spec. Raises SipError."""
+    opening = _find_unquoted(text, _BRACKET_OR_SEMICOLON)
+    if opening >= 0 and text[opening] == "<":
+        closing = text.find(">", opening)
+        if closing < 0:
+            raise SipError("address", "an angle bracket that does not close")
+        return text[opening + 1 : closing], text[closing + 1 :]
+    # Without brackets a semicolon begins the parameters of the header, not of the URI.
+    end = opening if opening >= 0 else len(text)
+    return text[:end], text[end:]
 
 
 def parse_address(text: str) -> Address:
@@ -769,15 +795,8 @@ def parse_address(text: str) -> Address:
 
     Raises SipError for what has no URI, or quotes or brackets that do not close.
     """
-    opening = _find_unquoted(text, _BRACKET_OR_SEMICOLON)
-    if opening >= 0 and text[opening] == "<":
-        closing = text.find(">", opening)
-        if closing < 0:
-            raise SipError("address", "an angle bracket that does not close")
-        return Address(parse_uri(text[opening + 1 : closing]), _parse_params(text[closing + 1 :]))
-    # Without brackets a semicolon begins the parameters of the header, not of the URI.
-    end = opening if opening >= 0 else len(text)
-    return Address(parse_uri(text[:end]), _parse_params(text[end:]))
+    uri, params = _split_address(text)
+    return Address(parse_uri(uri), _parse_params(params))
 
 
 def _parse_params(text: str) -> dict[str, str]:
@@ -786,33 +805,33 @@ def _parse_params(text: str) -> dict[str, str]:
     while start >= 0:
         end = _find_unquoted(text, _SEMICOLON, start + 1)
         name, _, value = text[start + 1 : end if end >= 0 else len(text)].partition("=")
-        params.setdefault(name.strip().lower(), value.strip())
+        params.setdefault(name.strip(_SPACE).lower(), value.strip(_SPACE))
         start = end
     return params
 
 
 def parse_uri(text: str) -> Uri:
     """Parse a URI (RFC 3261 section 19.1.1, RFC 3966). Raises SipError where there is none."""
-    scheme, colon, rest = text.strip().partition(":")
+    scheme, colon, rest = text.strip(_SPACE).partition(":")
     if not colon or not _SCHEME.fullmatch(scheme):
         raise SipError("uri", f"no URI: {text[:40]!r}")
     scheme = scheme.lower()
     if scheme == "tel":
-        return Uri(scheme, rest.partition(";")[0].strip(), "", None)
+        return Uri(scheme, rest.partition(";")[0].strip(_SPACE), "", None)
     if scheme not in ("sip", "sips"):
         return Uri(scheme, "", "", None)
     userinfo, at, host = rest.partition("@")
     if not at:
         userinfo, host = "", rest
-    host = re.split("[;?]", host, maxsplit=1)[0].strip()
+    host = re.split("[;?]", host, maxsplit=1)[0].strip(_SPACE)
     port = ""
     if host.startswith("["):
         host, _, port = host[1:].partition("]")
         port = port.lstrip(":")
     elif ":" in host:
         host, _, port = host.partition(":")
-    number = int(port) if re.fullmatch(r"[0-9]{1,5}", port.strip()) else None
-    return Uri(scheme, userinfo.partition(":")[0].strip(), host.strip().lower(), number)
+    number = int(port) if re.fullmatch(r"[0-9]{1,5}", port.strip(_SPACE)) else None
+    return Uri(scheme, userinfo.partition(":")[0].strip(_SPACE), host.strip(_SPACE).lower(), number)
 
 
 _ODD_IN_ID = re.compile(r"[^!-\]_-~]")
@@ -968,11 +987,11 @@ def _source_uris(source: str, settings: Settings, message: SipMessage) -> list[U
     elif source == "history-info":
         name, index = settings.sip_header_history_info, settings.sip_header_history_info_index
         lines = message.header(name) if name else []
-        entries = [value for line in lines for value in _split_leniently(line)]
+        entries = [value for line in lines for value in split_leniently(line)]
         # Counted from the last, which is the present target itself (RFC 7044 section 5).
         texts = [entries[-1 - index]] if len(entries) > index else []
     else:
-        texts = [value for line in message.header(source) for value in _split_leniently(line)]
+        texts = [value for line in message.header(source) for value in split_leniently(line)]
         if source == "diversion":
             # Topmost is the most recent (RFC 5806 section 5.2).
             texts = texts[:1]
@@ -984,13 +1003,6 @@ def _source_uris(source: str, settings: Settings, message: SipMessage) -> list[U
             continue
     # RFC 3325 section 9.1: an asserted identity may be one sip and one tel URI; sip goes first.
     return sorted(uris, key=lambda uri: uri.scheme == "tel")
-
-
-def _split_leniently(line: str) -> list[str]:
-    try:
-        return split_values(line)
-    except SipError:
-        return [line]
 
 
 def transaction_tag(route: Route, sighting: Sighting) -> str:
@@ -1189,12 +1201,11 @@ def _condition(key: str, value: Any) -> list[Callable[[Sighting], bool]]:
         return [lambda seen: seen.packet.capture_name in names]
     if key in ("sender", "source_network", "destination_network"):
         networks = [_network(text) for text in _texts(value)]
-        pick = {
-            "sender": lambda seen: seen.sender,
-            "source_network": lambda seen: seen.packet.source,
-            "destination_network": lambda seen: seen.packet.destination,
-        }[key]
-        return [lambda seen: _in_networks(pick(seen), networks)]
+        if key == "sender":
+            return [lambda seen: _in_networks(seen.sender, networks)]
+        if key == "source_network":
+            return [lambda seen: _in_networks(seen.packet.source, networks)]
+        return [lambda seen: _in_networks(seen.packet.destination, networks)]
     domains = _domains(value)
     source = {"from_domain": "from", "to_domain": "to", "request_domain": "request-uri"}[key]
     return [lambda seen: in_domains(_host(source, seen.message), domains)]
@@ -1518,8 +1529,9 @@ class CallTable:
     """All calls that are being followed, and what the messages make of them.
 
     ``handle`` and ``expire`` take ``now``, seconds of a monotonic clock, and return the events to
-    report, in order. ``counts`` maps metric names to totals. ``rules`` may be replaced at any time:
-    a call keeps the route it got.
+    report, in order. Should one raise, what it had brought about so far comes with the next call,
+    so that nothing is lost by it. ``counts`` maps metric names to numbers since they were last
+    taken. ``rules`` may be replaced at any time: a call keeps the route it got.
 
     Each state has one timeout, so each is one ordered dict whose head is the next to expire.
     """
@@ -1531,6 +1543,8 @@ class CallTable:
         self.rules = rules
         self.counts: dict[str, int] = {}
         self.notices: list[Notice] = []
+        self._now = 0.0
+        self._events: list[RatingEvent] = []
         self._calls: dict[str, list[Call]] = {}
         self._states: dict[str, OrderedDict[Call, None]] = {
             state: OrderedDict() for state in STATES
@@ -1558,32 +1572,35 @@ class CallTable:
 
     def handle(self, sighting: Sighting, now: float) -> list[RatingEvent]:
         """Take in one message; return the events that it brings about."""
+        self._now = now
         message = sighting.message
-        events: list[RatingEvent] = []
-        calls = self._calls.get(message.call_id)
         if message.method == "INVITE" and not message.to_tag:
-            self._handle_invite(sighting, calls or [], now, events)
-        elif calls is None:
-            self._hold(None, message, now, events)
+            self._handle_invite(sighting)
+        elif message.call_id not in self._calls:
+            self._hold(None, message)
         else:
-            for call in tuple(calls):
-                self._process(call, message, now, events)
-        return events
+            for call in tuple(self._calls[message.call_id]):
+                self._process(call, message)
+        return self._take_events()
 
     def expire(self, now: float) -> list[RatingEvent]:
         """Act on every deadline that has passed, at most MAX_EXPIRED_PER_TICK of each kind."""
-        events: list[RatingEvent] = []
+        self._now = now
         for _ in range(MAX_EXPIRED_PER_TICK):
             if not self._waiting or self._waiting[0][0] > now:
                 break
-            self._release(now, events)
+            self._release()
         for state, calls in self._states.items():
             for _ in range(MAX_EXPIRED_PER_TICK):
                 call = next(iter(calls), None)
                 if call is None or call.entered + self._timeouts[state] > now:
                     break
-                self._expire_call(call, "deadline", events)
-        self._expire_sessions(now, events)
+                self._expire_call(call, "deadline")
+        self._expire_sessions()
+        return self._take_events()
+
+    def _take_events(self) -> list[RatingEvent]:
+        events, self._events = self._events, []
         return events
 
     def take_notices(self) -> list[Notice]:
@@ -1595,41 +1612,37 @@ class CallTable:
         """Add to a counter."""
         self.counts[name] = self.counts.get(name, 0) + number
 
-    def _handle_invite(
-        self, sighting: Sighting, calls: Sequence[Call], now: float, events: list[RatingEvent]
-    ) -> None:
+    def _handle_invite(self, sighting: Sighting) -> None:
         packet, message = sighting.packet, sighting.message
         route = choose_route(self.rules, sighting)
-        for call in calls:
+        for call in self._calls.get(message.call_id, ()):
             # A copy from the same capture agent is the same call even where its addresses match
             # another rule; from another agent it may be another tenant's charge for the call.
             if call.capture_id == packet.capture_id or call.route.tenant == route.tenant:
                 break
         else:
-            call = self._create(sighting, route, now, events)
+            call = self._create(sighting, route)
         step = TRANSITIONS.get((call.state, classify(call, message, self.settings.begin_on)))
         if step is not None and step[1] == NEW_CALL:
             self._leave(call)
-            call = self._create(sighting, route, now, events)
+            call = self._create(sighting, route)
         if call.state in (TRYING, FAILED) and call.from_tag == message.from_tag:
             self._identify(call, sighting, route)
-        self._process(call, message, now, events)
+        self._process(call, message)
 
-    def _create(
-        self, sighting: Sighting, route: Route, now: float, events: list[RatingEvent]
-    ) -> Call:
+    def _create(self, sighting: Sighting, route: Route) -> Call:
         if len(self) >= self.settings.max_calls:
-            self._evict(sighting.message.time, events)
+            self._evict(sighting.message.time)
         call = Call(sighting.message, sighting.packet.capture_id)
         call.route = route
         self._calls.setdefault(call.call_id, []).append(call)
-        call.entered = now
+        call.entered = self._now
         self._states[TRYING][call] = None
         # What came before its INVITE; kept there, for another tenant's INVITE may follow.
         for early in self._orphans.get(call.call_id, ()):
             early.claimed = True
             call.held.append(early)
-            self._wait(call.call_id, call, early, now)
+            self._wait(call.call_id, call, early)
         return call
 
     def _identify(self, call: Call, sighting: Sighting, route: Route) -> None:
@@ -1666,14 +1679,12 @@ class CallTable:
         except SipError:
             return ""
 
-    def _process(
-        self, call: Call, message: SipMessage, now: float, events: list[RatingEvent]
-    ) -> None:
+    def _process(self, call: Call, message: SipMessage) -> None:
         """Apply a message, then those held before that it may have made sense of."""
-        if self._apply(call, message, self._trigger(call, message), now, events):
-            self._process_held(call, now, events)
+        if self._apply(call, message, self._trigger(call, message)):
+            self._process_held(call)
 
-    def _process_held(self, call: Call, now: float, events: list[RatingEvent]) -> None:
+    def _process_held(self, call: Call) -> None:
         changed = True
         while changed and call.held:
             changed = False
@@ -1682,7 +1693,7 @@ class CallTable:
                 step = TRANSITIONS.get((call.state, trigger))
                 if step is None or step[1] != HOLD:
                     call.held.remove(held)
-                    changed |= self._apply(call, held, trigger, now, events)
+                    changed |= self._apply(call, held, trigger)
 
     def _trigger(self, call: Call, message: SipMessage) -> str:
         attempt = call.attempt
@@ -1696,9 +1707,7 @@ class CallTable:
             attempt.observe(message)
         return classify(call, message, self.settings.begin_on)
 
-    def _apply(
-        self, call: Call, message: SipMessage, trigger: str, now: float, events: list[RatingEvent]
-    ) -> bool:
+    def _apply(self, call: Call, message: SipMessage, trigger: str) -> bool:
         """Take one step of the table; True where held messages may mean something else now."""
         step = TRANSITIONS.get((call.state, trigger))
         if step is None:
@@ -1706,7 +1715,7 @@ class CallTable:
             return False
         state, action = step
         if action == HOLD:
-            self._hold(call, message, now, events)
+            self._hold(call, message)
             return False
         if action == RESTART:
             call.from_tag, call.cseq = message.from_tag, message.cseq
@@ -1716,26 +1725,26 @@ class CallTable:
             assert call.attempt is not None
             if call.attempt.accepted is None:
                 call.attempt.accepted = message.to_tag
-            self._note_session(call, message, now)
+            self._note_session(call, message)
         elif action == BEGIN:
-            self._begin(call, message, now, events)
+            self._begin(call, message)
         elif action == NOTE_SESSION:
             if call.in_dialog(message):
                 call.last = max(call.last, message.time)
-                self._note_session(call, message, now)
+                self._note_session(call, message)
         elif action == END:
-            self._end(call, message.time, "bye", events)
+            self._end(call, message.time, "bye")
         elif action == ORPHAN:
             self._orphan(call.call_id, message)
         if state != call.state or action in (RESTART, NOTE_ANSWER):
-            self._enter(call, state, now)
+            self._enter(call, state)
             return True
         return trigger in (INVITE_COPY, ANSWER, ANSWER_NOTED, PROVISIONAL)
 
-    def _enter(self, call: Call, state: str, now: float) -> None:
+    def _enter(self, call: Call, state: str) -> None:
         del self._states[call.state][call]
         call.state = state
-        call.entered = now
+        call.entered = self._now
         self._states[state][call] = None
         if state in (ANSWERED, ENDED):
             call.attempt = None
@@ -1749,29 +1758,30 @@ class CallTable:
         if not calls:
             del self._calls[call.call_id]
         call.held.clear()
-        if call.session_slot in self._sessions:
-            self._sessions[call.session_slot].pop(call, None)
+        slot = self._sessions.get(call.session_slot)
+        if slot is not None:
+            slot.pop(call, None)
+            if not slot:
+                del self._sessions[call.session_slot]
 
     # What is held
 
-    def _hold(
-        self, call: Call | None, message: SipMessage, now: float, events: list[RatingEvent]
-    ) -> None:
+    def _hold(self, call: Call | None, message: SipMessage) -> None:
         held = call.held if call else self._orphans.setdefault(message.call_id, [])
         if len(held) >= MAX_HELD_PER_CALL:
             self.count("messages.held_dropped")
             return
         held.append(message)
-        self._wait(message.call_id, call, message, now)
+        self._wait(message.call_id, call, message)
         while len(self._waiting) > MAX_HELD:
             self.count("messages.held_early")
-            self._release(now, events)
+            self._release()
 
-    def _wait(self, call_id: str, call: Call | None, message: SipMessage, now: float) -> None:
-        deadline = now + self.settings.reorder_window
+    def _wait(self, call_id: str, call: Call | None, message: SipMessage) -> None:
+        deadline = self._now + self.settings.reorder_window
         self._waiting.append((deadline, call_id, call, message))
 
-    def _release(self, now: float, events: list[RatingEvent]) -> None:
+    def _release(self) -> None:
         """The reorder window of the message that waits longest is over."""
         _, call_id, call, message = self._waiting.popleft()
         if call is None:
@@ -1788,13 +1798,14 @@ class CallTable:
         for ack in sorted(call.held, key=lambda held: held.time):
             if ack.method == "ACK" and self._trigger(call, ack) == ACK_WAITS:
                 call.held.remove(ack)
-                if self._apply(call, ack, ACK_OVERDUE, now, events):
-                    self._process_held(call, now, events)
+                self._apply(call, ack, ACK_OVERDUE)
+                self._process_held(call)
                 break
         if message in call.held:
             call.held.remove(message)
             if self._trigger(call, message) == BYE:
-                self._apply(call, message, BYE_OVERDUE, now, events)
+                self._apply(call, message, BYE_OVERDUE)
+                self._process_held(call)
             else:
                 self.count("messages.held_expired")
 
@@ -1810,13 +1821,11 @@ class CallTable:
 
     # What is reported
 
-    def _begin(
-        self, call: Call, message: SipMessage, now: float, events: list[RatingEvent]
-    ) -> None:
+    def _begin(self, call: Call, message: SipMessage) -> None:
         call.to_tag = message.to_tag
         call.answered = call.last = message.time
         if message.status:
-            self._note_session(call, message, now)
+            self._note_session(call, message)
         if not call.rated:
             ignored = call.route.action == "ignore"
             self.count("calls.unrated.ignored" if ignored else "calls.unrated.no_account")
@@ -1831,13 +1840,15 @@ class CallTable:
             "timestamp_begin": rfc3339(message.time),
         }
         reason = "answer" if message.status else "ack"
-        events.append(self._event(call, "begin", message.time, reason, body))
+        self._events.append(self._event(call, "begin", message.time, reason, body))
 
-    def _end(self, call: Call, time: int, reason: str, events: list[RatingEvent]) -> None:
+    def _end(self, call: Call, time: int, reason: str) -> None:
         if not call.rated:
             return
         self.count("calls.ended")
-        events.append(self._event(call, "end", time, reason, {"timestamp_end": rfc3339(time)}))
+        self._events.append(
+            self._event(call, "end", time, reason, {"timestamp_end": rfc3339(time)})
+        )
 
     @staticmethod
     def _event(call: Call, kind: str, time: int, reason: str, body: dict[str, Any]) -> RatingEvent:
@@ -1866,7 +1877,7 @@ class CallTable:
 
     # What ends without a BYE
 
-    def _note_session(self, call: Call, message: SipMessage, now: float) -> None:
+    def _note_session(self, call: Call, message: SipMessage) -> None:
         """Start, renew or stop the session timer (RFC 4028 sections 7.2 and 10)."""
         if message.status:
             # A 2xx without the header means that there is no session timer from here on.
@@ -1875,28 +1886,28 @@ class CallTable:
         if not call.session:
             return
         call.refreshed = max(call.refreshed, message.time)
-        call.session_deadline = now + call.session + SESSION_GRACE
+        call.session_deadline = self._now + call.session + SESSION_GRACE
         if not call.session_slot:
-            self._queue_session(call, now)
+            self._queue_session(call)
 
-    def _queue_session(self, call: Call, now: float) -> None:
+    def _queue_session(self, call: Call) -> None:
         if not self._sessions:
-            self._session_second = int(now)
+            self._session_second = int(self._now)
         call.session_slot = int(call.session_deadline) + 1
         self._sessions.setdefault(call.session_slot, {})[call] = None
 
-    def _expire_sessions(self, now: float, events: list[RatingEvent]) -> None:
-        while self._sessions and self._session_second <= now:
+    def _expire_sessions(self) -> None:
+        while self._sessions and self._session_second <= self._now:
             for call in self._sessions.pop(self._session_second, ()):
                 call.session_slot = 0
                 # A refresh only moves the deadline; its slot is looked up again here.
-                if call.session and call.session_deadline > now:
-                    self._queue_session(call, now)
+                if call.session and call.session_deadline > self._now:
+                    self._queue_session(call)
                 elif call.session and call.state == ANSWERED:
-                    self._expire_call(call, "session", events)
+                    self._expire_call(call, "session")
             self._session_second += 1
 
-    def _expire_call(self, call: Call, reason: str, events: list[RatingEvent]) -> None:
+    def _expire_call(self, call: Call, reason: str) -> None:
         """A call goes without a message of its own: its timeout or its session's is over."""
         if call.state == ANSWERED:
             self.count("calls.expired.answered")
@@ -1906,12 +1917,12 @@ class CallTable:
                 end = call.refreshed + call.session * 1_000_000
             else:
                 end = call.answered + round(self.settings.max_call_duration * 1_000_000)
-            self._end(call, end, reason, events)
+            self._end(call, end, reason)
             stamp = {"timestamp_end": rfc3339(end), "reason": reason}
             self._notice(Notice("expired", printable_id(call.call_id), stamp))
         self._leave(call)
 
-    def _evict(self, time: int, events: list[RatingEvent]) -> None:
+    def _evict(self, time: int) -> None:
         """Make room for one call: what is over goes first, an answered call last."""
         for state in (ENDED, FAILED, TRYING, ANSWERED):
             call = next(iter(self._states[state]), None)
@@ -1919,7 +1930,7 @@ class CallTable:
                 self.count(f"calls.evicted.{state}")
                 if state == ANSWERED:
                     end = max(time, call.last)
-                    self._end(call, end, "evicted", events)
+                    self._end(call, end, "evicted")
                     stamp = {"timestamp_end": rfc3339(end)}
                     self._notice(Notice("evicted", printable_id(call.call_id), stamp))
                 self._leave(call)
@@ -2981,6 +2992,10 @@ def _read_packets(name: str) -> Iterator[tuple[str, bytes]]:
     for index, line in enumerate(data.splitlines(), 1):
         event = json.loads(line)
         if event.get("ev") != "data":
+            # A recording of several runs uses the numbers of its connections again.
+            if event.get("ev") == "stop":
+                splitters.clear()
+            splitters.pop(event.get("conn"), None)
             continue
         octets = b64decode(event["data"])
         if event["transport"] == "udp":

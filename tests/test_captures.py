@@ -14,8 +14,9 @@ from pathlib import Path
 
 import gevent
 import gevent.pool
-import harness
 import pytest
+
+import harness
 from hep_replay import Event, frames, read_capture
 
 FOLDER = harness.captures_folder()

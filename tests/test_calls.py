@@ -1,0 +1,598 @@
+"""The rules of a call's life, each as a scene: messages in, events out, time as a parameter."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hepbuild
+import rating_agent_hep as agent
+
+UAC = ("127.0.0.20:5070", "z9hG4bK-a")  # the caller's hop: sent-by and branch
+PROXY = ("127.0.0.10:5060", "z9hG4bK-p")
+OTHER_BRANCH = ("127.0.0.10:5060", "z9hG4bK-q")
+AOR = "sip:2001@sip.canyan.io"
+CONTACT = "sip:2001@127.0.0.30:5060"
+START = 1_790_000_000_000_000  # microseconds
+
+
+class Scene:
+    """A call table and a clock; `see` takes a message and returns what it brought about."""
+
+    def __init__(self, routes: str = "", **options: Any) -> None:
+        options.setdefault("sip_local_domains", ("sip.canyan.io",))
+        self.settings = agent.Settings(**options)
+        rules = agent.parse_routes(routes, "routes.yaml", self.settings)
+        self.table = agent.CallTable(self.settings, rules)
+        self.now = 1000.0
+        self.events: list[agent.RatingEvent] = []
+
+    def see(self, payload: bytes, at: float | None = None, capture_id: int = 1) -> list[str]:
+        """One message, stamped `at` seconds after START (default: now), arriving now."""
+        stamp = START + round((self.now - 1000.0 if at is None else at) * 1_000_000)
+        data = hepbuild.hep3(payload, time_us=stamp, capture_id=capture_id)
+        packet = agent.decode_hep(data, 0)
+        message = agent.parse_sip(packet.payload, packet.time)
+        if message is None:
+            return []
+        return self._note(self.table.handle(agent.Sighting(packet, message), self.now))
+
+    def wait(self, seconds: float) -> list[str]:
+        """Let time pass, in steps as the agent's ticks."""
+        end, kinds = self.now + seconds, []
+        for step in (0.1, 1.0, 2.1, 32.1, 90.0, 600.0, 3600.0):
+            if self.now + step < end:
+                self.now += step
+                kinds += self._note(self.table.expire(self.now))
+        self.now = end
+        return kinds + self._note(self.table.expire(self.now))
+
+    def _note(self, events: list[agent.RatingEvent]) -> list[str]:
+        self.events += events
+        return [event.kind for event in events]
+
+    def body(self, index: int = -1) -> dict[str, Any]:
+        body: dict[str, Any] = json.loads(self.events[index].body)
+        return body
+
+    def seconds(self, index: int = -1) -> float:
+        """When an event happened, in seconds after START."""
+        return (self.events[index].time - START) / 1_000_000
+
+
+def invite(
+    cseq: int = 1, *, vias: Any = (UAC,), uri: str = AOR, tag: str = "c", **more: Any
+) -> bytes:
+    return hepbuild.sip_request("INVITE", uri, **common(tag, None, vias), cseq=cseq, **more)
+
+
+def reply(
+    status: int, cseq: int = 1, *, vias: Any = (UAC,), tag: str = "c", to: str = "s", **more: Any
+) -> bytes:
+    return hepbuild.sip_reply(status, **common(tag, to, vias), cseq=cseq, **more)
+
+
+def ack(
+    cseq: int = 1,
+    *,
+    vias: Any = (("127.0.0.20:5070", "z9hG4bK-new"),),
+    uri: str = CONTACT,
+    tag: str = "c",
+    to: str = "s",
+) -> bytes:
+    return hepbuild.sip_request("ACK", uri, **common(tag, to, vias), cseq=cseq)
+
+
+def negative_ack(cseq: int = 1, *, vias: Any = (UAC,), uri: str = AOR) -> bytes:
+    return ack(cseq, vias=vias, uri=uri)
+
+
+def bye(cseq: int = 2, *, tag: str = "c", to: str = "s") -> bytes:
+    return hepbuild.sip_request(
+        "BYE", CONTACT, **common(tag, to, [("127.0.0.20:5070", f"z9hG4bK-bye{cseq}")]), cseq=cseq
+    )
+
+
+def in_dialog(method: str, cseq: int = 2, *, tag: str = "c", to: str = "s") -> bytes:
+    vias = [("127.0.0.20:5070", f"z9hG4bK-{method}{cseq}")]
+    return hepbuild.sip_request(method, CONTACT, **common(tag, to, vias), cseq=cseq)
+
+
+def cancel(vias: Any = (UAC,)) -> bytes:
+    return hepbuild.sip_request("CANCEL", AOR, **common("c", None, vias), cseq=1)
+
+
+def common(tag: str, to: str | None, vias: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    return {
+        "call_id": "call-1@host",
+        "from_tag": tag,
+        "to_tag": to,
+        "branch": "",
+        "vias": list(vias),
+    }
+
+
+# Each scene: a name, the steps (a message, or seconds to wait), and the events they bring about.
+FORWARDED = (PROXY, UAC)
+FORKED = (OTHER_BRANCH, UAC)
+SCENES: list[tuple[str, list[bytes | float], list[str]]] = [
+    ("caller hangs up", [invite(), reply(180), reply(200), ack(), bye()], ["begin", "end"]),
+    ("callee hangs up", [invite(), reply(200), bye(1, tag="s", to="c")], ["begin", "end"]),
+    ("busy", [invite(), reply(486), negative_ack()], []),
+    ("busy, then nothing more for an hour", [invite(), reply(486), 3600.0], []),
+    ("never answered", [invite(), reply(180), 3600.0], []),
+    ("requests only", [invite(), ack(), bye()], ["begin", "end"]),
+    ("requests only, busy", [invite(), negative_ack(), 5.0], []),
+    # 17.1.1.3 by branch and Request-URI; SIPp re-uses the branch, so the URI is the tie-breaker.
+    ("requests only, branch re-used by a 2xx ACK", [invite(), ack(vias=(UAC,))], ["begin"]),
+    (
+        "requests only, ACK to a refusal of a branch whose INVITE comes late",
+        [invite(), negative_ack(vias=(PROXY,)), invite(vias=FORWARDED), 5.0],
+        [],
+    ),
+    (
+        "caller's ACK to a refusal before the caller's INVITE copy",
+        [invite(vias=FORWARDED), negative_ack(), invite(), 5.0],
+        [],
+    ),
+    ("ACK of unknown kind, nothing else comes", [invite(), ack(vias=(PROXY,)), 5.0], ["begin"]),
+    ("401, then answered",
+     [invite(), reply(401), negative_ack(), invite(2), reply(200, 2)], ["begin"]),
+    ("302, then answered",
+     [invite(), reply(302), invite(2), reply(200, 2), bye(3)], ["begin", "end"]),
+    ("late 407 does not end the second attempt",
+     [invite(), invite(2), reply(407, 1), reply(200, 2)], ["begin"]),
+    ("a 200 to the first attempt after the second began is stale",
+     [invite(), invite(2), reply(200, 1), 700.0], []),
+    ("200 after a branch's 486", [invite(), reply(486, vias=FORWARDED), reply(200)], ["begin"]),
+    ("200 after the caller's 486", [invite(), reply(486), reply(200), bye()], ["begin", "end"]),
+    ("a fork rings for minutes after the other's 486",
+     [invite(), invite(vias=FORWARDED), reply(486, vias=FORWARDED), 300.0, reply(200)], ["begin"]),
+    ("the last branch's 200 after all known ones failed",
+     [invite(), reply(486), invite(vias=(("10.0.0.9:5060", "z9hG4bK-z"),)), 60.0, reply(200)],
+     ["begin"]),
+    ("CANCEL has no effect on an answered call", [invite(), reply(200), cancel(), bye()],
+     ["begin", "end"]),
+    ("CANCEL and 200 cross", [invite(), cancel(), reply(200), ack(), bye()], ["begin", "end"]),
+    ("cancelled", [invite(), cancel(), reply(487), negative_ack(), 60.0], []),
+    ("a final response decides, not the ACK",
+     [invite(), reply(486, vias=FORWARDED), ack(), 5.0], []),
+    ("2xx lost, ACK seen", [invite(), reply(180), ack(), 2.5, bye()], ["begin", "end"]),
+    ("2xx comes within the window", [invite(), reply(180), ack(), 1.0, reply(200)], ["begin"]),
+    ("re-INVITE changes nothing",
+     [invite(), reply(200), in_dialog("INVITE"), reply(200, 2), bye(3)], ["begin", "end"]),
+    ("re-INVITE never creates a call", [in_dialog("INVITE"), reply(200, 2), 5.0], []),
+    ("BYE doubled and retransmitted", [invite(), reply(200), bye(), bye(), 0.5, bye()],
+     ["begin", "end"]),
+    ("BYE challenged and sent again", [invite(), reply(200), bye(2), bye(3)], ["begin", "end"]),
+    ("BYE of another fork's dialog does not end the call",
+     [invite(), reply(200), reply(200, to="t"), bye(to="t")], ["begin"]),
+    ("BYE before the answer", [invite(), bye(), 1.0, reply(200)], ["begin", "end"]),
+    ("BYE whose answer was lost is an orphan", [invite(), bye(), 3.0, reply(200), 10.0], []),
+    ("BYE without any call", [bye(), 5.0], []),
+    ("everything before its INVITE", [bye(), ack(), reply(200), invite()], ["begin", "end"]),
+    ("INVITE too late for what it explains", [reply(200), bye(), 2.5, invite(), 5.0], []),
+    ("a copy of the INVITE after the end", [invite(), reply(200), bye(), invite(), reply(200)],
+     ["begin", "end"]),
+    ("the Call-ID is used again for a new dialog",
+     [invite(), reply(200), bye(), invite(tag="d"), reply(200, tag="d"), bye(tag="d")],
+     ["begin", "end", "begin", "end"]),
+    ("another leg under the same Call-ID does not disturb",
+     [invite(), invite(tag="b"), reply(200, tag="b"), reply(200), bye()], ["begin", "end"]),
+    ("redial under the same Call-ID after a refusal",
+     [invite(), reply(486), invite(tag="d"), reply(200, tag="d")], ["begin"]),
+    ("no tags at all (RFC 2543)",
+     [invite(tag=""), reply(200, tag="", to=""), bye(tag="", to="")], ["begin", "end"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps", "kinds"), [s[1:] for s in SCENES], ids=[s[0] for s in SCENES])
+def test_scene(steps: list[bytes | float], kinds: list[str]) -> None:
+    scene = Scene()
+    for step in steps:
+        if isinstance(step, bytes):
+            scene.see(step)
+        else:
+            scene.wait(step)
+    assert [event.kind for event in scene.events] == kinds
+    assert "calls.transition_unknown" not in scene.table.counts
+
+
+def test_begin_and_end_carry_their_messages_times_and_the_same_identity() -> None:
+    scene = Scene(transaction_tags=("gold", "eu"))
+    scene.see(invite(), at=0)
+    scene.see(reply(200), at=3.25)
+    scene.see(ack(), at=3.5)
+    scene.see(bye(), at=63.5)
+    assert (scene.seconds(0), scene.seconds(1)) == (3.25, 63.5)
+    begin, end = scene.body(0), scene.body(1)
+    assert begin == {
+        "tenant": "default",
+        "transaction_tag": "call-1@host",
+        "account_tag": "2000",
+        "destination_account_tag": "2001",
+        "source": "sip:2000@sip.canyan.io",
+        "source_ip": "10.0.0.1",
+        "destination": "sip:2001@sip.canyan.io",
+        "product_tag": "VOICE",
+        "tags": ["gold", "eu"],
+        "timestamp_begin": agent.rfc3339(START + 3_250_000),
+    }
+    assert end == {
+        **{name: begin[name] for name in ("tenant", "transaction_tag", "account_tag")},
+        "destination_account_tag": "2001",
+        "timestamp_end": agent.rfc3339(START + 63_500_000),
+    }
+
+
+def test_requests_only_begin_is_at_once_and_at_the_ack() -> None:
+    scene = Scene()
+    scene.see(invite(), at=0)
+    assert scene.see(ack(), at=2) == ["begin"]
+    assert (scene.seconds(), scene.events[0].reason) == (2.0, "ack")
+
+
+def test_ack_after_a_mirrored_reply_waits_for_its_2xx_which_gives_the_time() -> None:
+    scene = Scene()
+    scene.see(invite(), at=0)
+    scene.see(reply(180), at=1)
+    assert scene.see(ack(), at=5.4) == []
+    assert scene.see(reply(200), at=5.0) == ["begin"]
+    assert (scene.seconds(), scene.events[0].reason) == (5.0, "answer")
+
+
+def test_begin_on_ack() -> None:
+    scene = Scene(begin_on="ack")
+    scene.see(invite(), at=0)
+    assert scene.see(reply(200), at=4) == []
+    assert scene.see(bye(), at=9) == []
+    assert scene.see(ack(), at=5) == ["begin", "end"]
+    assert (scene.seconds(0), scene.seconds(1)) == (5.0, 9.0)
+
+
+def test_begin_on_ack_takes_no_other_forks_ack_and_charges_nothing_without_one() -> None:
+    scene = Scene(begin_on="ack")
+    for payload in (invite(), reply(200), ack(to="t")):
+        assert scene.see(payload) == []
+    assert scene.wait(700) == []
+
+
+def test_deadline_ends_the_call_at_its_longest_duration() -> None:
+    scene = Scene(max_call_duration=3600.0)
+    scene.see(invite(), at=0)
+    scene.see(reply(200), at=10)
+    assert scene.wait(3599) == []
+    assert scene.wait(2) == ["end"]
+    assert (scene.seconds(), scene.events[-1].reason) == (3610.0, "deadline")
+    assert scene.see(bye(), at=4000) == []
+
+
+def test_deadline_at_the_last_sign_of_life() -> None:
+    scene = Scene(max_call_duration=3600.0, expired_call_end="last-seen")
+    scene.see(invite(), at=0)
+    scene.see(reply(200), at=10)
+    scene.see(in_dialog("INVITE"), at=1200)
+    assert scene.wait(3601) == ["end"]
+    assert scene.seconds() == 1200.0
+
+
+TIMER = [("Session-Expires", "1800;refresher=uac")]
+
+
+def test_session_timer_ends_a_call_that_is_not_refreshed() -> None:
+    scene = Scene()
+    scene.see(invite(), at=0)
+    scene.see(reply(200, headers=TIMER), at=10)
+    assert scene.wait(1800 + agent.SESSION_GRACE - 1) == []
+    assert scene.wait(3) == ["end"]
+    assert (scene.seconds(), scene.events[-1].reason) == (1810.0, "session")
+
+
+@pytest.mark.parametrize("method", ["INVITE", "UPDATE"])
+def test_session_timer_is_renewed_by_a_refresh_from_either_side(method: str) -> None:
+    scene = Scene()
+    scene.see(invite(), at=0)
+    scene.see(reply(200, headers=TIMER), at=0)
+    scene.wait(1000)
+    # From the callee: its own CSeq numbers, tags the other way round.
+    scene.see(in_dialog(method, 1, tag="s", to="c"), at=1000)
+    scene.see(reply(200, 1, tag="s", to="c", cseq_method=method, headers=TIMER), at=1000)
+    assert scene.wait(1500) == []
+    assert scene.wait(400) == ["end"]
+    assert scene.seconds() == 2800.0
+
+
+def test_session_timer_stops_with_a_refresh_that_agrees_on_none() -> None:
+    scene = Scene()
+    scene.see(invite())
+    scene.see(reply(200, headers=TIMER))
+    scene.see(in_dialog("INVITE"))
+    scene.see(reply(200, 2))
+    assert scene.wait(7200) == []
+    assert scene.see(bye(3)) == ["end"]
+
+
+def test_session_timer_shorter_than_allowed_counts_as_the_least() -> None:
+    scene = Scene()
+    scene.see(invite())
+    scene.see(reply(200, headers=[("x", "1")]))
+    assert scene.wait(60) == []
+    assert scene.wait(90) == ["end"]
+
+
+def test_ended_calls_leave_nothing_behind() -> None:
+    scene = Scene()
+    for payload in (invite(), reply(200, headers=TIMER), bye()):
+        scene.see(payload)
+    scene.wait(40)
+    table = scene.table
+    assert len(table) == 0
+    assert not any((table._calls, table._orphans, table._waiting, table._sessions))
+
+
+def test_counts_and_notices() -> None:
+    scene = Scene()
+    scene.see(bye())
+    scene.wait(3)
+    assert scene.table.counts == {"calls.orphaned": 1}
+    notice = scene.table.take_notices()[0]
+    assert (notice.kind, notice.call_id) == ("orphan", "call-1@host")
+    assert scene.table.take_notices() == []
+    for payload in (invite(), reply(486), negative_ack()):
+        scene.see(payload)
+    scene.wait(40)
+    assert scene.table.counts["calls.failed"] == 1
+    scene.see(invite())
+    scene.wait(601)
+    assert scene.table.counts["calls.expired.trying"] == 1
+
+
+def numbered(payload: bytes, number: int) -> bytes:
+    return payload.replace(b"call-1@host", f"call-{number}@host".encode())
+
+
+def test_over_max_calls_the_answered_go_last_and_with_their_end() -> None:
+    scene = Scene(max_calls=4)
+    for number in (1, 2, 3, 4):
+        scene.see(numbered(invite(), number))
+    scene.see(numbered(reply(200), 1))
+    scene.see(numbered(reply(200), 2))
+    scene.see(numbered(bye(), 2))
+    scene.see(numbered(reply(486), 3))
+    order = []
+    for number in (5, 6, 7, 8):
+        before = scene.table.sizes()
+        scene.see(numbered(invite(), number), at=100 + number)
+        after = scene.table.sizes()
+        order += [state for state in before if after[state] < before[state]]
+        order += ["trying"] if after == before else []
+    # Ended, failed, then the oldest that ring: 4 and 5. The answered one is still there.
+    assert order == ["ended", "failed", "trying", "trying"]
+    assert scene.table.sizes()["answered"] == 1
+    for number in (6, 7, 8):
+        scene.see(numbered(reply(200), number))
+    assert scene.see(numbered(invite(), 9), at=200) == ["end"]
+    assert (scene.events[-1].call_id, scene.events[-1].reason) == ("call-1@host", "evicted")
+    assert scene.seconds() == 200.0
+    assert [notice.kind for notice in scene.table.take_notices()] == ["evicted"]
+    assert len(scene.table) == 4
+
+
+def test_what_waits_is_bounded() -> None:
+    scene = Scene()
+    for _ in range(agent.MAX_HELD_PER_CALL + 10):
+        scene.see(bye())
+    assert scene.table.counts["messages.held_dropped"] == 10
+    message = agent.parse_sip(bye(), START)
+    assert message is not None
+    for number in range(agent.MAX_HELD + 5):
+        message = agent.parse_sip(numbered(bye(), number + 100), START)
+        assert message is not None
+        packet = agent.HepPacket(3, START)
+        scene.table.handle(agent.Sighting(packet, message), scene.now)
+    assert len(scene.table._waiting) == agent.MAX_HELD
+    for _ in range(agent.MAX_HELD // agent.MAX_EXPIRED_PER_TICK + 1):
+        scene.wait(3)
+    assert not scene.table._waiting and not scene.table._orphans
+
+
+def test_invite_copies_are_bounded() -> None:
+    scene = Scene()
+    for number in range(agent.MAX_INVITE_COPIES + 20):
+        scene.see(invite(vias=((f"10.0.0.1:{number}", f"z9hG4bK-{number}"),)))
+    (call,) = scene.table._calls["call-1@host"]
+    assert call.attempt is not None
+    assert len(call.attempt.copies) == agent.MAX_INVITE_COPIES
+
+
+WHOLESALE = """
+- name: wholesale
+  match: {capture_id: 2001}
+  tenant: wholesale
+  account: header:X-Account
+- name: internal
+  match: {from_domain: internal.example}
+  action: ignore
+"""
+
+
+def test_two_capture_agents_of_two_tenants_charge_each_their_own() -> None:
+    """A retail and a wholesale proxy in one path: the same call, one charge in each tenant."""
+    scene = Scene(WHOLESALE)
+    scene.see(reply(200))
+    account = [("X-Account", "reseller")]
+    assert scene.see(invite(), capture_id=1) == ["begin"]
+    assert scene.see(invite(vias=FORWARDED, headers=account), capture_id=2001) == ["begin"]
+    assert scene.see(bye()) == ["end", "end"]
+    tenants = [(event.kind, event.tenant, event.account_tag) for event in scene.events]
+    assert tenants == [
+        ("begin", "default", "2000"),
+        ("begin", "wholesale", "reseller"),
+        ("end", "default", "2000"),
+        ("end", "wholesale", "reseller"),
+    ]
+
+
+def test_a_forwarded_copy_from_the_same_capture_agent_is_never_a_second_call() -> None:
+    routes = "- match: {source_network: 10.0.0.0/24}\n  tenant: customer\n"
+    for order in ((0, 1), (1, 0)):
+        scene = Scene(routes)
+        copies = [
+            hepbuild.hep3(invite(), src=("10.0.0.7", 5060), time_us=START),
+            hepbuild.hep3(invite(vias=FORWARDED), src=("192.0.2.1", 5060), time_us=START),
+        ]
+        for index in order:
+            packet = agent.decode_hep(copies[index], 0)
+            message = agent.parse_sip(packet.payload, packet.time)
+            assert message is not None
+            scene.table.handle(agent.Sighting(packet, message), scene.now)
+        # The copy nearest to the caller says whose call it is, in whatever order they come.
+        assert scene.see(reply(200)) == ["begin"]
+        assert (scene.events[0].tenant, scene.body()["source_ip"]) == ("customer", "10.0.0.7")
+
+
+def test_ignored_and_accountless_calls_are_followed_but_not_reported() -> None:
+    scene = Scene(WHOLESALE)
+    internal = {"from_uri": "sip:7@internal.example"}
+    for payload in (invite(**internal), reply(200, **internal), bye()):
+        assert scene.see(payload) == []
+    foreign = {"from_uri": "sip:1@a.example", "to_uri": "sip:2@b.example"}
+    for payload in (invite(**foreign), reply(200, **foreign), bye()):
+        assert scene.see(numbered(payload, 2)) == []
+    assert scene.table.counts == {"calls.unrated.ignored": 1, "calls.unrated.no_account": 1}
+
+
+def test_an_account_that_only_a_later_copy_shows_is_taken_up() -> None:
+    scene = Scene(sip_local_domains=())
+    scene.see(invite())
+    scene.see(invite(vias=FORWARDED, headers=[("P-Asserted-Identity", "<sip:77@x.example>")]))
+    assert scene.see(reply(200)) == ["begin"]
+    assert scene.events[0].account_tag == "77"
+
+
+def test_reloaded_rules_are_for_new_calls_only() -> None:
+    scene = Scene()
+    scene.see(invite())
+    scene.table.rules = agent.parse_routes("- tenant: new\n", "r", scene.settings)
+    scene.see(reply(200))
+    scene.see(numbered(invite(), 2))
+    scene.see(numbered(reply(200), 2))
+    assert [event.tenant for event in scene.events] == ["default", "new"]
+
+
+def test_a_poisoned_message_does_not_cost_another_call() -> None:
+    """A Via whose quote never closes: the parser must not fail when it is looked at later."""
+    odd = reply(200).replace(b"Via: SIP", b'Via: "broken, SIP')
+    scene = Scene()
+    scene.see(numbered(invite(), 2))
+    scene.see(numbered(reply(180), 2))
+    scene.see(numbered(ack(), 2))
+    scene.see(invite())
+    assert scene.see(odd) == ["begin"]
+    assert scene.wait(3) == ["begin"]
+
+
+# Whole calls whose messages may come in any order, any number of times, with any of them missing.
+WHOLE_CALLS = {
+    "transaction mirror": [
+        invite(), reply(100), invite(vias=FORWARDED), reply(180, vias=FORWARDED), reply(180),
+        reply(200, vias=FORWARDED), reply(200), ack(), ack(vias=(PROXY, ("127.0.0.20:5070", "n"))),
+        bye(), bye(),
+    ],
+    "requests only": [invite(), ack(), bye()],
+    "challenged": [
+        invite(), reply(407), negative_ack(), invite(2, vias=(("127.0.0.20:5070", "b2"),)),
+        reply(200, 2), ack(2), bye(3),
+    ],
+    "forked": [
+        invite(), invite(vias=FORWARDED), invite(vias=FORKED), reply(180, to="t"),
+        reply(486, to="t", vias=FORKED), negative_ack(vias=(OTHER_BRANCH,)), reply(200), ack(),
+        bye(),
+    ],
+    "re-invite": [
+        invite(), reply(200), ack(), in_dialog("INVITE", 2), reply(200, 2), ack(2), bye(3),
+    ],
+    "cancel crosses": [invite(), reply(180), cancel(), reply(200), ack(), bye()],
+}  # fmt: skip
+REFUSED_CALLS = {
+    "busy": [
+        invite(), invite(vias=FORWARDED), reply(180), reply(486, vias=FORWARDED),
+        negative_ack(vias=(PROXY,)), reply(486), negative_ack(),
+    ],
+    "busy, requests only": [invite(), negative_ack()],
+    "cancelled": [invite(), reply(180), cancel(), reply(487), negative_ack()],
+    "challenged, then busy": [
+        invite(), reply(407), negative_ack(), invite(2, vias=(("127.0.0.20:5070", "b2"),)),
+        reply(486, 2), negative_ack(2, vias=(("127.0.0.20:5070", "b2"),)),
+    ],
+    "all forks busy": [
+        invite(), invite(vias=FORWARDED), invite(vias=FORKED), reply(486, vias=FORWARDED),
+        reply(486, vias=FORKED), negative_ack(vias=(PROXY,)), negative_ack(vias=(OTHER_BRANCH,)),
+        reply(486), negative_ack(),
+    ],
+}  # fmt: skip
+
+
+def play(messages: Sequence[tuple[int, bytes]], gaps: Sequence[float] = ()) -> Scene:
+    """Messages with their place in the call as time stamp, in the given order of arrival."""
+    scene = Scene()
+    for (place, payload), gap in itertools.zip_longest(messages, gaps[: len(messages)]):
+        scene.see(payload, at=place * 0.01)
+        if gap:
+            scene.wait(gap)
+    scene.wait(10)
+    return scene
+
+
+@pytest.mark.parametrize("name", WHOLE_CALLS)
+def test_any_order_within_the_window_gives_the_same_two_events(name: str) -> None:
+    messages = list(enumerate(WHOLE_CALLS[name]))
+    chance = random.Random(name)
+    for _ in range(300):
+        chance.shuffle(messages)
+        doubled = [message for message in messages for _ in range(chance.choice((1, 1, 2)))]
+        scene = play(doubled)
+        kinds = [event.kind for event in scene.events]
+        assert kinds == ["begin", "end"], [payload.split(b"\r\n")[0] for _, payload in doubled]
+
+
+@pytest.mark.parametrize("name", REFUSED_CALLS)
+def test_no_order_makes_a_refused_call_begin(name: str) -> None:
+    messages = list(enumerate(REFUSED_CALLS[name]))
+    orders: Any = itertools.permutations(messages)
+    for order in itertools.islice(orders, 0, None, max(1, 5040 // 720)):
+        assert play(order).events == [], [payload.split(b"\r\n")[0] for _, payload in order]
+        if len(messages) > 7:
+            break
+    chance = random.Random(name)
+    for _ in range(200):
+        chance.shuffle(messages)
+        assert play(messages).events == []
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_whatever_comes_at_most_one_begin_then_at_most_one_end(data: st.DataObject) -> None:
+    """Any messages of a call, missing, doubled, in any order and with any gaps between them."""
+    messages = data.draw(st.sampled_from([*WHOLE_CALLS.values(), *REFUSED_CALLS.values()]))
+    picked = data.draw(st.lists(st.sampled_from(list(enumerate(messages))), max_size=25))
+    gaps = data.draw(st.lists(st.sampled_from([0.0, 0.5, 2.2, 10.0]), max_size=len(picked)))
+    scene = play(picked, gaps)
+    assert [event.kind for event in scene.events] in ([], ["begin"], ["begin", "end"])
+    assert "calls.transition_unknown" not in scene.table.counts
+
+
+def test_the_table_of_transitions_speaks_only_of_known_states() -> None:
+    for (state, _), (following, _) in agent.TRANSITIONS.items():
+        assert state in agent.STATES and following in agent.STATES
+    ends = [key for key, (_, action) in agent.TRANSITIONS.items() if action == agent.END]
+    assert ends == [(agent.ANSWERED, agent.BYE)]
+    begins = {key[0] for key, (_, action) in agent.TRANSITIONS.items() if action == agent.BEGIN}
+    assert begins == {agent.TRYING, agent.FAILED}
