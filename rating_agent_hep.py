@@ -2776,7 +2776,7 @@ class Agent:
         counts, self.table.counts = self.table.counts, {}
         for name, number in counts.items():
             self.metrics.count(name, number)
-        gauges = {f"calls.{state}": size for state, size in self.table.sizes().items()}
+        gauges = {f"calls.state.{state}": size for state, size in self.table.sizes().items()}
         gauges["events.waiting"] = len(self.delivery)
         gauges["events.rejected_kept"] = self.delivery.rejected
         gauges["connections"] = self.connections

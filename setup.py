@@ -1,0 +1,52 @@
+"""Packaging. The module is also a program by itself: copy the file, install what it requires."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).resolve().parent
+# Read, not imported: importing the module patches the interpreter for gevent.
+VERSION = re.search(
+    r'^__version__ = "(.+)"', (HERE / "rating_agent_hep.py").read_text(encoding="utf-8"), re.M
+)
+assert VERSION is not None
+
+setup(
+    name="rating-agent-hep",
+    version=VERSION[1],
+    description="Rate telephone calls from a HEP mirror of their SIP signalling",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    py_modules=["rating_agent_hep"],
+    entry_points={"console_scripts": ["rating-agent-hep = rating_agent_hep:main"]},
+    install_requires=[
+        # The event loop and the servers; the shape of the program.
+        "gevent>=23.9",
+        # HTTP with pools and time-outs that are right under load.
+        "urllib3>=2.2",
+        # One table of options for file, environment and flags.
+        "ConfigArgParse>=1.7",
+        # The configuration file and the routes, with line numbers for messages.
+        "PyYAML>=6",
+        # JSON log lines; the formatter lives in pythonjsonlogger.json since 3.1.
+        "python-json-logger>=3.1",
+        # The wire format of statsd.
+        "statsd>=4",
+    ],
+    extras_require={
+        # The rating sandbox's GraphQL, and the bar that hep_replay.py draws.
+        "sandbox": ["graphql-core>=3.2", "tqdm>=4.66"],
+        "test": [
+            "hypothesis>=6.100",
+            "mypy>=1.10",
+            "pytest>=8",
+            # Formatting differs between versions, so that this one is the same for all.
+            "ruff==0.17.6",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+    },
+)
