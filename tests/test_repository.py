@@ -1,0 +1,51 @@
+"""What the documents and the example configuration say is what the module does."""
+
+from __future__ import annotations
+
+import re
+
+import options_table
+
+import harness
+import rating_agent_hep as agent
+
+
+def test_readme_has_the_options_table_of_the_module() -> None:
+    """`make docs` writes it."""
+    readme = (harness.ROOT / "README.md").read_text(encoding="utf-8")
+    assert options_table.insert(readme) == readme
+    assert all(f"| `{option.name}` |" in readme for option in agent.OPTIONS)
+
+
+def test_readme_shows_the_demo_as_it_prints() -> None:
+    readme = (harness.ROOT / "README.md").read_text(encoding="utf-8")
+    for line in ("what the agent said:", "rated transactions", "call begun:", "call ended:"):
+        assert line in readme
+
+
+def test_example_configuration_has_every_option_with_its_default() -> None:
+    text = (harness.ROOT / "conf" / "rating-agent-hep.yaml").read_text(encoding="utf-8")
+    lines = dict(re.findall(r"^#([a-z_]+): (.*)$", text, re.M))
+    assert list(lines) and set(lines) == {option.name for option in agent.OPTIONS}
+    # These show an example in the place of an empty default.
+    examples = {"sip_local_domains", "account_tag_match_regexp", "routes"}
+    shown = {name: value for name, value in lines.items() if name not in examples}
+    path = harness.ROOT / "conf" / "rating-agent-hep.yaml"
+    assert agent.load_configuration(["-c", str(path)], {}).settings == agent.Settings()
+    flags = [f"--{name}={value.strip(chr(34)).replace('[]', '')}" for name, value in shown.items()]
+    assert agent.load_configuration(flags, {}).settings == agent.Settings()
+
+
+def test_example_routes_are_valid() -> None:
+    path = str(harness.ROOT / "conf" / "routes.yaml")
+    rules = agent.load_rules(agent.Settings(routes=path))
+    assert [rule.route.name for rule in rules] == ["wholesale", "internal", "main"]
+    text = (harness.ROOT / "conf" / "routes.yaml").read_text(encoding="utf-8")
+    for key in (*agent._MATCH_KEYS, *agent._ROUTE_VALUES):
+        assert re.search(rf"\b{key}\b", text), f"conf/routes.yaml does not explain {key}"
+
+
+def test_changelog_and_licence() -> None:
+    changelog = (harness.ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## {agent.__version__} " in changelog
+    assert "MIT License" in (harness.ROOT / "LICENSE").read_text(encoding="utf-8")
