@@ -2337,7 +2337,7 @@ class Metrics:
                         pipeline.timing(name, sample * 1000)
                 for name, value in gauges.items():
                     pipeline.gauge(name, value)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             self._client = None
             log.warning("statsd unreachable: %s", error, extra={"event": "statsd"})
 
@@ -2375,7 +2375,7 @@ class RatingApi:
         Raises DeliveryError where the API gave no answer that counts.
         """
         # urllib3's time-outs are for each read; a server that trickles would hold a worker.
-        limit = gevent.Timeout(self._timeout * 2 + 1)
+        limit = gevent.Timeout(self._timeout + 1)
         try:
             with limit:
                 status, retry_after, answer = self._post(event)
@@ -2544,6 +2544,9 @@ class Outbox:
 
     def undelivered(self) -> list[RatingEvent]:
         """All that still waits, the calls in order of their oldest event."""
+        for key in self._out:
+            # Its answer can't come any more.
+            self._calls[key][0].unknown = True
         return [event for queue in self._calls.values() for event in queue]
 
     def _back(self, event: RatingEvent) -> None:
@@ -2804,33 +2807,31 @@ class Agent:
 
 
 def bind(text: str, kind: socket.SocketKind) -> socket.socket:
-    """A bound socket for HOST:PORT; an empty host means all addresses, IPv6 too where it is there.
+    """A bound socket for HOST:PORT; an empty host means all addresses of IPv4 and IPv6.
 
-    Raises OSError, whose text names the address.
+    Raises OSError.
     """
     host, port = split_address(text)
-    family = socket.AF_INET6 if ":" in host or (not host and socket.has_ipv6) else socket.AF_INET
     try:
-        return _bind(host, port, kind, family)
+        return _bind(host or "::", port, kind)
     except OSError as error:
-        if not host and family == socket.AF_INET6 and error.errno != errno.EADDRINUSE:
-            # The kernel was started without IPv6.
-            family = socket.AF_INET
-            return _bind(host, port, kind, family)
-        raise OSError(error.errno, f"{text}: {error.strerror or error}") from None
+        # The kernel may have been started without IPv6.
+        if host or error.errno == errno.EADDRINUSE:
+            raise
+        return _bind("0.0.0.0", port, kind)
 
 
-def _bind(host: str, port: int, kind: socket.SocketKind, family: int) -> socket.socket:
+def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(host, port, 0, kind)[0]
     sock = socket.socket(family, kind)
     try:
-        if family == socket.AF_INET6 and not host:
+        if host == "::":
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        if kind == socket.SOCK_STREAM:
+        if kind == socket.SOCK_DGRAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+        else:
             # For TCP this allows a restart at once; for UDP it would let two agents share a port.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        else:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
-        address = socket.getaddrinfo(host or None, port, family, kind, 0, socket.AI_PASSIVE)[0][4]
         sock.bind(address)
         if kind == socket.SOCK_STREAM:
             sock.listen(128)
@@ -2851,6 +2852,8 @@ class UdpServer(gevent.server.DatagramServer):
 
     gevent's own do_read takes 8192 octets, so longer datagrams would be cut without a word.
     """
+
+    kind = socket.SOCK_DGRAM
 
     def __init__(self, sock: socket.socket, agent: Agent) -> None:
         super().__init__(sock, handle=lambda *_: None)
@@ -2873,12 +2876,16 @@ class UdpServer(gevent.server.DatagramServer):
 class TcpServer(gevent.server.StreamServer):
     """HEP over TCP: a greenlet a connection; one that loses framing is closed, others go on."""
 
+    kind = socket.SOCK_STREAM
+
     def __init__(self, sock: socket.socket, agent: Agent) -> None:
         super().__init__(sock, handle=self._converse, spawn=MAX_CONNECTIONS)
         self._agent = agent
 
     def _converse(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
         agent, sender, splitter = self._agent, _sender(address), HepSplitter()
+        # A sender that is gone without a word would keep its place for ever.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         agent.connections += 1
         agent.metrics.count("connections.opened")
         frames = 0
@@ -2913,13 +2920,13 @@ def run(configuration: Configuration) -> int:
         log.warning(warning, extra={"event": "former_option"})
     agent = Agent(settings, configuration.rules, limiter)
     servers: list[gevent.server.BaseServer] = []
-    try:
-        if settings.listen_udp:
-            servers.append(UdpServer(bind(settings.listen_udp, socket.SOCK_DGRAM), agent))
-        if settings.listen_tcp:
-            servers.append(TcpServer(bind(settings.listen_tcp, socket.SOCK_STREAM), agent))
-    except OSError as error:
-        return _fail(f"cannot listen on {error.strerror}")
+    for option, server_class in (("listen_udp", UdpServer), ("listen_tcp", TcpServer)):
+        address = getattr(settings, option)
+        if address:
+            try:
+                servers.append(server_class(bind(address, server_class.kind), agent))
+            except OSError as error:
+                return _fail(f"{option}: {address}: {error.strerror or error}")
     stop = gevent.event.Event()
 
     def on_signal() -> None:
@@ -2951,6 +2958,10 @@ def _shut_down(agent: Agent, servers: Sequence[gevent.server.BaseServer]) -> Non
     for server in servers:
         if isinstance(server, UdpServer):
             server.do_read()
+        server.close()
+    # The greenlets of TCP connections finish what they have read.
+    gevent.sleep(TICK)
+    for server in servers:
         server.stop(timeout=0)
     # What waits for a late message is decided with what is known now.
     agent.tick(ahead=agent.settings.reorder_window)

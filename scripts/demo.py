@@ -51,6 +51,7 @@ class Program:
 
     def __init__(self, *command: str) -> None:
         self.lines: list[str] = []
+        self._name = command[0]
         self._process = subprocess.Popen(
             [sys.executable, *command], stdout=subprocess.PIPE, text=True
         )
@@ -66,7 +67,7 @@ class Program:
         deadline = time.monotonic() + DEADLINE
         while len(found := [line for line in self.lines if text in line]) < number:
             if time.monotonic() > deadline or self._process.poll() is not None:
-                raise SystemExit(f"demo: no {text!r} from {self._process.args}: {self.lines[-3:]}")
+                raise SystemExit(f"demo: no {text!r} from {self._name}: {self.lines[-3:]}")
             time.sleep(0.02)
         return found
 
