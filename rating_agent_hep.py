@@ -695,9 +695,10 @@ def _read_head(payload: bytes, start: int) -> tuple[str, dict[str, list[str]]]:
     line, *lines = text.split("\n")
     headers: dict[str, list[str]] = {}
     for header in lines:
-        name, colon, value = header.partition(":")
-        if colon:
-            name = name.strip(_SPACE).lower()
+        name, _, value = header.partition(":")
+        name = name.strip(_SPACE).lower()
+        # A line without a name must not fill an option that names no header.
+        if name:
             headers.setdefault(_COMPACT.get(name, name), []).append(value.strip(_SPACE))
     return line, headers
 
