@@ -38,6 +38,7 @@ monkey.patch_all()
 import difflib
 import errno
 import heapq
+import io
 import ipaddress
 import json
 import logging
@@ -962,20 +963,16 @@ def _source_tag(
 ) -> str:
     """What one source says; ``domains`` limits addresses to those hosts, None allows all."""
     if source.startswith("header:"):
-        for value in message.header(source[7:]):
-            try:
-                return account_text(parse_address(value).uri)
-            except SipError:
-                if value:
-                    return value.strip('"').encode("latin-1").decode("utf-8", "backslashreplace")
-        return ""
+        value = next(filter(None, message.header(source[7:])), "")
+        try:
+            tag = account_text(parse_address(value).uri)
+        except SipError:
+            tag = ""
+        # No address that names a user: the value itself is the account.
+        return tag or value.strip('"').encode("latin-1").decode("utf-8", "backslashreplace")
     for uri in _source_uris(source, settings, message):
-        # A tel number has no host; it is as trustworthy as the identity that carries it.
-        if (
-            domains is None
-            or in_domains(uri.host, domains)
-            or (uri.scheme == "tel" and source == "p-asserted-identity")
-        ):
+        # A tel number has no host, so it is not of a local domain.
+        if domains is None or in_domains(uri.host, domains):
             tag = account_text(uri)
             if tag:
                 return tag
@@ -1042,7 +1039,9 @@ def account_regexp(text: str) -> re.Pattern[str] | None:
     try:
         pattern = re.compile(text)
     except re.error as error:
-        raise ConfigError(f"{text!r} is no regular expression: {error}") from None
+        raise ConfigError(
+            f"{text!r}: {error}; allowed: a regexp whose group 1 is the account"
+        ) from None
     if pattern.groups < 1:
         raise ConfigError(f"{text!r} has no group; allowed: a regexp whose group 1 is the account")
     return pattern
@@ -1050,15 +1049,15 @@ def account_regexp(text: str) -> re.Pattern[str] | None:
 
 def api_url(text: str) -> str:
     """Check the base URL of a rating API and return it without a last slash. Raises ConfigError."""
-    parts = urlsplit(text)
+    if "@" in text:
+        raise ConfigError("a URL with a user in it; allowed: rating_api_username and _password")
     try:
+        parts = urlsplit(text)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         valid = False
-    if not valid or parts.query or parts.fragment or any(c.isspace() for c in text):
+    if not valid or re.search(r"[\s?#]", text):
         raise ConfigError(f"{text!r} is no URL; allowed: http://HOST[:PORT][/PATH] or https://...")
-    if "@" in parts.netloc:
-        raise ConfigError("a URL with a user in it; allowed: rating_api_username and _password")
     return text.rstrip("/")
 
 
@@ -1068,44 +1067,60 @@ def parse_routes(text: str, name: str, settings: Settings) -> tuple[Rule, ...]:
     ``name`` is the file's, for messages. Raises ConfigError, one line that begins ``NAME:LINE``.
     """
     main = main_route(settings)
-    loader = yaml.SafeLoader(text)
+    node = yaml_node(text, name)
+    if node is None:
+        return (Rule(main, ()),)
+    if not isinstance(node, yaml.SequenceNode):
+        raise _at(name, node, "not a list; allowed: a list of rules, each with `- name:`")
+    return (*(_parse_rule(name, item, main) for item in node.value), Rule(main, ()))
+
+
+def yaml_node(text: str, name: str) -> yaml.Node | None:
+    """The node tree of a YAML text, None for an empty one. Raises ConfigError.
+
+    The message does not quote the text: it may hold a secret.
+    """
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return (Rule(main, ()),)
-        if not isinstance(node, yaml.SequenceNode):
-            raise _at(name, node, "not a list; allowed: a list of rules, each with `- name:`")
-        rules = [_parse_rule(loader, name, item, main) for item in node.value]
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = mark.line + 1 if mark else 1
-        raise ConfigError(f"{name}:{line}: not YAML: {error.problem}") from None
+        node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}:1: not YAML: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
-    return (*rules, Rule(main, ()))
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise ConfigError(f"{name}:{line}: not YAML; allowed: one YAML document") from None
+    empty = node is None or (isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null"))
+    return None if empty else node
+
+
+def _value(node: yaml.Node) -> Any:
+    """What a node stands for: a text, number, truth value, list or mapping. Raises ConfigError."""
+    try:
+        return _Constructor().construct_document(node)
+    except yaml.YAMLError:
+        raise ConfigError("a tag or key that is not plain; allowed: plain values") from None
+
+
+class _Constructor(yaml.constructor.SafeConstructor):
+    """Builds values from nodes without a text to read."""
 
 
 def _at(name: str, node: yaml.Node, text: str) -> ConfigError:
     return ConfigError(f"{name}:{node.start_mark.line + 1}: {text}")
 
 
-def _parse_rule(loader: yaml.SafeLoader, name: str, node: yaml.Node, main: Route) -> Rule:
+def _parse_rule(name: str, node: yaml.Node, main: Route) -> Rule:
     entries = _mapping(name, node, "a rule", ("match", *_ROUTE_VALUES))
     values: dict[str, Any] = {}
     for key, value in entries.items():
         if key == "match":
             continue
         try:
-            values[key] = _ROUTE_VALUES[key](loader.construct_object(value, deep=True))
+            values[key] = _ROUTE_VALUES[key](_value(value))
         except ConfigError as error:
             raise _at(name, value, f"{key}: {error}") from None
     conditions = []
     if "match" in entries:
         for key, value in _mapping(name, entries["match"], "match", _MATCH_KEYS).items():
             try:
-                conditions += _condition(key, loader.construct_object(value, deep=True))
+                conditions += _condition(key, _value(value))
             except ConfigError as error:
                 raise _at(name, value, f"match: {key}: {error}") from None
     values.setdefault("name", f"line {node.start_mark.line + 1}")
@@ -1139,7 +1154,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def _domains(value: Any) -> tuple[str, ...]:
-    return tuple(text.lower() for text in _texts(value))
+    return tuple(text.lower().strip("[]") for text in _texts(value))
 
 
 def _choice(*allowed: str) -> Callable[[Any], str]:
@@ -1218,7 +1233,7 @@ def _header_condition(name: Any, pattern: Any) -> Callable[[Sighting], bool]:
     try:
         regexp = re.compile(str(pattern))
     except re.error as error:
-        raise ConfigError(f"{pattern!r} is no regular expression: {error}") from None
+        raise ConfigError(f"{pattern!r}: {error}; allowed: a regular expression") from None
     return lambda seen: any(regexp.search(value) for value in seen.message.header(name))
 
 
@@ -1983,7 +1998,10 @@ def number(least: float, most: float, kind: type = float) -> Callable[[str], Any
 def words(text: str) -> tuple[str, ...]:
     """A list: JSON as the YAML file's reader hands it on, else words split at commas or spaces."""
     if text.startswith("["):
-        return tuple(str(item) for item in json.loads(text))
+        try:
+            return tuple(str(item) for item in json.loads(text))
+        except ValueError:
+            raise ConfigError(f"{text!r}; allowed: words, or a JSON list") from None
     return tuple(word for word in re.split(r"[,\s]+", text) if word)
 
 
@@ -1996,7 +2014,7 @@ def flag(text: str) -> bool:
 
 def domains(text: str) -> tuple[str, ...]:
     """A list of domains in lower case; ``*.example`` stands for all subdomains of example."""
-    return tuple(word.lower() for word in words(text))
+    return tuple(word.lower().strip("[]") for word in words(text))
 
 
 def _regexp(text: str) -> str:
@@ -2007,6 +2025,12 @@ def _regexp(text: str) -> str:
 def _header(text: str) -> str:
     if text and not re.fullmatch(_TOKEN, text):
         raise ConfigError(f"{text!r}; allowed: a header name, or nothing")
+    return text
+
+
+def _token(text: str) -> str:
+    if not text.isascii() or not text.isprintable():
+        raise ConfigError("a character that no header may hold; allowed: printable ASCII")
     return text
 
 
@@ -2026,7 +2050,7 @@ OPTIONS = (
     Option("rating_api_url", "Rating API", api_url, "base URL of the rating API"),
     Option("rating_api_timeout", "Rating API", number(0.1, 300), "seconds for one request"),
     Option("rating_api_concurrency", "Rating API", number(1, 1000, int), "requests at one time"),
-    Option("rating_api_token", "Rating API", str, "bearer token of each request", secret=True),
+    Option("rating_api_token", "Rating API", _token, "bearer token of each request", secret=True),
     Option("rating_api_username", "Rating API", str, "user of basic authentication"),
     Option("rating_api_password", "Rating API", str, "password of that user", secret=True),
     Option("tenant", "Calls", _one_text, "tenant of the calls"),
@@ -2066,47 +2090,56 @@ class _ConfigFile(configargparse.ConfigFileParser):
     former: list[str]
 
     def parse(self, stream: Any) -> dict[str, str]:
-        name = getattr(stream, "name", "configuration")
-        loader = yaml.SafeLoader(stream.read())
-        known = {option.name for option in OPTIONS}
+        options = {option.name: option for option in OPTIONS}
         values: dict[str, str] = {}
-        try:
-            node = loader.get_single_node()
-            if node is not None and not isinstance(node, yaml.MappingNode):
-                raise _at(name, node, "not a mapping; allowed: lines of OPTION: VALUE")
-            for key, value in node.value if node is not None else ():
-                option = str(key.value).replace("-", "_")
-                option = _FORMER_NAMES.get(option, option)
-                if option in _FORMER:
-                    self.former.append(option)
-                elif option not in known:
-                    near = difflib.get_close_matches(option, known, 3)
-                    allowed = ", ".join(near) if near else "the options that --help lists"
-                    raise _at(name, key, f"unknown option {key.value!r}; allowed: {allowed}")
-                elif option in values:
-                    raise _at(name, key, f"{option} stands twice; allowed: once")
-                else:
-                    values[option] = self._text(name, value, loader)
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            raise ConfigError(f"{name}:{line}: not YAML: {error.problem}") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{name}:1: not YAML: {' '.join(str(error).split())}") from None
+        node = yaml_node(stream.read(), stream.name)
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            raise _at(stream.name, node, "not a mapping; allowed: lines of OPTION: VALUE")
+        for key, value in node.value if node is not None else ():
+            name = str(key.value).replace("-", "_") if isinstance(key, yaml.ScalarNode) else ""
+            name = _FORMER_NAMES.get(name, name)
+            if name in _FORMER:
+                self.former.append(name)
+            elif name not in options:
+                near = ", ".join(difflib.get_close_matches(name, options, 3))
+                shown = f"unknown option {key.value!r}" if name else "a key that is no text"
+                allowed = near or "the options that --help lists"
+                raise _at(stream.name, key, f"{shown}; allowed: {allowed}")
+            elif name in values:
+                raise _at(stream.name, key, f"{name} stands twice; allowed: once")
+            else:
+                values[name] = self._text(stream.name, options[name], value)
         return values
 
     @staticmethod
-    def _text(name: str, node: yaml.Node, loader: yaml.SafeLoader) -> str:
-        if isinstance(node, yaml.ScalarNode):
-            # The text as written: 0123 or 1e3 in an account is no number.
-            return "" if node.tag.endswith(":null") else str(node.value)
-        if isinstance(node, yaml.SequenceNode):
-            return json.dumps([str(item.value) for item in node.value])
-        raise _at(name, node, "a mapping; allowed: a value or a list")
+    def _text(name: str, option: Option, node: yaml.Node) -> str:
+        many = isinstance(node, yaml.SequenceNode) and option.convert in (words, domains)
+        items = node.value if many else [node]
+        for item in items:
+            if not isinstance(item, yaml.ScalarNode) or not item.tag.startswith("tag:yaml.org"):
+                allowed = "a list of plain values" if many else "a plain value"
+                raise _at(name, item, f"{option.name}: not plain; allowed: {allowed}")
+        # The text as written: 0123 or 1e3 in an account is no number.
+        texts = ["" if item.tag.endswith(":null") else str(item.value) for item in items]
+        return json.dumps(texts) if many else texts[0]
 
 
 class _Parser(configargparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        raise ConfigError(" ".join(message.split()))
+        raise ConfigError(f"{' '.join(message.split())}; allowed: as --help says")
+
+
+def _open_text(path: str) -> io.StringIO:
+    """A whole file as text. Raises ConfigError."""
+    try:
+        with open(path, "rb") as file:
+            stream = io.StringIO(file.read().decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; allowed: a file that can be read") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8; allowed: YAML in UTF-8") from None
+    stream.name = path
+    return stream
 
 
 class Configuration(NamedTuple):
@@ -2121,6 +2154,8 @@ class Configuration(NamedTuple):
 
 def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configuration:
     """Read and check everything before a socket opens. Raises ConfigError with one line."""
+    if _PREFIX + "LISTEN" in environ:
+        environ = {_PREFIX + "LISTEN_UDP": environ[_PREFIX + "LISTEN"], **environ}
     values, command, files, former = _read_options(argv, environ)
     defaults = Settings()
     converted: dict[str, Any] = {}
@@ -2131,7 +2166,7 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
             continue
         try:
             converted[option.name] = option.convert(text)
-        except (ConfigError, ValueError) as error:
+        except ConfigError as error:
             raise ConfigError(f"{option.name}: {error}") from None
     settings = Settings(**converted)
     if not settings.listen_udp and not settings.listen_tcp:
@@ -2152,14 +2187,15 @@ def _read_options(
         prog="rating_agent_hep.py",
         description="Rate telephone calls from a HEP mirror of their signalling.",
         epilog="Lists: YAML lists, or words separated by commas or spaces.",
+        config_file_open_func=_open_text,
         config_file_parser_class=type("_Reader", (_ConfigFile,), {"former": former}),
         add_env_var_help=False,
         add_config_file_help=False,
         allow_abbrev=False,
         default_config_files=[],
     )
-    parser.add_argument("command", nargs="?", choices=("run", "check", "decode"), default="run")
-    parser.add_argument("files", nargs="*", help="captures for decode")
+    commands = "run (the default), check, or decode FILE..."
+    parser.add_argument("words", nargs="*", metavar="COMMAND", help=commands)
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument(
         "-c", "--config", is_config_file=True, env_var=_PREFIX + "CONFIG", help="YAML file"
@@ -2180,10 +2216,19 @@ def _read_options(
             help=f"{option.help} (default: {default_text(option)})",
             **more,
         )
-    found = vars(parser.parse_args(list(argv), env_vars=environ))
-    command, files = found["command"], found["files"]
+    known, unknown = parser.parse_known_args(list(argv), env_vars=environ)
+    found = vars(known)
+    for word in unknown:
+        # What stands behind = may be a secret.
+        if word.startswith("-"):
+            name = ascii(word.partition("=")[0])[1:-1]
+            raise ConfigError(f"{name}: unknown; allowed: the options that --help lists")
+    # argparse gives up on positional arguments that stand behind an option.
+    command, *files = [*found["words"], *unknown] or ["run"]
+    if command not in ("run", "check", "decode"):
+        raise ConfigError("command: unknown; allowed: run, check, decode FILE...")
     if files and command != "decode":
-        raise ConfigError(f"{files[0]!r}: unexpected; allowed: decode FILE..., run, check")
+        raise ConfigError(f"files: unexpected; allowed: {command} alone, decode FILE...")
     return {option.name: found[option.name] for option in OPTIONS}, command, files, former
 
 
@@ -2202,12 +2247,10 @@ def load_rules(settings: Settings) -> tuple[Rule, ...]:
     if not settings.routes:
         return (Rule(main_route(settings), ()),)
     try:
-        with open(settings.routes, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"routes: {settings.routes}: {reason}") from None
-    return parse_routes(text, settings.routes, settings)
+        stream = _open_text(settings.routes)
+    except ConfigError as error:
+        raise ConfigError(f"routes: {error}") from None
+    return parse_routes(stream.read(), settings.routes, settings)
 
 
 def effective(configuration: Configuration) -> Iterator[str]:
@@ -2216,7 +2259,9 @@ def effective(configuration: Configuration) -> Iterator[str]:
         value = getattr(configuration.settings, option.name)
         if option.secret and value:
             value = "***"
-        yield f"{option.name}: {json.dumps(list(value) if isinstance(value, tuple) else value)}"
+        shown = list(value) if isinstance(value, tuple) else value
+        # YAML does not join the two halves of JSON's escape for what lies beyond 16 bits.
+        yield f"{option.name}: {json.dumps(shown, ensure_ascii=not str(shown).isprintable())}"
     for rule in configuration.rules:
         route = rule.route
         what = "ignored" if route.action == "ignore" else f"tenant {route.tenant}"
@@ -2810,7 +2855,7 @@ class Agent:
 def bind(text: str, kind: socket.SocketKind) -> socket.socket:
     """A bound socket for HOST:PORT; an empty host means all addresses of IPv4 and IPv6.
 
-    Raises OSError.
+    Raises OSError, UnicodeError for what is no host name.
     """
     host, port = split_address(text)
     try:
@@ -2823,6 +2868,7 @@ def bind(text: str, kind: socket.SocketKind) -> socket.socket:
 
 
 def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
+    host.encode("idna")  # Else gevent's resolver prints a traceback of its own.
     family, _, _, _, address = socket.getaddrinfo(host, port, 0, kind)[0]
     sock = socket.socket(family, kind)
     try:
@@ -2926,8 +2972,9 @@ def run(configuration: Configuration) -> int:
         if address:
             try:
                 servers.append(server_class(bind(address, server_class.kind), agent))
-            except OSError as error:
-                return _fail(f"{option}: {address}: {error.strerror or error}")
+            except (OSError, UnicodeError) as error:
+                reason = getattr(error, "strerror", None) or error
+                return _fail(f"{option}: {address}: {reason}; allowed: a free address of this host")
     stop = gevent.event.Event()
 
     def on_signal() -> None:
@@ -2987,8 +3034,7 @@ def decode_files(names: Sequence[str], out: Any) -> int:
             for where, data in _read_packets(name):
                 print(f"{name}:{where}: {describe(data)}", file=out)
         except (OSError, ValueError, HepError) as error:
-            print(f"rating_agent_hep.py: {name}: {error}", file=sys.stderr)
-            status = 2
+            status = _fail(f"{name}: {getattr(error, 'strerror', None) or error}")
     return status
 
 
@@ -2997,24 +3043,31 @@ def _read_packets(name: str) -> Iterator[tuple[str, bytes]]:
     with open(name, "rb") as file:
         data = file.read()
     if not data.startswith(b"{"):
-        frames = [data] if data[:1] in (b"\x01", b"\x02") else HepSplitter().feed(data)
+        splitter = HepSplitter()
+        frames = [data] if data[:1] in (b"\x01", b"\x02") else splitter.feed(data)
         yield from ((str(index), frame) for index, frame in enumerate(frames, 1))
+        if splitter.room < MAX_HEP_FRAME:
+            raise ValueError("the last frame is cut")
         return
     splitters: dict[Any, HepSplitter] = {}
     for index, line in enumerate(data.splitlines(), 1):
-        event = json.loads(line)
-        if event.get("ev") != "data":
+        try:
+            event = json.loads(line)
+            kind, connection = event["ev"], event.get("conn")
+            octets = b64decode(event["data"]) if kind == "data" else b""
+            datagram = kind == "data" and event["transport"] == "udp"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"line {index} is no event of a capture") from None
+        if kind == "stop":
             # A recording of several runs uses the numbers of its connections again.
-            if event.get("ev") == "stop":
-                splitters.clear()
-            splitters.pop(event.get("conn"), None)
-            continue
-        octets = b64decode(event["data"])
-        if event["transport"] == "udp":
+            splitters.clear()
+        elif kind in ("open", "close"):
+            splitters.pop(connection, None)
+        elif datagram:
             yield str(index), octets
-            continue
-        for frame in splitters.setdefault(event["conn"], HepSplitter()).feed(octets):
-            yield str(index), frame
+        else:
+            for frame in splitters.setdefault(connection, HepSplitter()).feed(octets):
+                yield str(index), frame
 
 
 def describe(data: bytes) -> str:

@@ -24,13 +24,13 @@ from gevent import monkey
 
 monkey.patch_all()
 
-# ruff: noqa: E402
 import argparse
 import hmac
 import html
 import json
 import re
 import signal
+import socket
 import sqlite3
 import sys
 import time
@@ -103,6 +103,10 @@ def write_timestamp(seconds: int) -> str:
         raise ValueError("the time is out of range") from None
 
 
+# Outside the Basic Multilingual Plane; a lone surrogate is not a character and goes the same way.
+_BEYOND_BMP = re.compile("[\ud800-\udfff\U00010000-\U0010ffff]")
+
+
 @dataclass(frozen=True)
 class Request:
     """What a transaction request says. Time stamps are seconds since 1970, None means now."""
@@ -141,22 +145,19 @@ class Request:
         yield from self.tags
 
 
-# Outside the Basic Multilingual Plane; a lone surrogate is not a character and goes the same way.
-_BEYOND_BMP = re.compile("[\ud800-\udfff\U00010000-\U0010ffff]")
-
-_WHO = ("tenant", "transaction_tag", "account_tag", "destination_account_tag")
-_CALL = (*_WHO, "source", "source_ip", "destination", "carrier_ip", "tags")
+_WHO = "tenant transaction_tag account_tag destination_account_tag".split()
+_CALL = [*_WHO, *"source source_ip destination carrier_ip tags".split()]
 # The fields that each operation reads. All others are ignored whatever they hold, product_tag
 # among them. `failed` is not in the observed contract; a record of a failed call needs it.
-OPERATIONS: dict[str, tuple[str, ...]] = {
-    "begin_transaction": (*_CALL, "timestamp_begin"),
-    "end_transaction": (*_WHO, "timestamp_end"),
+OPERATIONS = {
+    "begin_transaction": [*_CALL, "timestamp_begin"],
+    "end_transaction": [*_WHO, "timestamp_end"],
     "rollback_transaction": _WHO,
-    "record_transaction": (
+    "record_transaction": [
         *_CALL,
-        *("timestamp_auth", "timestamp_begin", "timestamp_end", "failed", "failed_reason"),
-    ),
-    "authorization": (*_CALL, "timestamp_auth"),
+        *"timestamp_auth timestamp_begin timestamp_end failed failed_reason".split(),
+    ],
+    "authorization": [*_CALL, "timestamp_auth"],
 }
 
 
@@ -258,19 +259,15 @@ CREATE TABLE IF NOT EXISTS record (
 CREATE INDEX IF NOT EXISTS record_by_begin ON record (timestamp_begin);
 """
 
-# One leg of a call as both tables keep it.
+# One leg of a call as both tables keep it, and what a record adds.
 _LEG = (
-    *("tenant", "account_tag", "transaction_tag", "inbound", "source", "source_ip"),
-    *("destination", "carrier_ip", "tags", "timestamp_begin", "destination_rate"),
-)
-_RECORD = (
-    *("id", *_LEG, "timestamp_auth", "timestamp_end", "duration", "fee", "failed"),
-    "failed_reason",
-)
+    "tenant account_tag transaction_tag inbound source source_ip destination carrier_ip tags "
+    "timestamp_begin destination_rate"
+).split()
+_RECORD = ["id", *_LEG, *"timestamp_auth timestamp_end duration fee failed failed_reason".split()]
 _RATE = (
-    *("pricelist_tag", "carrier_tag", "prefix", "description"),
-    *("rate", "rate_increment", "connect_fee", "interval_start"),
-)
+    "pricelist_tag carrier_tag prefix description rate rate_increment connect_fee interval_start"
+).split()
 _BY_CALL = "tenant = :tenant AND account_tag = :account_tag AND transaction_tag = :transaction_tag"
 
 _SELECT_ACCOUNT = "SELECT * FROM account WHERE tenant = ? AND account_tag = ?"
@@ -364,21 +361,15 @@ class Sandbox:
             # nothing of a fee on the callee's, so that one has neither rate nor fee.
             rate = None if inbound else self._rate(account, request.destination)
             begin = now if request.timestamp_begin is None else request.timestamp_begin
-            rows.append(
-                {
-                    "tenant": request.tenant,
-                    "account_tag": account_tag,
-                    "transaction_tag": request.transaction_tag,
-                    "inbound": inbound,
-                    "source": request.source,
-                    "source_ip": request.source_ip,
-                    "destination": request.destination,
-                    "carrier_ip": request.carrier_ip,
-                    "tags": json.dumps(request.tags),
-                    "timestamp_begin": begin,
-                    "destination_rate": json.dumps(rate) if rate else None,
-                }
-            )
+            leg = {
+                **vars(request),
+                "account_tag": account_tag,
+                "inbound": inbound,
+                "tags": json.dumps(request.tags),
+                "timestamp_begin": begin,
+                "destination_rate": json.dumps(rate) if rate else None,
+            }
+            rows.append({name: leg[name] for name in _LEG})
         return rows
 
     def _write_record(self, leg: Row, end: int, request: Request) -> None:
@@ -607,87 +598,76 @@ def carry_out(sandbox: Sandbox, operation: str, request: Request, now: int) -> R
     return {"ok": result["ok"], **{name: getattr(request, name) for name in _WHO}, **result}
 
 
+_WHO_ARGUMENTS = """tenant: String! = "default", transaction_tag: String!,
+    account_tag: String, destination_account_tag: String"""
+_CALL_ARGUMENTS = f"""{_WHO_ARGUMENTS}, source: String, source_ip: String,
+    destination: String, carrier_ip: String, tags: [String!]"""
+_LIST_ARGUMENTS = """sortField: String! = "id", sortOrder: String! = "asc",
+    page: Int! = 0, perPage: Int! = 25"""
+_ANSWER_FIELDS = """ok: Boolean! tenant: String! transaction_tag: String! account_tag: String
+  destination_account_tag: String"""
 # Time stamps are strings here, checked by the same function as those of REST. BigInt goes through
 # graphql-core as any literal, and `Sandbox.upsert` looks at its kind and range: GraphQL's own Int
 # ends at 32 bits, which a balance in cents or less does not.
-SCHEMA = build_schema('''
+SCHEMA = build_schema(f"""
 scalar BigInt
-enum AccountType { PREPAID POSTPAID }
-enum CarrierProtocol { UDP TCP TLS }
-enum Currency { AUD BRL CAD CHF CNY CZK DKK EUR GBP HKD HUF INR JPY KRW MXN NOK NZD PLN RON SEK
-                SGD TRY USD ZAR }
-
-type DestinationRate {
+enum AccountType {{ PREPAID POSTPAID }}
+enum CarrierProtocol {{ UDP TCP TLS }}
+enum Currency {{ AUD BRL CAD CHF CNY CZK DKK EUR GBP HKD HUF INR JPY KRW MXN NOK NZD PLN RON SEK
+  SGD TRY USD ZAR }}
+type DestinationRate {{
   pricelist_tag: String carrier_tag: String prefix: String description: String
   rate: BigInt rate_increment: BigInt connect_fee: BigInt interval_start: BigInt
-}
-type RunningTransaction {
+}}
+type RunningTransaction {{
   transaction_tag: String! source: String source_ip: String destination: String carrier_ip: String
   tags: [String] in_progress: Boolean inbound: Boolean timestamp_begin: String
   timestamp_end: String destination_rate: DestinationRate
-}
-type Account {
+}}
+type Account {{
   id: ID! tenant: ID! account_tag: String! name: String type: AccountType active: Boolean
   balance: BigInt max_concurrent_transactions: Int pricelist_tags: [String] carrier_tags: [String]
   tags: [String] running_transactions: [RunningTransaction]
-}
-type Transaction {
+}}
+# An authorization is answered and not kept, so authorized and unauthorized_reason stay null.
+type Transaction {{
   id: ID! tenant: ID! transaction_tag: String! account_tag: String account: Account
   source: String source_ip: String destination: String carrier_ip: String tags: [String]
-  """Always null: an authorization is answered and not kept."""
-  authorized: Boolean unauthorized_reason: String
-  destination_rate: DestinationRate timestamp_auth: String timestamp_begin: String
-  timestamp_end: String primary: Boolean inbound: Boolean duration: Int fee: BigInt
-  failed: Boolean failed_reason: String
-}
-type ListMetadata { count: Int! }
-type Stored { id: ID! }
-type Answer {
-  ok: Boolean! tenant: String! transaction_tag: String! account_tag: String
-  destination_account_tag: String
-}
-type Authorization {
-  ok: Boolean! tenant: String! transaction_tag: String! account_tag: String
-  destination_account_tag: String authorized: Boolean! authorized_destination: Boolean!
-  unauthorized_account_tag: String unauthorized_reason: String balance: BigInt
-  max_available_units: Int carriers: [String]
-}
-input AccountFilter {
+  authorized: Boolean unauthorized_reason: String destination_rate: DestinationRate
+  timestamp_auth: String timestamp_begin: String timestamp_end: String primary: Boolean
+  inbound: Boolean duration: Int fee: BigInt failed: Boolean failed_reason: String
+}}
+type ListMetadata {{ count: Int! }}
+type Stored {{ id: ID! }}
+type Answer {{ {_ANSWER_FIELDS} }}
+type Authorization {{ {_ANSWER_FIELDS}
+  authorized: Boolean! authorized_destination: Boolean! unauthorized_account_tag: String
+  unauthorized_reason: String balance: BigInt max_available_units: Int carriers: [String]
+}}
+input AccountFilter {{
   q: String id: ID ids: [ID!] tenant: ID = "default" account_tag: String type: AccountType
   active: Boolean with_running_transactions: Boolean
-}
-input TransactionFilter {
+}}
+input TransactionFilter {{
   q: String id: ID ids: [ID!] tenant: ID = "default" transaction_tag: String account_tag: String
   primary: Boolean inbound: Boolean
-}
-type Query {
+}}
+type Query {{
   Account(id: ID, tenant: ID = "default", account_tag: String): Account
-  allAccounts(page: Int! = 0, perPage: Int! = 25, sortField: String! = "id",
-    sortOrder: String! = "asc", filter: AccountFilter): [Account]
-  _allAccountsMeta(page: Int, perPage: Int, sortField: String, sortOrder: String,
-    filter: AccountFilter): ListMetadata
+  allAccounts({_LIST_ARGUMENTS}, filter: AccountFilter): [Account]
+  _allAccountsMeta({_LIST_ARGUMENTS}, filter: AccountFilter): ListMetadata
   Transaction(id: ID, tenant: ID = "default", transaction_tag: String,
     account_tag: String): Transaction
-  allTransactions(page: Int! = 0, perPage: Int! = 25, sortField: String! = "id",
-    sortOrder: String! = "asc", filter: TransactionFilter): [Transaction]
-  _allTransactionsMeta(page: Int, perPage: Int, sortField: String, sortOrder: String,
-    filter: TransactionFilter): ListMetadata
-}
-type Mutation {
-  beginTransaction(tenant: String! = "default", transaction_tag: String!, account_tag: String,
-    destination_account_tag: String, source: String, source_ip: String, destination: String,
-    carrier_ip: String, tags: [String!], timestamp_begin: String): Answer
-  endTransaction(tenant: String! = "default", transaction_tag: String!, account_tag: String,
-    destination_account_tag: String, timestamp_end: String): Answer
-  rollbackTransaction(tenant: String! = "default", transaction_tag: String!, account_tag: String,
-    destination_account_tag: String): Answer
-  recordTransaction(tenant: String! = "default", transaction_tag: String!, account_tag: String,
-    destination_account_tag: String, source: String, source_ip: String, destination: String,
-    carrier_ip: String, tags: [String!], timestamp_auth: String, timestamp_begin: String,
+  allTransactions({_LIST_ARGUMENTS}, filter: TransactionFilter): [Transaction]
+  _allTransactionsMeta({_LIST_ARGUMENTS}, filter: TransactionFilter): ListMetadata
+}}
+type Mutation {{
+  beginTransaction({_CALL_ARGUMENTS}, timestamp_begin: String): Answer
+  endTransaction({_WHO_ARGUMENTS}, timestamp_end: String): Answer
+  rollbackTransaction({_WHO_ARGUMENTS}): Answer
+  recordTransaction({_CALL_ARGUMENTS}, timestamp_auth: String, timestamp_begin: String,
     timestamp_end: String, failed: Boolean, failed_reason: String): Answer
-  authorization(tenant: String! = "default", transaction_tag: String!, account_tag: String,
-    destination_account_tag: String, source: String, source_ip: String, destination: String,
-    carrier_ip: String, tags: [String!], timestamp_auth: String): Authorization
+  authorization({_CALL_ARGUMENTS}, timestamp_auth: String): Authorization
   upsertAccount(tenant: String! = "default", account_tag: String!, name: String,
     type: AccountType, active: Boolean, balance: BigInt, max_concurrent_transactions: Int,
     pricelist_tags: [String!], carrier_tags: [String!], tags: [String!]): Account
@@ -698,11 +678,13 @@ type Mutation {
   upsertPricelistRate(tenant: String! = "default", pricelist_tag: String!, carrier_tag: String!,
     prefix: String!, active: Boolean, description: String, rate: BigInt, rate_increment: BigInt,
     connect_fee: BigInt, interval_start: BigInt): Stored
-}
-''')
+}}
+""")
 
-_ACCOUNT_COLUMNS = ("id", "tenant", "account_tag", "name", "type", "active", "balance")
-_SORTABLE = {"account": _ACCOUNT_COLUMNS, "record": ("number", *_RECORD)}
+_SORTABLE = {
+    "account": "id tenant account_tag name type active balance".split(),
+    "record": _RECORD,
+}
 _SEARCHED = {
     "account": ("tenant", "account_tag", "name"),
     "record": ("tenant", "account_tag", "transaction_tag"),
@@ -838,22 +820,17 @@ th, td {{ border-bottom: 1px solid #ccc; padding: .25rem .75rem .25rem 0; text-a
 </body></html>
 """
 _RUNNING_SHOWN = (
-    *("timestamp_begin", "tenant", "account_tag", "inbound", "source", "destination"),
-    "transaction_tag",
-)
-_RECORDS_SHOWN = ("timestamp_end", *_RUNNING_SHOWN, "duration", "fee", "failed_reason")
+    "timestamp_begin tenant account_tag inbound source destination transaction_tag"
+).split()
+_RECORDS_SHOWN = ["timestamp_end", *_RUNNING_SHOWN, "duration", "fee", "failed_reason"]
 
 
 def _html_table(columns: Sequence[str], rows: Iterable[Row]) -> str:
     head = "".join(f"<th>{column.replace('_', ' ')}</th>" for column in columns)
-    body = "".join(
-        "<tr>%s</tr>"
-        % "".join(
-            f"<td>{'' if row[name] is None else html.escape(str(row[name]))}</td>"
-            for name in columns
-        )
-        for row in rows
-    )
+    body = ""
+    for row in rows:
+        texts = ("" if row[name] is None else html.escape(str(row[name])) for name in columns)
+        body += "<tr>" + "".join(f"<td>{text}</td>" for text in texts) + "</tr>"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
@@ -992,6 +969,17 @@ def make_app(
     return app
 
 
+class Server(WSGIServer):
+    """pywsgi's server with answers that leave at once."""
+
+    def handle(self, sock: socket.socket, address: object) -> None:
+        """Serve one connection until it closes."""
+        # The head and the body of an answer are two writes. Without this the second one waits
+        # for the client to acknowledge the first, which a client delays by 40 ms.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        super().handle(sock, address)
+
+
 def _address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not port.isascii() or not port.isdigit() or int(port) > 65_535:
@@ -1023,7 +1011,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rating sandbox: {options.database}: {error}", file=sys.stderr)
         return 1
     log = sys.stderr if options.verbose else None
-    server = WSGIServer(options.listen, make_app(sandbox, options.token), log=log)
+    server = Server(options.listen, make_app(sandbox, options.token), log=log)
     try:
         server.start()
     except OSError as error:

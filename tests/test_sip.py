@@ -1,0 +1,976 @@
+"""Room 6: SIP messages, addresses and URIs, and the texts made of them."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import harness
+import rating_agent_hep as agent
+from hep_replay import frames, read_capture
+from hepbuild import sip_reply, sip_request
+
+TIME = 1_790_000_000_123_456
+latin_1 = st.text(st.characters(max_codepoint=0xFF))
+
+
+def invite(
+    headers: dict[str, str] | None = None,
+    *,
+    start: str = "INVITE sip:2001@sip.canyan.io SIP/2.0",
+    end: str = "\r\n",
+    blank: bool = True,
+) -> bytes:
+    """An INVITE in which `headers` stand instead of, or after, those that it needs."""
+    fields = {
+        "Via": "SIP/2.0/UDP 127.0.0.20:5070;branch=z9hG4bK1",
+        "From": "<sip:2000@sip.canyan.io>;tag=a",
+        "To": "<sip:2001@sip.canyan.io>",
+        "Call-ID": "1@h",
+        "CSeq": "1 INVITE",
+        **(headers or {}),
+    }
+    lines = [start, *(f"{name}: {value}" for name, value in fields.items())]
+    text = end.join(lines) + end + (end if blank else "")
+    return text.encode("latin-1")
+
+
+def parse(payload: bytes) -> agent.SipMessage:
+    message = agent.parse_sip(payload, TIME)
+    assert message is not None
+    return message
+
+
+def refused(payload: bytes) -> str:
+    """The kind of error with which a message is refused."""
+    with pytest.raises(agent.SipError) as caught:
+        agent.parse_sip(payload, TIME)
+    assert "\n" not in str(caught.value)
+    return caught.value.kind
+
+
+def uri(text: str) -> agent.Uri:
+    return agent.parse_uri(text)
+
+
+def wire(text: str) -> str:
+    """Text as a message with UTF-8 in it is decoded: octet for octet."""
+    return text.encode().decode("latin-1")
+
+
+@cache
+def real_messages() -> tuple[bytes, ...]:
+    """SIP as servers mirrored it: one payload of each length and first line's start."""
+    chosen: dict[tuple[str, bytes, int], bytes] = {}
+    folder = harness.captures_folder()
+    for path in sorted(folder.rglob("*.hepl")):
+        for _, data in frames(read_capture(str(path))):
+            payload = agent.decode_hep(data, TIME).payload
+            key = (path.relative_to(folder).parts[0], payload[:9], len(payload) // 100)
+            chosen.setdefault(key, payload)
+    assert len(chosen) > 50
+    return tuple(chosen.values())
+
+
+# Whole messages
+
+
+def test_request():
+    message = parse(
+        sip_request(
+            "BYE",
+            "sip:2001@127.0.0.30:5080;transport=udp",
+            call_id="1-32402@127.0.0.20",
+            from_tag="32402c",
+            to_tag="9-7",
+            cseq=2,
+            branch="z9hG4bK-1",
+            headers=[("Reason", 'Q.850;cause=16;text="a, b"')],
+            body=b"Call-ID: of-the-body\r\n",
+        )
+    )
+    assert (message.method, message.status) == ("BYE", 0)
+    assert message.request_uri == "sip:2001@127.0.0.30:5080;transport=udp"
+    assert (message.call_id, message.from_tag, message.to_tag) == (
+        "1-32402@127.0.0.20",
+        "32402c",
+        "9-7",
+    )
+    assert (message.cseq, message.cseq_method, message.time) == (2, "BYE", TIME)
+    assert message.vias == (agent.Via("z9hG4bK-1", "127.0.0.20:5070"),)
+    assert message.header("reason") == ['Q.850;cause=16;text="a, b"']
+    assert message.header("call-id") == ["1-32402@127.0.0.20"]
+
+
+@pytest.mark.parametrize("method", ["INVITE", "UPDATE"])
+@pytest.mark.parametrize("status", [100, 180, 200, 299, 302, 487, 503, 603, 699])
+def test_reply(status, method):
+    message = parse(
+        sip_reply(
+            status, call_id="c", from_tag="a", to_tag="b", cseq=7, cseq_method=method, branch="z"
+        )
+    )
+    assert (message.method, message.status, message.request_uri) == ("", status, "")
+    assert (message.cseq, message.cseq_method) == (7, method)
+    assert (message.from_tag, message.to_tag) == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "line", ["SIP/2.0 200", "SIP/2.0 200 ", "SIP/2.0 200 Ça va", "sip/2.0 200 OK"]
+)
+def test_reason_phrase_is_free(line):
+    assert parse(invite(start=line)).status == 200
+
+
+@pytest.mark.parametrize("method", ["INVITE", "ACK", "BYE", "CANCEL", "UPDATE"])
+def test_methods_that_matter(method):
+    message = parse(invite({"CSeq": f"1 {method}"}, start=f"{method} sip:a@b SIP/2.0"))
+    assert (message.method, message.cseq_method) == (method, method)
+
+
+IGNORED = "OPTIONS REGISTER SUBSCRIBE NOTIFY PUBLISH PRACK INFO MESSAGE REFER".split()
+
+
+@pytest.mark.parametrize("method", IGNORED)
+@pytest.mark.parametrize(
+    "rest",
+    ["sip:a@b SIP/2.0\r\n\r\n", "\xff\0 garbage", 'sip:a@b SIP/2.0\r\nFrom: "open\r\n:::\r\n', ""],
+)
+@pytest.mark.parametrize("before", ["", "\r\n\r\n"])
+def test_ignored_requests_are_not_parsed(method, rest, before):
+    assert agent.parse_sip(f"{before}{method} {rest}".encode("latin-1")) is None
+
+
+def test_unknown_method_with_a_sip_line_is_ignored():
+    assert agent.parse_sip(b"NEWTHING sip:a@b SIP/2.0\r\n\r\n") is None
+
+
+@pytest.mark.parametrize("method", ["BYE", "CANCEL", "ACK", *IGNORED, "NEWTHING"])
+@pytest.mark.parametrize(
+    "header", ["CSeq: 1 {}", "cseq :1\t {}", "CSEQ:\r\n  1\r\n {}", "CSeq: 99999999999 {}"]
+)
+def test_ignored_replies_are_not_parsed(method, header):
+    text = 'SIP/2.0 200 OK\r\nFrom: "open\r\n' + header.format(method) + "\r\n\xff\0 garbage"
+    assert agent.parse_sip(text.encode("latin-1")) is None
+
+
+def test_cseq_of_the_body_does_not_count():
+    """The body of a 200 to an INVITE may be a message itself (message/sip)."""
+    body = b"BYE sip:a@b SIP/2.0\r\nCSeq: 9 BYE\r\n\r\n"
+    head = invite({"CSeq": "1 INVITE"}, start="SIP/2.0 200 OK")
+    assert parse(head + body).cseq_method == "INVITE"
+    # Without a CSeq of its own the message is at fault, not silently ignored.
+    lines = [line for line in head.split(b"\r\n") if not line.startswith(b"CSeq")]
+    assert refused(b"\r\n".join(lines) + body) == "missing"
+
+
+# Lines
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("end", ["\r\n", "\n"])
+def test_leading_empty_lines(count, end):
+    """RFC 3261 section 7.5: keep-alives before a message on a stream."""
+    assert parse((end * count).encode() + invite()).call_id == "1@h"
+
+
+@pytest.mark.parametrize("blank", [True, False])
+def test_bare_line_feeds(blank):
+    message = parse(invite({"X-A": "1", "X-B": "2"}, end="\n", blank=blank))
+    assert (message.call_id, message.to_tag, message.cseq) == ("1@h", "", 1)
+    assert (message.header("x-a"), message.header("x-b")) == (["1"], ["2"])
+
+
+@pytest.mark.parametrize("blank", [b"\r\n", b"\n"])
+@pytest.mark.parametrize("seed", range(5))
+def test_mixed_line_ends(blank, seed):
+    chance = random.Random(seed)
+    lines = invite({"X-A": "1"}, blank=False).split(b"\r\n")[:-1]
+    head = b"".join(line + chance.choice([b"\r\n", b"\n"]) for line in lines)
+    message = parse(head + blank + b"X-A: body\r\n")
+    assert (message.call_id, message.from_tag, message.header("X-A")) == ("1@h", "a", ["1"])
+
+
+def test_headers_end_at_the_first_empty_line():
+    message = parse(invite() + b"X-A: 1\r\n\r\nX-B: 2\n\n")
+    assert (message.header("x-a"), message.header("x-b")) == ([], [])
+
+
+def test_cut_message_whole_lines_count():
+    """Without the empty line a message is cut, and so may be its last line."""
+    whole = invite({"X-A": "1234"}, blank=False)
+    assert parse(whole).header("x-a") == ["1234"]
+    for cut in range(1, len("X-A: 1234\r\n") + 1):
+        message = parse(whole[:-cut])
+        assert message.call_id == "1@h"
+        assert message.header("x-a") == []
+
+
+def test_cut_message_never_gives_part_of_a_value():
+    whole = invite({"To": "<sip:2001@sip.canyan.io>;tag=callee"})
+    for end in range(len(whole)):
+        try:
+            message = agent.parse_sip(whole[:end])
+        except agent.SipError as error:
+            assert error.kind in ("start-line", "missing")
+            continue
+        assert message is not None
+        assert (message.call_id, message.from_tag, message.to_tag) == ("1@h", "a", "callee")
+
+
+@pytest.mark.parametrize("fold", ["\r\n ", "\r\n\t", "\n ", "\r\n  \t ", "\r\n \r\n "])
+def test_folding(fold):
+    """RFC 3261 section 7.3.1: a line that begins with white space goes on with the last one."""
+    message = parse(
+        invite(
+            {
+                "From": f'"A{fold}B"{fold}<sip:2000@sip.canyan.io>{fold};{fold}tag{fold}={fold}a',
+                "Call-ID": f"{fold}1@h",
+                "CSeq": f"{fold}1{fold}INVITE",
+                "Via": f"SIP/2.0/UDP{fold}h:5060{fold};branch=z1,{fold}SIP/2.0/TCP i;branch=b",
+                "Subject": f"I know{fold}you're there",
+            }
+        )
+    )
+    assert (message.call_id, message.from_tag, message.cseq) == ("1@h", "a", 1)
+    assert message.vias == (agent.Via("z1", "h:5060"), agent.Via("b", "i"))
+    assert message.header("subject")[0].split() == ["I", "know", "you're", "there"]
+
+
+COMPACT = {
+    "Via": "v",
+    "From": "f",
+    "To": "t",
+    "Call-ID": "i",
+    "Contact": "m",
+    "Supported": "k",
+    "Subject": "s",
+    "Session-Expires": "x",
+    "Content-Length": "l",
+    "Content-Type": "c",
+    "Referred-By": "b",
+    "Event": "o",
+    "Refer-To": "r",
+}
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("change", [str, str.upper, str.lower])
+@pytest.mark.parametrize("colon", [":", ": ", " :", " \t: \t"])
+def test_header_names(compact, change, colon):
+    """Names compare without case, have compact forms, and may be followed by white space."""
+    values = {
+        **{name: name.encode().hex() for name in COMPACT},
+        "Via": "SIP/2.0/UDP h;branch=z",
+        "From": "<sip:a@b>;tag=1",
+        "To": "<sip:c@d>;tag=2",
+        "CSeq": "1 INVITE",
+    }
+    written = {
+        change(COMPACT.get(name, name) if compact else name): values[name] for name in values
+    }
+    lines = ["INVITE sip:c@d SIP/2.0", *(f"{n}{colon}{v}" for n, v in written.items()), "", ""]
+    message = parse("\r\n".join(lines).encode())
+    assert message.call_id == values["Call-ID"]
+    assert (message.from_tag, message.to_tag, message.vias[0].branch) == ("1", "2", "z")
+    for name, value in values.items():
+        for alias in {name, name.lower(), name.upper(), COMPACT.get(name, name)}:
+            assert message.header(alias) == [value]
+
+
+def test_header_that_is_not_there():
+    assert parse(invite()).header("X-None") == []
+
+
+def test_header_line_without_a_name_is_none():
+    # An option that names no header is "": a caller must not be able to fill it.
+    assert parse(invite({"": "<sip:victim@sip.canyan.io>"})).header("") == []
+
+
+def test_several_lines_of_one_header_in_order():
+    payload = (
+        invite()[:-2] + b"History-Info: <sip:a@h>\r\nhistory-info:<sip:b@h>, <sip:c@h>\r\n\r\n"
+    )
+    assert parse(payload).header("History-Info") == ["<sip:a@h>", "<sip:b@h>, <sip:c@h>"]
+
+
+@pytest.mark.parametrize("line", ["no colon here", "\xff\xfe: \0", "===", ": x", "-:-"])
+def test_odd_lines_do_not_matter(line):
+    payload = invite()[:-2] + line.encode("latin-1") + b"\r\nX-After: 1\r\n\r\n"
+    message = parse(payload)
+    assert (message.call_id, message.header("x-after")) == ("1@h", ["1"])
+
+
+# Octets that are no ASCII
+
+
+@pytest.mark.parametrize("octet", range(0x80, 0x100))
+def test_call_ids_of_other_octets_stay_different(octet):
+    """No octet is lost at the end, the begin or within, not even those Unicode calls space."""
+    odd = chr(octet)
+    for call_id in (f"{odd}x", f"x{odd}", f"x{odd}x", odd):
+        assert parse(invite({"Call-ID": call_id})).call_id == call_id
+
+
+@given(latin_1, latin_1)
+@settings(max_examples=300, deadline=None)
+def test_printable_id_keeps_different_ids_apart(one, other):
+    first, second = agent.printable_id(one), agent.printable_id(other)
+    assert (first == second) == (one == other)
+    assert all("!" <= character <= "~" for character in first)
+
+
+@given(latin_1.filter(bool), st.integers(0), st.sampled_from(["^", "^5e", "^^", "%", " ", "\xa0"]))
+@settings(max_examples=200, deadline=None)
+def test_printable_id_of_its_own_output(text, position, insert):
+    """What could collide: escapes written by the sender itself."""
+    position %= len(text) + 1
+    changed = text[:position] + insert + text[position:]
+    ids = {text, changed, agent.printable_id(text), agent.printable_id(changed)}
+    assert len({agent.printable_id(each) for each in ids}) == len(ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("1-32402@127.0.0.20", "1-32402@127.0.0.20"),
+        ("%Z%45", "%Z%45"),
+        ('w<>:\\"/[]?{}(x', 'w<>:\\"/[]?{}(x'),
+        ("a b", "a^20b"),
+        ("a^b", "a^5eb"),
+        ("\x00\x7f\xff", "^00^7f^ff"),
+        ("", ""),
+    ],
+)
+def test_printable_id(text, printed):
+    assert agent.printable_id(text) == printed
+
+
+def test_utf_8_does_not_break_a_message():
+    message = parse(
+        invite(
+            {"From": wire('"Jörg à Å" <sip:jörg@sip.canyan.io>;tag=à'), "Subject": wire("à")},
+            start=wire("INVITE sip:josé-à@h SIP/2.0"),
+        )
+    )
+    assert message.request_uri == wire("sip:josé-à@h")
+    assert message.from_tag == wire("à")
+    assert message.header("subject") == [wire("à")]
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"\r\n\r\n",
+        b"\0\0\0\0",
+        b"INVITE",
+        b"INVITE ",
+        b"SIP/2.0",
+        b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"xlog: a call begins\n",
+        b'{"json": 1}',
+        b"INVITE sip:a@b\r\n\r\n",
+        b" INVITE sip:a@b SIP/2.0\r\n\r\n",
+        invite(start="INVITE sip:a@b SIP/3.0"),
+        invite(start="INVITE  SIP/2.0"),
+        invite(start="INVITE sip:a@b SIP/2.0 more"),
+        invite(start="INVITE <sip:a@b> SIP/2.0"),
+        invite(start="INVITE sip:a b@c SIP/2.0"),
+        invite(start="SIP/2.0 20 OK"),
+        invite(start="SIP/2.0 2000 OK"),
+        invite(start="SIP/2.0 700 x"),
+        invite(start="SIP/2.0 099 x"),
+        invite(start="SIP/3.0 200 OK"),
+        invite(start="SIP/2.0 OK 200"),
+    ],
+)
+def test_start_line_errors(payload):
+    assert refused(payload) == "start-line"
+
+
+@pytest.mark.parametrize("name", ["From", "To", "Call-ID", "CSeq"])
+def test_missing_headers(name):
+    lines = invite().split(b"\r\n")
+    without = [line for line in lines if not line.startswith(name.encode())]
+    assert len(without) == len(lines) - 1
+    assert refused(b"\r\n".join(without)) == "missing"
+    assert refused(invite({name: ""})) == "missing"
+    assert refused(invite({name: " \r\n "})) == "missing"
+
+
+@pytest.mark.parametrize(
+    ("name", "compact", "other"),
+    [
+        ("From", "f", "<sip:eve@h>;tag=e"),
+        ("To", "t", "<sip:eve@h>"),
+        ("Call-ID", "i", "2@h"),
+        ("CSeq", "cseq", "2 INVITE"),
+    ],
+)
+def test_doubled_headers(name, compact, other):
+    """Two that differ leave open which call this is; the same twice does not."""
+    head, value = invite()[:-2], parse(invite()).header(name)[0]
+    assert refused(head + f"{compact}: {other}\r\n\r\n".encode()) == "duplicate"
+    assert parse(head + f"{compact}: {value}\r\n\r\n".encode()).call_id == "1@h"
+
+
+@pytest.mark.parametrize(
+    "cseq",
+    [
+        "INVITE",
+        "1",
+        "-1 INVITE",
+        "1INVITE",
+        "1.5 INVITE",
+        "0x1 INVITE",
+        "2147483648 INVITE",  # RFC 3261 section 8.1.1.5: less than 2**31
+        "36893488147419103232 INVITE",
+        "1 BYE",
+        "1 invite",
+        "1 INVITE x",
+        "\xb2 INVITE",
+        "one INVITE",
+    ],
+)
+def test_cseq_errors(cseq):
+    assert refused(invite({"CSeq": cseq})) == "cseq"
+
+
+@pytest.mark.parametrize(
+    ("cseq", "number"),
+    [
+        ("0 INVITE", 0),
+        ("2147483647 INVITE", 2**31 - 1),
+        ("0009 INVITE", 9),
+        ("0000000000000000000001 INVITE", 1),
+        ("1 \t INVITE", 1),
+    ],
+)
+def test_cseq(cseq, number):
+    assert parse(invite({"CSeq": cseq})).cseq == number
+
+
+@pytest.mark.parametrize("name", ["From", "To"])
+@pytest.mark.parametrize(
+    ("value", "kind"), [('"Bob <sip:a@b>;tag=1', "quote"), ("Bob <sip:a@b;tag=1", "address")]
+)
+def test_address_errors(name, value, kind):
+    """Whose tag it is can't be told, so the message has no place in a call."""
+    assert refused(invite({name: value})) == kind
+
+
+# Tags
+
+
+@pytest.mark.parametrize(
+    ("value", "tag"),
+    [
+        ("<sip:a@b>", ""),
+        ("<sip:a@b>;tag=x", "x"),
+        ("<sip:a@b> ; Tag = x ; y=z", "x"),
+        ("<sip:a@b>;y;tag=x", "x"),
+        ("<sip:a@b;tag=no>", ""),
+        ("<sip:a@b;tag=no>;tag=x", "x"),
+        ("<sip:a;tag=no@b?tag=no>;tag=x", "x"),
+        # Without brackets the parameters are the header's (RFC 3261 section 20).
+        ("sip:a@b;tag=x", "x"),
+        ("sip:a@b", ""),
+        ("tel:+1-201;tag=x", "x"),
+        ("Bob Smith <sip:a@b>;tag=x", "x"),
+        ('"Bob" <sip:a@b>;tag=x', "x"),
+        ('"<sip:eve@h>;tag=no" <sip:a@b>;tag=x', "x"),
+        ('"a \\" ;tag=no" <sip:a@b>;tag=x', "x"),
+        ('"a \\\\" <sip:a@b>;tag=x', "x"),
+        ('"a, @ > b" <sip:a@b>', ""),
+        ('"only a name"<sip:a@b>;tag=x', "x"),
+        # A quoted parameter may hold what looks like one.
+        ('<sip:a@b>;note="a;tag=no";tag=x', "x"),
+        ('<sip:a@b>;note="a;tag=no"', ""),
+        ("<sip:a@b>;mytag=no;tag=x", "x"),
+        ("<sip:a@b>;tagged=no", ""),
+        ("<sip:a@b>;tag=", ""),
+        ("<sip:a@b>;tag=a~b.c!d%e*f_g+h`i'j-k", "a~b.c!d%e*f_g+h`i'j-k"),
+        ("<nonsense>;tag=x", "x"),
+        ('"Bob" <nonsense>;tag=x', "x"),
+    ],
+)
+def test_tags(value, tag):
+    message = parse(invite({"From": value, "To": value}))
+    assert (message.from_tag, message.to_tag) == (tag, tag)
+
+
+# Vias and Session-Expires
+
+
+@pytest.mark.parametrize(
+    ("value", "hops"),
+    [
+        ("SIP/2.0/UDP h:5060;branch=z9hG4bK1", [("z9hG4bK1", "h:5060")]),
+        ("SIP/2.0/TCP H.Example ;rport;BRANCH = a ; received=1.2.3.4", [("a", "h.example")]),
+        ("SIP / 2.0 / UDP  h : 5060 ;branch=a", [("a", "h:5060")]),
+        ("SIP/2.0/TLS [2001:DB8::1]:5061;branch=a", [("a", "[2001:db8::1]:5061")]),
+        ("SIP/2.0/UDP h", [("", "h")]),
+        ("SIP/2.0/UDP h;branch=", [("", "h")]),
+        ("SIP/2.0/UDP h;nobranch=x", [("", "h")]),
+        ("SIP/2.0/UDP h;branch=a,SIP/2.0/UDP i;branch=b", [("a", "h"), ("b", "i")]),
+        ("SIP/2.0/UDP h;branch=a , SIP/2.0/UDP i , ,", [("a", "h"), ("", "i")]),
+        ('SIP/2.0/UDP h;x="a,b";branch=a, SIP/2.0/UDP i;branch=b', [("a", "h"), ("b", "i")]),
+        ("SIP/2.0/UDP h;branch=a (a comment)", [("a", "h")]),
+        ("garbage", [("", "")]),
+        ("", [("", "")]),
+    ],
+)
+def test_vias(value, hops):
+    assert parse(invite({"Via": value})).vias == tuple(agent.Via(*hop) for hop in hops)
+
+
+def test_vias_of_several_lines():
+    payload = invite({"Via": "SIP/2.0/UDP a;branch=1, SIP/2.0/UDP b;branch=2"})[:-2]
+    payload += b"v: SIP/2.0/TCP c;branch=3\r\nVIA:\r\n SIP/2.0/TCP d\r\n ;branch=4\r\n\r\n"
+    assert [tuple(hop) for hop in parse(payload).vias] == [
+        ("1", "a"),
+        ("2", "b"),
+        ("3", "c"),
+        ("4", "d"),
+    ]
+
+
+def test_no_via_at_all():
+    lines = [line for line in invite().split(b"\r\n") if not line.startswith(b"Via")]
+    assert parse(b"\r\n".join(lines)).vias == (agent.Via("", ""),)
+
+
+def test_via_with_an_open_quote_is_one_hop():
+    message = parse(invite({"Via": 'SIP/2.0/UDP h;branch=a;x="open, SIP/2.0/UDP i;branch=b'}))
+    assert message.vias == (agent.Via("a", "h"),)
+
+
+@pytest.mark.parametrize("name", ["Session-Expires", "session-expires", "x", "X"])
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("1800", 1800),
+        ("1800;refresher=uac", 1800),
+        ("90 ; refresher = uas", 90),
+        ("\r\n 120", 120),
+        ("0", 0),
+        ("", 0),
+        ("soon", 0),
+        ("-5", 0),
+        (";refresher=uac", 0),
+        ("\xb2", 0),  # a superscript two is no digit
+    ],
+)
+def test_session_expires(name, value, seconds):
+    assert parse(invite({name: value})).session_expires == seconds
+
+
+def test_session_expires_absent_or_huge():
+    assert parse(invite()).session_expires == 0
+    assert parse(invite({"Session-Expires": "9" * 60_000})).session_expires > 10**8
+
+
+# Addresses and values
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("", []),
+        (" \t", []),
+        (",", []),
+        (" , ,", []),
+        ("a", ["a"]),
+        ("a,b", ["a", "b"]),
+        (" a , b ,, c ", ["a", "b", "c"]),
+        ("<sip:a,b@h>,<sip:c@h>", ["<sip:a,b@h>", "<sip:c@h>"]),
+        ('"a,b" <sip:x@h>, c', ['"a,b" <sip:x@h>', "c"]),
+        ('"a\\",b" <sip:x@h>;q="1,2",c', ['"a\\",b" <sip:x@h>;q="1,2"', "c"]),
+        ('"<" <sip:a@h>, "b>" <sip:b@h>', ['"<" <sip:a@h>', '"b>" <sip:b@h>']),
+        ('<sip:a"@h>, <sip:b"@h>', ['<sip:a"@h>', '<sip:b"@h>']),
+        ("<sip:a@h, b", ["<sip:a@h, b"]),
+        ('"a\\\\",b', ['"a\\\\"', "b"]),
+    ],
+)
+def test_split_values(text, values):
+    assert [value.strip() for value in agent.split_values(text)] == values
+
+
+@pytest.mark.parametrize("text", ['"a,b', 'a,"', 'a, "\\"', '"a",b,"c,', '"a\\\\\\",b'])
+def test_split_values_with_an_open_quote(text):
+    with pytest.raises(agent.SipError) as caught:
+        agent.split_values(text)
+    assert caught.value.kind == "quote"
+
+
+@pytest.mark.parametrize(
+    ("text", "user", "host", "params"),
+    [
+        ("<sip:a@b>", "a", "b", {}),
+        ("  < sip:a@b > ", "a", "b", {}),
+        ("sip:a@b", "a", "b", {}),
+        ("sip:a@b;x=1;Y", "a", "b", {"x": "1", "y": ""}),
+        ("<sip:a@b;x=1>;y=2", "a", "b", {"y": "2"}),
+        ("<sip:a;x=1@b>;Y = 2 ; z", "a;x=1", "b", {"y": "2", "z": ""}),
+        ("<sip:a@b?h=1,2>;tag=t", "a", "b", {"tag": "t"}),
+        ("Bob S. <sip:a@b>", "a", "b", {}),
+        ('"x <sip:no@no>; @," <sip:a@b>;t="u;v,w<>"', "a", "b", {"t": '"u;v,w<>"'}),
+        ('"\\"<" <sip:a@b>', "a", "b", {}),
+        ('""<sip:a@b>', "a", "b", {}),
+        ("<sip:[2001:DB8::1]:5060>;x", "", "2001:db8::1", {"x": ""}),
+        ("<sip:a@b>;x=1;x=2", "a", "b", {"x": "1"}),
+        ("<tel:+1-201;phone-context=x>;tag=1", "+1-201", "", {"tag": "1"}),
+        ("<sip:a@b>;x=a=b", "a", "b", {"x": "a=b"}),
+    ],
+)
+def test_parse_address(text, user, host, params):
+    address = agent.parse_address(text)
+    assert (address.uri.user, address.uri.host, address.params) == (user, host, params)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("", "uri"),
+        ("Bob", "uri"),
+        ("<>", "uri"),
+        ("<a@b>", "uri"),
+        (";tag=1", "uri"),
+        ("2000", "uri"),
+        ("<sip:a@b", "address"),
+        ("Bob <", "address"),
+        ('"Bob <sip:a@b>', "quote"),
+        ('<sip:a@b>;x="', "quote"),
+        ('"Bob\\" <sip:a@b>', "quote"),
+    ],
+)
+def test_parse_address_errors(text, kind):
+    with pytest.raises(agent.SipError) as caught:
+        agent.parse_address(text)
+    assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("sip:2000@sip.canyan.io", ("sip", "2000", "sip.canyan.io", None)),
+        ("SIP:Bob@EXAMPLE.com:5060;x=y?a=b", ("sip", "Bob", "example.com", 5060)),
+        ("sips:a@b", ("sips", "a", "b", None)),
+        ("sip:b", ("sip", "", "b", None)),
+        ("sip:b:5070", ("sip", "", "b", 5070)),
+        ("sip:b;lr", ("sip", "", "b", None)),
+        ("sip:b?to=x", ("sip", "", "b", None)),
+        ("sip:a:secret@b", ("sip", "a", "b", None)),
+        ("sip:@b", ("sip", "", "b", None)),
+        ("sip:a@[2001:DB8::1]", ("sip", "a", "2001:db8::1", None)),
+        ("sip:a@[2001:db8::1]:5062;x", ("sip", "a", "2001:db8::1", 5062)),
+        ("sip:[::1]", ("sip", "", "::1", None)),
+        ("sip:a@b:", ("sip", "a", "b", None)),
+        ("sip:a@b:x", ("sip", "a", "b", None)),
+        ("sip:a@b:999999", ("sip", "a", "b", None)),
+        ("sip: a@b", ("sip", "a", "b", None)),
+        # RFC 4475 section 3.1.1.13: semicolons may stand in the user part.
+        (
+            "sip:user;par=u%40example.net@example.com",
+            ("sip", "user;par=u%40example.net", "example.com", None),
+        ),
+        (
+            "sip:1_unusual.URI~(to-be!sure)&isn't+it$/crazy?,/;;*:&it+has=1,weird!*pas$wo~d@h;x",
+            ("sip", "1_unusual.URI~(to-be!sure)&isn't+it$/crazy?,/;;*", "h", None),
+        ),
+        ("sip:%6a%40x@h", ("sip", "%6a%40x", "h", None)),
+        ("tel:+1-201-555-0123", ("tel", "+1-201-555-0123", "", None)),
+        ("TEL:7042;phone-context=example.com", ("tel", "7042", "", None)),
+        ("urn:service:sos", ("urn", "", "", None)),
+        ("http://u@h/", ("http", "", "", None)),
+        (wire("sip:à@h"), ("sip", wire("à"), "h", None)),
+    ],
+)
+def test_parse_uri(text, parts):
+    assert uri(text) == agent.Uri(*parts)
+    assert uri(f"  {text}\t") == agent.Uri(*parts)
+
+
+@pytest.mark.parametrize("text", ["", "2000", "a@b", ":x", "+1:x", "s ip:a@b", "<sip:a@b>", "1a:b"])
+def test_parse_uri_errors(text):
+    with pytest.raises(agent.SipError) as caught:
+        uri(text)
+    assert caught.value.kind == "uri"
+
+
+# Texts for the rating API
+
+
+@pytest.mark.parametrize(
+    ("text", "account"),
+    [
+        ("sip:2000@h", "2000"),
+        ("sip:h", ""),
+        ("urn:service:sos", ""),
+        ("sip:Bob@h", "Bob"),
+        ("sip:bob:secret@h", "bob"),
+        ("sip:%6a%6F@h", "jo"),
+        ("sip:j%C3%B6rg@h", "jörg"),
+        (wire("sip:jörg@h"), "jörg"),
+        (wire("sip:à@h"), "à"),
+        ("sip:*21*%23@h", "*21*#"),
+        ("sip:a%40b%3Bc@h", "a@b;c"),
+        ("sip:a%2fb@h", "a/b"),
+        ("sip:100%@h", "100%"),
+        ("sip:%zz%4@h", "%zz%4"),
+        ("sip:user;par=u%40example.net@h", "user;par=u@example.net"),
+        # What the rating API does not take stays escaped, so that accounts stay different.
+        ("sip:%E9@h", "%E9"),
+        ("sip:\xe9@h", "%E9"),
+        ("sip:a%00b@h", "a%00b"),
+        ("sip:a\x01b@h", "a%01b"),
+        ("sip:a\x7fb@h", "a%7Fb"),
+        ("sip:a%0D%0Ab@h", "a%0D%0Ab"),
+        ("sip:%F0%9F%98%80@h", "%F0%9F%98%80"),
+        (wire("sip:😀@h"), "%F0%9F%98%80"),
+        ("sip:%ED%A0%80@h", "%ED%A0%80"),  # half of a surrogate pair is no UTF-8
+        ("sip:%E2%80%AE1@h", "%E2%80%AE1"),  # right-to-left override
+        # RFC 3261 section 19.1.6: the parameters of a telephone number are not of the account.
+        ("sip:+1201;phone-context=x@h;user=phone", "+1201"),
+        ("sip:7042;ext=22@h", "7042"),
+        # RFC 3966: visual separators carry no meaning in a tel number.
+        ("tel:+1-201-555-0123", "+12015550123"),
+        ("tel:+1(201)555.01.23;ext=22", "+12015550123"),
+        ("tel:7042;phone-context=+1", "7042"),
+        ("tel:*21%23", "*21%23"),
+        ("tel:", ""),
+        ("tel:+49\x01", "+49%01"),
+        ("tel:+49\xe9", "+49%E9"),
+    ],
+)
+def test_account_text(text, account):
+    assert agent.account_text(uri(text)) == account
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("sip:2000@sip.canyan.io:5060;x=y", "sip:2000@sip.canyan.io"),
+        ("SIPS:Bob:secret@EXAMPLE.com", "sips:Bob@example.com"),
+        ("sip:b", "sip:b"),
+        ("sip:a@[2001:DB8::1]:5060", "sip:a@[2001:db8::1]"),
+        ("sip:[::1]", "sip:[::1]"),
+        ("tel:+1-201;ext=2", "tel:+1-201"),
+        ("sip:+1-201;phone-context=x@h", "sip:+1-201@h"),
+        ("sip:user;par=u%40example.net@h", "sip:user;par=u%40example.net@h"),
+        ("sip:%00%C3%B6@h", "sip:%00%C3%B6@h"),
+        (wire("sip:ö@h"), "sip:%C3%B6@h"),
+        ('sip:a b"{}|\\^`\x7f@h', "sip:a%20b%22%7B%7D%7C%5C%5E%60%7F@h"),
+        ("urn:service:sos", "urn:"),
+    ],
+)
+def test_uri_text(text, plain):
+    assert agent.uri_text(uri(text)) == plain
+
+
+@given(latin_1, latin_1, st.sampled_from(["sip", "sips", "tel", "x"]))
+@settings(max_examples=300, deadline=None)
+def test_texts_are_fit_for_the_rating_api(user, host, scheme):
+    parts = agent.Uri(scheme, user, host, None)
+    assert agent.uri_text(parts).isascii() and agent.uri_text(parts).isprintable()
+    account = agent.account_text(parts)
+    assert account.isprintable() and all(ord(character) < 0x10000 for character in account)
+
+
+@given(
+    st.text(st.characters(codec="utf-8", max_codepoint=0xFFFF), min_size=1).filter(str.isprintable)
+)
+@settings(max_examples=200, deadline=None)
+def test_account_text_undoes_any_escaping(user):
+    """However a user that the rating API takes is escaped, it is one and the same account."""
+    escaped = "".join(f"%{octet:02x}" for octet in user.encode())
+    assert agent.account_text(agent.Uri("sip", escaped, "h", None)) == user
+
+
+@pytest.mark.parametrize(
+    ("time_us", "text"),
+    [
+        (0, "1970-01-01T00:00:00.000Z"),
+        (1_790_000_000_123_456, "2026-09-21T14:13:20.123Z"),
+        (1_790_000_000_999_999, "2026-09-21T14:13:20.999Z"),  # cut, not rounded
+        (951_782_400_000_000, "2000-02-29T00:00:00.000Z"),
+        (4_294_967_295_000_000, "2106-02-07T06:28:15.000Z"),  # the last that HEP can tell
+    ],
+)
+def test_rfc3339(time_us, text):
+    assert agent.rfc3339(time_us) == text
+
+
+# Anything at all
+
+KINDS = {"start-line", "missing", "duplicate", "cseq", "quote", "address", "uri"}
+
+
+def check(payload: bytes) -> None:
+    """A SipMessage that can be used, None, or SipError with a kind, and nothing else."""
+    try:
+        message = agent.parse_sip(payload, TIME)
+    except agent.SipError as error:
+        assert error.kind in KINDS
+        return
+    if message is None:
+        return
+    assert type(message) is agent.SipMessage
+    assert bool(message.method) != bool(message.status)
+    assert message.call_id and 0 <= message.cseq < 2**31
+    assert message.vias and message.session_expires >= 0
+    texts = [message.request_uri, message.header("from")[0], message.header("to")[0]]
+    for text in texts:
+        try:
+            parsed = agent.parse_address(text).uri
+        except agent.SipError as error:
+            assert error.kind in KINDS
+            continue
+        assert agent.uri_text(parsed).isascii()
+        agent.account_text(parsed).encode()
+
+
+def test_real_messages_parse():
+    for payload in real_messages():
+        try:
+            message = agent.parse_sip(payload, TIME)
+        except agent.SipError:
+            # Only the recorded xlog payloads are no SIP.
+            assert b"SIP/2.0" not in payload.partition(b"\r\n")[0]
+            continue
+        if message is not None:
+            assert message.vias[0].branch.startswith("z9hG4bK")
+
+
+def test_every_truncation_of_a_real_message():
+    for payload in random.Random(1).sample(real_messages(), 20):
+        for end in range(len(payload)):
+            check(payload[:end])
+
+
+def test_every_octet_of_a_real_message_changed():
+    for payload in random.Random(2).sample(real_messages(), 12):
+        for position in range(min(len(payload), 2_000)):
+            for octet in b'\0\xff"<,:;\n ':
+                check(payload[:position] + bytes([octet]) + payload[position + 1 :])
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_real_messages_changed(data):
+    payload = bytearray(data.draw(st.sampled_from(real_messages())))
+    for _ in range(data.draw(st.integers(1, 4))):
+        position = data.draw(st.integers(0, len(payload) - 1))
+        payload[position] = data.draw(st.integers(0, 255))
+    check(bytes(payload))
+    check(bytes(payload[: data.draw(st.integers(0, len(payload)))]))
+
+
+@given(
+    st.sampled_from([b"", b"INVITE sip:a@b SIP/2.0\r\n", b"SIP/2.0 200 OK\r\n"]),
+    st.lists(
+        st.one_of(
+            st.binary(max_size=20),
+            st.sampled_from(invite().split(b"\r\n")),
+            st.sampled_from([b"\r\n", b"\n", b": ", b"<", b">", b'"', b";tag=", b",", b"\\"]),
+        ),
+        max_size=30,
+    ),
+)
+@settings(max_examples=300, deadline=None)
+def test_random_octets(start, pieces):
+    check(start + b"".join(pieces))
+    check(start + b"\r\n".join(pieces))
+
+
+# The work grows with the message, not with its square
+
+SMALL, LARGE = 4_096, 65_536  # octets; the larger is more than any datagram
+# A quadratic step would cost 256 times as much for 16 times the octets.
+FACTOR = 64
+# Seconds of CPU below which 64 KiB cost too little to matter, or to be measured well.
+CHEAP = 0.1
+UNITS = [
+    *(",", ", ", '"', '","', '"a",', ";", "; ", ";a=", ";tag", ";tag=", "; tag ", ";branch"),
+    *("<", ">", "<>", "<,", ":", "\\", '"\\', '\\"', " ", "\t", "\r", "\n ", "\r\n\t", "\x85"),
+    *("a", "1", "@", "%", "%41", "%C3", "/", " / ", "[", "]", "?", "(", "-", "a b ", "a:", "sip:"),
+    *("SIP/2.0/UDP h,", '<sip:a@b>;x="', "\r\ncseq:", "\r\nCSeq: 1", "\r\ncseq: 1 INVITE"),
+    *("\r\nv:,", "\r\n:", "\r\ncseq:\r\n ", "\r\n\r\n", "\n\r"),
+]
+
+
+def seconds(work: Callable[[], object], runs: int) -> float:
+    """CPU time of the cheapest run: process time, so that a busy machine does not count."""
+    times = []
+    for _ in range(runs):
+        start = time.process_time()
+        with suppress(agent.SipError):
+            work()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def assert_linear(what: str, work: Callable[[int], object]) -> None:
+    """`work` is given the number of octets to take."""
+    if seconds(lambda: work(LARGE), 1) > CHEAP:
+        small, large = (seconds(lambda size=size: work(size), 3) for size in (SMALL, LARGE))
+        assert large < max(FACTOR * small, CHEAP), f"{what}: {small:.4f} s, then {large:.4f} s"
+
+
+def hostile(unit: str, where: str, size: int) -> bytes:
+    text = unit * (size // len(unit))
+    if where == "start":
+        return text.encode("latin-1")
+    if where == "request line":
+        return invite(start="INVITE " + text)
+    if where == "reply":
+        return invite({"CSeq": "", "X": text}, start="SIP/2.0 200 " + text)
+    return invite({where: text})
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["start", "request line", "reply", "From", "Via", "CSeq", "Call-ID", "Session-Expires"],
+)
+def test_messages_take_linear_time(where):
+    for unit in UNITS:
+        assert_linear(
+            f"{unit!r} in {where}", lambda size, unit=unit: check(hostile(unit, where, size))
+        )
+
+
+@pytest.mark.parametrize(
+    ("function", "form"),
+    [
+        (agent.split_values, "{}"),
+        (agent.split_values, '"a" <sip:a@b>{}'),
+        (agent.parse_address, "{}"),
+        (agent.parse_address, "<sip:a@b>{}"),
+        (agent.parse_address, '"{}" <sip:a@b>'),
+        (agent.parse_uri, "{}"),
+        (agent.parse_uri, "sip:{}"),
+        (agent.parse_uri, "tel:{}"),
+        (agent.printable_id, "{}"),
+        (lambda text: agent.account_text(agent.Uri("sip", text, "", None)), "{}"),
+        (lambda text: agent.account_text(agent.Uri("tel", text, "", None)), "{}"),
+        (lambda text: agent.uri_text(agent.Uri("sip", text, text, None)), "{}"),
+    ],
+)
+def test_texts_take_linear_time(function, form):
+    for unit in UNITS:
+        assert_linear(
+            f"{unit!r} in {form}",
+            lambda size, unit=unit: function(form.replace("{}", unit * (size // len(unit)))),
+        )
