@@ -1730,6 +1730,10 @@ class CallTable:
             self.count("calls.transition_unknown")
             return False
         state, action = step
+        if state == call.state and state in (FAILED, ENDED):
+            # As long as copies trail behind, what they are copies of must be remembered.
+            call.entered = self._now
+            self._states[state].move_to_end(call)
         if action == HOLD:
             self._hold(call, message)
             return False
