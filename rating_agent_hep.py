@@ -775,7 +775,10 @@ def _parse_via(text: str) -> Via:
 
 def _tag(text: str) -> str:
     """The tag of a From or To header, "" where there is none (RFC 3261 section 19.3)."""
-    tag = _TAG.search(_split_address(text)[1])
+    params = _split_address(text)[1]
+    if '"' in params:
+        return _parse_params(params).get("tag", "")
+    tag = _TAG.search(params)
     return tag[1] if tag else ""
 
 
@@ -873,8 +876,8 @@ def account_text(uri: Uri) -> str:
     """
     user = _without_parameters(uri.user)
     if uri.scheme == "tel":
-        return re.sub(r"[().-]", "", user)
-    if user.isascii() and "%" not in user:
+        user = re.sub(r"[().-]", "", user)
+    if user.isascii() and user.isprintable() and "%" not in user:
         return user
     octets = _ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), user).encode("latin-1")
     try:
@@ -2326,6 +2329,11 @@ def set_up_logging(settings: Settings, stream: Any) -> WarningLimiter:
     return limiter
 
 
+def printable(text: str) -> str:
+    """One line for a terminal: what a peer sent can neither forge lines nor move the cursor."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class _TextFormatter(logging.Formatter):
     """The message with the fields behind it, for a terminal."""
 
@@ -2336,7 +2344,7 @@ class _TextFormatter(logging.Formatter):
         text = " ".join(
             f"{name}={value}" for name, value in more.items() if value not in ("", None)
         )
-        return f"{super().format(record)} {text}".rstrip()
+        return printable(f"{super().format(record)} {text}".rstrip())
 
 
 class Metrics:
@@ -2769,7 +2777,6 @@ class Agent:
         self.delivery = Delivery(settings, self.metrics)
         self.connections = 0
         self._limiter = limiter
-        self._flushed = 0.0
 
     def receive(self, data: bytes, transport: str, sender: str) -> None:
         """Take in one HEP packet; ``transport`` is "udp" or "tcp", ``sender`` an IP address."""
@@ -2804,7 +2811,7 @@ class Agent:
         log.warning("malformed packet: %s", text, extra=extra)
 
     def tick(self, ahead: float = 0.0) -> None:
-        """Look at deadlines, up to ``ahead`` seconds early, and once a second flush metrics."""
+        """Look at deadlines, up to ``ahead`` seconds early, and send what has waited."""
         now = time.monotonic()
         try:
             self._report(self.table.expire(now + ahead))
@@ -2817,9 +2824,6 @@ class Agent:
                 }[notice.kind]
                 extra = {"event": f"call_{notice.kind}", "call_id": notice.call_id, **notice.fields}
                 log.warning(text, extra=extra)
-            if now - self._flushed >= STATSD_FLUSH:
-                self._flushed = now
-                self.flush(now)
         except Exception:
             self.metrics.count("packets.internal_error")
             log.warning("a tick failed", exc_info=True, extra={"event": "internal_error"})
@@ -2833,10 +2837,19 @@ class Agent:
         gauges["events.waiting"] = len(self.delivery)
         gauges["events.rejected_kept"] = self.delivery.rejected
         gauges["connections"] = self.connections
-        self.metrics.flush(gauges, now)
         for event, held in self._limiter.take_held().items():
             extra = {"event": "held_back", "kind": event, "held_back": held}
             log.warning("more warnings of one kind were held back", extra=extra)
+        try:
+            self.metrics.flush(gauges, now)
+        except Exception:
+            log.warning("metrics not sent", exc_info=True, extra={"event": "internal_error"})
+
+    def flush_forever(self) -> None:
+        """Flush once a second, in a greenlet of its own: a name server may take its time."""
+        while True:
+            gevent.sleep(STATSD_FLUSH)
+            self.flush(time.monotonic())
 
     def reload(self) -> None:
         """Read the routes again, whole or not at all; calls keep the route they have."""
@@ -2999,8 +3012,10 @@ def run(configuration: Configuration) -> int:
         extra["transport"] = "udp" if isinstance(server, UdpServer) else "tcp"
         extra["receive_buffer"] = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         log.info("listening", extra=extra)
+    flusher = gevent.spawn(agent.flush_forever)
     while not stop.wait(TICK):
         agent.tick()
+    flusher.kill()
     _shut_down(agent, servers)
     return 0
 
@@ -3022,7 +3037,8 @@ def _shut_down(agent: Agent, servers: Sequence[gevent.server.BaseServer]) -> Non
         gevent.sleep(TICK / 2)
         agent.tick()
     agent.delivery.stop()
-    agent.flush(time.monotonic())
+    with gevent.Timeout(STATSD_FLUSH, False):
+        agent.flush(time.monotonic())
     running = agent.table.sizes()[ANSWERED]
     if running:
         extra = {"event": "calls_forgotten", "running": running}
@@ -3089,8 +3105,7 @@ def describe(data: bytes) -> str:
     if packet.auth_key:
         facts.append("with a key")
     text = packet.payload.decode("utf-8", "backslashreplace").replace("\r\n", "\n").rstrip("\n")
-    lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in x) for x in text.split("\n")]
-    return "\n    ".join([", ".join(facts), *lines])
+    return "\n    ".join([", ".join(facts), *map(printable, text.split("\n"))])
 
 
 def _fail(text: str) -> int:

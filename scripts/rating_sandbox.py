@@ -459,12 +459,12 @@ class Sandbox:
         unauthorized_reason, balance, max_available_units (seconds) and carriers. The observed
         contract names the call but no answer; names and reasons (one spelt so) are Canyan's.
         """
-        answer: Row = {
+        nothing: Row = {
             **{"ok": False, "authorized": False, "authorized_destination": False},
             **{"unauthorized_account_tag": None, "unauthorized_reason": None},
             **{"balance": 0, "max_available_units": 0, "carriers": []},
         }
-        units = DAY
+        answer, units = dict(nothing), DAY
         for account_tag, inbound in request.legs() or ():
             account = self._account(request.tenant, account_tag)
             reason, rate = None, None
@@ -483,7 +483,7 @@ class Sandbox:
                     reason = None if units else "BALANCE_INSUFFICIENT"
             if reason or account is None:
                 refusal = {"unauthorized_account_tag": account_tag, "unauthorized_reason": reason}
-                return {**answer, **refusal, "authorized": False, "authorized_destination": False}
+                return {**nothing, **refusal}
             answer["authorized_destination" if inbound else "authorized"] = True
             if not inbound:
                 answer["balance"] = account["balance"]
@@ -719,8 +719,7 @@ def _conditions(table: str, given: Mapping[str, Any] | None) -> list[tuple[str, 
 def _roots(sandbox: Sandbox, clock: Callable[[], float]) -> dict[str, Callable[..., Any]]:
     """Return the resolver of each field of Query and Mutation, by name.
 
-    graphql-core looks fields up in dictionaries and calls what it finds there, so a row with a
-    function in it, for what is rarely asked for, is all that the object types need.
+    A row may hold functions as well, for what is rarely asked for; see `_resolve`.
     """
 
     def running(account: Row, _info: Any) -> list[Row]:
@@ -793,6 +792,16 @@ def _roots(sandbox: Sandbox, clock: Callable[[], float]) -> dict[str, Callable[.
     }
 
 
+def _resolve(parent: Row, info: Any, /, **arguments: Any) -> Any:
+    """Return a field of a dictionary, called if it is a function.
+
+    graphql-core's own default does the same, but an argument named `source` clashes with its
+    parameter of that name.
+    """
+    value = parent.get(info.field_name)
+    return value(info, **arguments) if callable(value) else value
+
+
 def _prepare(query: str) -> DocumentNode | list[GraphQLError]:
     """Return the parsed query, or what is wrong with it."""
     try:
@@ -804,7 +813,7 @@ def _prepare(query: str) -> DocumentNode | list[GraphQLError]:
         return [GraphQLError("The query is nested too deeply.")]
 
 
-# Parsing and checking a batch takes ten times as long as carrying it out, and a client that sends
+# Parsing and checking a batch takes several times as long as carrying it out. A client that sends
 # its values as variables sends the same few documents again and again.
 _prepare_cached = lru_cache(maxsize=32)(_prepare)
 
@@ -921,6 +930,7 @@ def make_app(
             SCHEMA,
             document,
             root_value=roots,
+            field_resolver=_resolve,
             variable_values=variables,
             operation_name=name if isinstance(name, str) else None,
         )

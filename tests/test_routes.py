@@ -1,0 +1,942 @@
+"""Room 7: which route a call takes, who is charged, and what is said of a bad routes.yaml."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import harness
+import rating_agent_hep as agent
+from hepbuild import sip_request
+
+PLAIN = agent.Settings()
+Headers = Sequence[tuple[str, str]]
+
+
+def message(
+    headers: Headers = (),
+    *,
+    sender: str = "sip:2000@sip.canyan.io",
+    receiver: str = "sip:2001@sip.canyan.io",
+    request: str = "sip:2002@10.0.0.9:5060",
+) -> agent.SipMessage:
+    payload = sip_request(
+        "INVITE",
+        request,
+        call_id="1@h",
+        from_tag="a",
+        cseq=1,
+        branch="z9hG4bK1",
+        from_uri=sender,
+        to_uri=receiver,
+        headers=headers,
+    )
+    parsed = agent.parse_sip(payload)
+    assert parsed is not None
+    return parsed
+
+
+def seen(
+    headers: Headers = (),
+    *,
+    sighted_from: str = "192.0.2.1",
+    packet: agent.HepPacket | None = None,
+    **parts: str,
+) -> agent.Sighting:
+    """An INVITE as a capture agent at `sighted_from` reported it."""
+    return agent.Sighting(
+        packet or agent.HepPacket(version=3, time=1), message(headers, **parts), sighted_from
+    )
+
+
+def rules(text: str, main: agent.Settings = PLAIN) -> tuple[agent.Rule, ...]:
+    return agent.parse_routes(text, "routes.yaml", main)
+
+
+def first(text: str, main: agent.Settings = PLAIN) -> agent.Route:
+    """The route of the first rule."""
+    return rules(text, main)[0].route
+
+
+def taken(match: str, sighting: agent.Sighting) -> bool:
+    """Whether a rule with this `match` (a YAML flow mapping) takes the message."""
+    route = agent.choose_route(rules(f"- {{name: ours, match: {match}}}\n"), sighting)
+    assert route.name in ("ours", "main")
+    return route.name == "ours"
+
+
+def address(text: str) -> bytes:
+    return ipaddress.ip_address(text).packed
+
+
+# Match keys
+
+
+@pytest.mark.parametrize(
+    ("match", "number", "hit"),
+    [
+        ("{capture_id: 2001}", 2001, True),
+        ("{capture_id: 2001}", 2002, False),
+        ("{capture_id: [1, 2001]}", 2001, True),
+        ("{capture_id: [1, 2001]}", 2, False),
+        ("{capture_id: 0}", 0, True),
+        ("{capture_id: 4294967295}", 2**32 - 1, True),
+    ],
+)
+def test_capture_id(match, number, hit):
+    packet = agent.HepPacket(version=3, time=1, capture_id=number)
+    assert taken(match, seen(packet=packet)) is hit
+
+
+@pytest.mark.parametrize(
+    ("match", "name", "hit"),
+    [
+        ("{capture_name: edge-1}", "edge-1", True),
+        ("{capture_name: edge-1}", "edge-10", False),
+        ("{capture_name: edge-1}", "EDGE-1", False),
+        ("{capture_name: edge-1}", "", False),
+        ("{capture_name: [edge-1, edge-2]}", "edge-2", True),
+        ("{capture_name: [edge-1, edge-2]}", "edge-3", False),
+        ("{capture_name: 12}", "12", True),
+    ],
+)
+def test_capture_name(match, name, hit):
+    packet = agent.HepPacket(version=3, time=1, capture_name=name)
+    assert taken(match, seen(packet=packet)) is hit
+
+
+NETWORKS = [
+    ("10.20.0.0/16", "10.20.255.1", True),
+    ("10.20.0.0/16", "10.21.0.1", False),
+    ("10.20.0.1", "10.20.0.1", True),
+    ("10.20.0.1", "10.20.0.2", False),
+    ("10.20.3.4/16", "10.20.0.9", True),  # host bits do not matter
+    ("[192.0.2.0/24, 10.0.0.0/8]", "10.1.2.3", True),
+    ("[192.0.2.0/24, 10.0.0.0/8]", "11.1.2.3", False),
+    ("'2001:db8::/32'", "2001:db8:1::5", True),
+    ("'2001:db8::/32'", "2001:db9::5", False),
+    ("['2001:db8::/32', 10.0.0.0/8]", "10.0.0.1", True),
+    ("'::/0'", "10.0.0.1", False),
+    ("0.0.0.0/0", "2001:db8::1", False),
+    ("0.0.0.0/0", "10.0.0.1", True),
+]
+# As a socket for both families gives and logs the addresses of IPv4 (RFC 4291 section 2.5.5.2).
+MAPPED = [("10.20.0.0/16", "::ffff:10.20.0.1", True), ("10.20.0.0/16", "::ffff:10.21.0.1", False)]
+
+
+@pytest.mark.parametrize(("networks", "host", "hit"), NETWORKS)
+def test_sender(networks, host, hit):
+    # IPv4-mapped addresses of senders are unwrapped by the servers, not here.
+    assert taken(f"{{sender: {networks}}}", seen(sighted_from=host)) is hit
+
+
+@pytest.mark.parametrize("key", ["source", "destination"])
+@pytest.mark.parametrize(("networks", "host", "hit"), NETWORKS + MAPPED)
+def test_networks_of_the_sip_message(key, networks, host, hit):
+    # The other end is where the first is not, so a mix-up of the two shows.
+    other = {"source": "destination", "destination": "source"}[key]
+    packet = replace(agent.HepPacket(version=3, time=1), **{key: address(host)})
+    match = f"{{{key}_network: {networks}}}"
+    assert taken(match, seen(packet=packet)) is hit
+    assert taken(match, seen(packet=replace(packet, **{key: b"", other: address(host)}))) is False
+
+
+def test_mapped_network_of_an_unknown_sender():
+    assert taken("{sender: 0.0.0.0/0}", seen(sighted_from="")) is False
+
+
+DOMAINS = [
+    ("carrier.example", "sip:1@carrier.example", True),
+    ("carrier.example", "sip:1@CARRIER.example:5060;x=y", True),
+    ("Carrier.EXAMPLE", "sip:1@carrier.example", True),
+    ("carrier.example", "sip:1@a.carrier.example", False),
+    ("carrier.example", "sip:1@xcarrier.example", False),
+    ("carrier.example", "sip:carrier.example@other.example", False),
+    ("'*.carrier.example'", "sip:1@a.carrier.example", True),
+    ("'*.carrier.example'", "sip:1@a.b.carrier.example", True),
+    ("'*.carrier.example'", "sip:1@carrier.example", False),
+    ("'*.carrier.example'", "sip:1@xcarrier.example", False),
+    ("[carrier.example, '*.carrier.example']", "sip:1@a.carrier.example", True),
+    ("[carrier.example, '*.carrier.example']", "sips:1@carrier.example", True),
+    ("[carrier.example, other.example]", "sip:1@third.example", False),
+    ("127.0.0.10", "sip:1@127.0.0.10:5060", True),
+    ("'2001:db8::1'", "sip:1@[2001:DB8::1]:5060", True),
+    ("carrier.example", "tel:+1201", False),
+]
+
+
+@pytest.mark.parametrize(("key", "part"), [("from", "sender"), ("to", "receiver")])
+@pytest.mark.parametrize(("domains", "uri", "hit"), DOMAINS)
+def test_from_and_to_domain(key, part, domains, uri, hit):
+    match = f"{{{key}_domain: {domains}}}"
+    assert taken(match, seen(**{part: uri})) is hit
+    others = {"sender", "receiver", "request"} - {part}
+    assert taken(match, seen(**dict.fromkeys(others, uri))) is False
+
+
+@pytest.mark.parametrize(("domains", "uri", "hit"), DOMAINS)
+def test_request_domain(domains, uri, hit):
+    assert taken(f"{{request_domain: {domains}}}", seen(request=uri)) is hit
+
+
+def test_domain_of_what_has_none():
+    sighting = seen(request="nonsense")
+    sighting.message.headers["from"] = ["Bob"]
+    for key in ("request_domain", "from_domain"):
+        assert taken(f"{{{key}: '*.example'}}", sighting) is False
+
+
+@pytest.mark.parametrize(
+    ("match", "headers", "hit"),
+    [
+        ("{header: {X-Trunk: ^gold$}}", [("X-Trunk", "gold")], True),
+        ("{header: {x-trunk: ^gold$}}", [("X-TRUNK", "gold")], True),
+        ("{header: {X-Trunk: old}}", [("X-Trunk", "golden")], True),
+        ("{header: {X-Trunk: ^gold$}}", [("X-Trunk", "golden")], False),
+        ("{header: {X-Trunk: ''}}", [("X-Trunk", "any")], True),
+        # A header that is not there matches nothing, not even the regexp that matches all.
+        ("{header: {X-Trunk: '.*'}}", [], False),
+        ("{header: {X-Trunk: ''}}", [], False),
+        ("{header: {X-Trunk: gold}}", [("X-Trunk", "tin"), ("X-Trunk", "gold")], True),
+        ("{header: {User-Agent: 'v[0-9]+'}}", [("User-Agent", "ua/v12")], True),
+        ("{header: {s: hello}}", [("Subject", "hello")], True),
+        ("{header: {Subject: hello}}", [("s", "hello")], True),
+        ("{header: {X-N: 12}}", [("X-N", "3124")], True),
+        ("{header: {X-A: '1', X-B: '2'}}", [("X-A", "1"), ("X-B", "2")], True),
+        ("{header: {X-A: '1', X-B: '2'}}", [("X-A", "1"), ("X-B", "3")], False),
+        ("{header: {X-A: '1', X-B: '2'}}", [("X-B", "2")], False),
+    ],
+)
+def test_header(match, headers, hit):
+    assert taken(match, seen(headers)) is hit
+
+
+@pytest.mark.parametrize(
+    ("number", "domain"), [(1, "a.example"), (1, "b.example"), (2, "a.example")]
+)
+def test_all_conditions_must_hold(number, domain):
+    sighting = seen(
+        packet=agent.HepPacket(version=3, time=1, capture_id=number), receiver=f"sip:1@{domain}"
+    )
+    both = (number, domain) == (1, "a.example")
+    assert taken("{capture_id: 1, to_domain: a.example}", sighting) is both
+
+
+@given(
+    st.sampled_from(["a.example", "*.example", "b.a.example", "*.a.example"]),
+    st.sampled_from(["a.example", "example", "b.a.example", ".example", "xa.example", ""]),
+)
+@settings(max_examples=50, deadline=None)
+def test_in_domains(domain, host):
+    """Against another way to say it: the host, or labels in front of what follows the star."""
+    suffix = domain.removeprefix("*.")
+    expected = host.endswith("." + suffix) if domain.startswith("*") else host == domain
+    assert agent.in_domains(host, ["none.invalid", domain]) is expected
+    assert agent.in_domains(host, []) is False
+
+
+# Order and settings
+
+
+def test_first_match_wins_and_the_main_options_are_last():
+    text = """
+- {name: one, match: {to_domain: a.example}, tenant: t1}
+- {name: two, match: {to_domain: [a.example, b.example]}, tenant: t2}
+- {name: three, match: {capture_id: 5}, action: ignore}
+"""
+    main = replace(PLAIN, tenant="main-tenant")
+    table = rules(text, main)
+    assert len(table) == 4
+    routes = [
+        agent.choose_route(table, seen(receiver=f"sip:1@{letter}.example")) for letter in "abc"
+    ]
+    assert [(route.name, route.tenant) for route in routes] == [
+        ("one", "t1"),
+        ("two", "t2"),
+        ("main", "main-tenant"),
+    ]
+    ignored = agent.HepPacket(version=3, time=1, capture_id=5)
+    assert agent.choose_route(table, seen(packet=ignored)).action == "ignore"
+
+
+def test_a_rule_without_match_takes_all():
+    table = rules("- {name: all}\n- {name: never}\n")
+    assert agent.choose_route(table, seen()).name == "all"
+
+
+def test_no_rule_without_conditions_is_a_fault_of_the_program():
+    with pytest.raises(ValueError, match="last rule"):
+        agent.choose_route((), seen())
+
+
+@pytest.mark.parametrize("text", ["", "\n", "# nothing\n", "---\n", "---\n...\n", "[]", "\ufeff"])
+def test_empty_file_is_the_main_options_only(text):
+    table = rules(text)
+    assert [rule.route.name for rule in table] == ["main"]
+    assert agent.choose_route(table, seen()).name == "main"
+
+
+MAIN = replace(
+    PLAIN,
+    tenant="t",
+    product_tag="P",
+    transaction_tags=("x", "y"),
+    sip_local_domains=("sip.canyan.io",),
+    account_tag_match_regexp="^(.+)$",
+    rating_api_url="https://api.example",
+)
+
+
+def parts(route: agent.Route) -> dict[str, object]:
+    """The settings of a route; a regexp as its pattern."""
+    values = {name: getattr(route, name) for name in route.__dataclass_fields__}
+    if route.account_match is not None:
+        values["account_match"] = route.account_match.pattern
+    return values
+
+
+INHERITED = {
+    "name": "main",
+    "action": "rate",
+    "tenant": "t",
+    "account": None,
+    "destination_account": None,
+    "local_domains": None,
+    "account_match": "^(.+)$",
+    "product_tag": "P",
+    "tags": ("x", "y"),
+    "destination": "to",
+    "transaction_tag": "call-id",
+    "rating_api_url": "https://api.example",
+}
+
+
+def test_main_route():
+    assert parts(agent.main_route(MAIN)) == INHERITED
+    assert agent.main_route(PLAIN).account_match is None
+
+
+@pytest.mark.parametrize("bad", ["(", "no group", "(?:x)"])
+def test_main_route_with_a_bad_regexp(bad):
+    with pytest.raises(agent.ConfigError) as caught:
+        agent.main_route(replace(PLAIN, account_tag_match_regexp=bad))
+    assert repr(bad) in str(caught.value) and "allowed" in str(caught.value)
+
+
+SOURCES = ("history-info", "p-asserted-identity", "remote-party-id", "diversion", "from", "to")
+
+
+@pytest.mark.parametrize(
+    ("written", "key", "value"),
+    [
+        ("name: wholesale", "name", "wholesale"),
+        ("name: 12", "name", "12"),
+        ("action: ignore", "action", "ignore"),
+        ("action: rate", "action", "rate"),
+        ("tenant: wholesale", "tenant", "wholesale"),
+        ("tenant: 2001", "tenant", "2001"),
+        ("account: from", "account", ("from",)),
+        (
+            "account: [header:X-Account, Request-URI]",
+            "account",
+            ("header:x-account", "request-uri"),
+        ),
+        (f"account: [{', '.join(SOURCES)}]", "account", SOURCES),
+        ("destination_account: [header:X-B, to]", "destination_account", ("header:x-b", "to")),
+        ("local_domains: A.example", "local_domains", ("a.example",)),
+        (
+            "local_domains: [a.example, '*.b.example']",
+            "local_domains",
+            ("a.example", "*.b.example"),
+        ),
+        ("local_domains: []", "local_domains", ()),
+        ("account_match: '^0*([1-9].*)'", "account_match", "^0*([1-9].*)"),
+        ("product_tag: SMS", "product_tag", "SMS"),
+        ("tags: gold", "tags", ("gold",)),
+        ("tags: [gold, 7]", "tags", ("gold", "7")),
+        ("tags: []", "tags", ()),
+        ("destination: request-uri", "destination", "request-uri"),
+        ("destination: to", "destination", "to"),
+        ("transaction_tag: call-id", "transaction_tag", "call-id"),
+        ("transaction_tag: correlation-id", "transaction_tag", "correlation-id"),
+        ("transaction_tag: header:X-CID", "transaction_tag", "header:X-CID"),
+        ("rating_api_url: http://r.example:8080", "rating_api_url", "http://r.example:8080"),
+        ("rating_api_url: https://r.example/a/", "rating_api_url", "https://r.example/a"),
+        ("rating_api_url: 'http://[::1]:80'", "rating_api_url", "http://[::1]:80"),
+    ],
+)
+def test_every_setting(written, key, value):
+    """What a rule sets, and that it inherits all else from the main options."""
+    expected = {**INHERITED, "name": "line 2", key: value}
+    assert parts(first(f"\n- {written}\n", MAIN)) == expected
+
+
+def test_a_rule_without_a_name_is_called_by_its_line():
+    assert [rule.route.name for rule in rules("- tenant: a\n\n-\n  tenant: b\n")] == [
+        "line 1",
+        "line 4",
+        "main",
+    ]
+
+
+def test_texts_are_taken_as_written():
+    """YAML 1.1 would make 8, 750 and 1000 of these; a tenant 010 is none of them."""
+    for written in ("010", "12:30", "1_000", "0x1F", "+5"):
+        try:
+            route = first(f"- {{tenant: {written}, tags: [{written}]}}")
+        except agent.ConfigError as error:
+            assert "allowed" in str(error)
+            continue
+        assert (route.tenant, route.tags) == (written, (written,))
+
+
+# Account sources
+
+FOUR_ENTRIES = [
+    ("History-Info", "<sip:one@h>;index=1, <sip:two@h>;index=1.1"),
+    ("History-Info", '"a, b" <sip:three@h?Reason=x%2cy>;index=1.2,\r\n <sip:four@h>;index=1.3'),
+]
+
+
+def account(
+    sources: str | Iterable[str],
+    headers: Headers = (),
+    *,
+    main: agent.Settings = PLAIN,
+    more: str = "",
+    callee: bool = False,
+    **ends: str,
+) -> str:
+    """The account that a rule with these sources finds."""
+    key = "destination_account" if callee else "account"
+    listed = sources if isinstance(sources, str) else ", ".join(sources)
+    route = first(f"- {{{key}: [{listed}]{more}}}", main)
+    return agent.resolve_account(route, main, message(headers, **ends), callee)
+
+
+@pytest.mark.parametrize(
+    ("index", "found"), [(0, "four"), (1, "three"), (2, "two"), (3, "one"), (4, ""), (9, "")]
+)
+@pytest.mark.parametrize("callee", [False, True])
+def test_history_info_is_counted_from_the_last(index, found, callee):
+    main = replace(PLAIN, sip_header_history_info_index=index)
+    assert account("history-info", FOUR_ENTRIES, main=main, callee=callee) == found
+
+
+def test_history_info_under_another_name():
+    main = replace(PLAIN, sip_header_history_info="X-History")
+    headers = [("X-History", "<sip:one@h>, <sip:two@h>"), *FOUR_ENTRIES]
+    assert account("history-info", headers, main=main) == "one"
+    assert (
+        account("history-info", FOUR_ENTRIES, main=replace(main, sip_header_history_info="")) == ""
+    )
+
+
+def test_history_info_of_one_entry_tells_no_forwarder():
+    assert account("history-info", [("History-Info", "<sip:one@h>")]) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("1000", "1000"),
+        ('"1000"', "1000"),
+        ("acme:1001", "acme:1001"),  # looks like a URI of some scheme, and is none
+        ("<sip:1000@h>", "1000"),
+        ('"Bob, <x>" <sip:1000@h>;tag=1', "1000"),
+        ("sip:1000@h;user=phone", "1000"),
+        ("<tel:+1-201-555>", "+1201555"),
+        ("<sip:j%C3%B6rg@h>", "jörg"),
+        ("jörg", "jörg"),
+        ("", ""),
+    ],
+)
+def test_header_source(value, found):
+    assert account("header:X-Account", [("x-account", value)]) == found
+    assert account("header:X-Account", [("X-Other", value)]) == ""
+
+
+def test_header_source_takes_the_first_line():
+    assert account("header:X-A", [("X-A", "1"), ("X-A", "2")]) == "1"
+
+
+def test_header_source_of_octets_that_are_no_utf_8():
+    sighted = message([("X-A", "x")])
+    sighted.headers["x-a"] = ["caf\xe9"]
+    route = first("- {account: header:X-A}".replace("header:X-A", "'header:X-A'"))
+    assert agent.resolve_account(route, PLAIN, sighted, False) == "caf\\xe9"
+
+
+PAI, RPID, DIVERSION = "P-Asserted-Identity", "Remote-Party-ID", "Diversion"
+AT = "<sip:{}@{}>"
+
+
+@pytest.mark.parametrize(
+    ("source", "headers", "found"),
+    [
+        ("p-asserted-identity", [(PAI, "<sip:1@h>")], "1"),
+        ("p-asserted-identity", [(PAI, '"B" <sip:1@h>')], "1"),
+        ("p-asserted-identity", [(PAI, "<tel:+1-2>")], "+12"),
+        # One sip and one tel URI (RFC 3325 section 9.1), in one line or in two, either first.
+        ("p-asserted-identity", [(PAI, "<tel:+1-2>, <sip:1@h>")], "1"),
+        ("p-asserted-identity", [(PAI, "<sip:1@h>, <tel:+1-2>")], "1"),
+        ("p-asserted-identity", [(PAI, "<tel:+1-2>"), (PAI, "<sip:1@h>")], "1"),
+        ("p-asserted-identity", [(PAI, "<sip:h>, <tel:+1-2>")], "+12"),
+        ("p-asserted-identity", [(PAI, "nonsense"), (PAI, "<sip:1@h>")], "1"),
+        ("p-asserted-identity", [(PAI, '"open <sip:1@h>')], ""),
+        ("p-asserted-identity", [], ""),
+        ("remote-party-id", [(RPID, '"B" <sip:1@h>;party=calling;privacy=off')], "1"),
+        ("remote-party-id", [(RPID, "<sip:1@h>, <sip:2@h>")], "1"),
+        ("remote-party-id", [], ""),
+        # Topmost is the most recent (RFC 5806); no earlier one stands in for it.
+        ("diversion", [(DIVERSION, "<sip:1@h>;reason=busy"), (DIVERSION, "<sip:2@h>")], "1"),
+        ("diversion", [(DIVERSION, "<sip:1@h>,<sip:2@h>")], "1"),
+        ("diversion", [(DIVERSION, "<sip:h>,<sip:2@h>")], ""),
+        ("diversion", [(DIVERSION, "<tel:+1-2>,<sip:2@h>")], "+12"),
+        ("diversion", [], ""),
+        ("from", [], "2000"),
+        ("to", [], "2001"),
+        ("request-uri", [], "2002"),
+    ],
+)
+@pytest.mark.parametrize("callee", [False, True])
+def test_sources(source, headers, found, callee):
+    assert account(source, headers, callee=callee) == found
+
+
+def test_sources_in_their_order():
+    sources = ["diversion", "header:X-A", "p-asserted-identity", "from"]
+    headers = [(PAI, "<sip:pai@h>"), ("X-A", "xa"), (DIVERSION, "<sip:div@h>")]
+    assert account(sources, headers) == "div"
+    assert account(sources, headers[:2]) == "xa"
+    assert account(sources, headers[:1]) == "pai"
+    assert account(sources) == "2000"
+    assert account(sources, sender="sip:h") == ""
+
+
+LOCAL = ", local_domains: [sip.canyan.io, '*.local']"
+
+
+@pytest.mark.parametrize(
+    ("sources", "headers", "ends", "found"),
+    [
+        ("from", [], {}, "2000"),
+        ("from", [], {"sender": "sip:1@x.local"}, "1"),
+        ("from", [], {"sender": "sip:1@else.example"}, ""),
+        ("from, to", [], {"sender": "sip:1@else.example"}, "2001"),
+        ("request-uri", [], {}, ""),
+        ("p-asserted-identity", [(PAI, AT.format("1", "sip.canyan.io"))], {}, "1"),
+        ("p-asserted-identity", [(PAI, AT.format("1", "else"))], {}, ""),
+        ("p-asserted-identity", [(PAI, "<sip:1@else>"), (PAI, "<sip:2@a.local>")], {}, "2"),
+        ("diversion", [(DIVERSION, "<sip:1@else>"), (DIVERSION, "<sip:2@a.local>")], {}, ""),
+        # A header that the operator named is trusted as it is.
+        ("header:X-A", [("X-A", "<sip:1@else>")], {}, "1"),
+    ],
+)
+def test_local_domains_of_a_rule(sources, headers, ends, found):
+    assert account(sources, headers, more=LOCAL, **ends) == found
+
+
+def test_local_domains_of_the_main_options_do_not_bind_the_sources_of_a_rule():
+    main = replace(PLAIN, sip_local_domains=("sip.canyan.io",))
+    assert account("from", main=main, sender="sip:1@else.example") == "1"
+
+
+def test_local_domains_of_a_rule_replace_those_of_the_main_options():
+    main = replace(PLAIN, sip_local_domains=("sip.canyan.io",))
+    route = first("- {local_domains: other.example}", main)
+    for sender, found in [("sip:1@other.example", "1"), ("sip:2@sip.canyan.io", "")]:
+        assert agent.resolve_account(route, main, message(sender=sender), False) == found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "user", "found"),
+    [
+        ("^0*([1-9].*)$", "00391234", "391234"),
+        ("^0*([1-9].*)$", "bob", "bob"),  # no match: the tag as it is
+        ("(39)?1234", "1234", ""),  # a match whose group took no part
+        ("^x(.*)$", "x", ""),
+        ("39(\\d+)", "+39123", "123"),
+        ("(a)(b)", "ab", "a"),
+    ],
+)
+def test_account_match(pattern, user, found):
+    assert account("from", more=f", account_match: '{pattern}'", sender=f"sip:{user}@h") == found
+    main = replace(PLAIN, account_tag_match_regexp=pattern, sip_local_domains=("h",))
+    for callee, part in [(False, "sender"), (True, "receiver")]:
+        sighted = message(**{part: f"sip:{user}@h"})
+        assert agent.resolve_account(agent.main_route(main), main, sighted, callee) == found
+
+
+def test_account_match_of_no_account():
+    assert account("diversion", more=", account_match: '^(.*)$'") == ""
+
+
+# The former agent's order, where no route names sources
+
+HERE = ("sip.canyan.io",)
+HISTORY = ("History-Info", "<sip:hi@else>, <sip:now@else>")
+CALLER = ("X-Caller", "<sip:hdr@else>")
+PAI_HERE, PAI_ELSE = (PAI, "<sip:pai@sip.canyan.io>"), (PAI, "<sip:pai@else>")
+FROM_HERE, FROM_ELSE = "sip:frm@sip.canyan.io", "sip:frm@else"
+
+
+@pytest.mark.parametrize(
+    ("headers", "sender", "local", "found"),
+    [
+        ([HISTORY, CALLER, PAI_HERE], FROM_HERE, HERE, "hi"),
+        ([CALLER, PAI_HERE], FROM_HERE, HERE, "hdr"),
+        ([PAI_HERE], FROM_HERE, HERE, "pai"),
+        ([PAI_HERE], FROM_ELSE, HERE, "pai"),
+        ([PAI_ELSE], FROM_HERE, HERE, "frm"),
+        ([PAI_ELSE], FROM_ELSE, HERE, ""),
+        ([], FROM_HERE, HERE, "frm"),
+        ([], FROM_ELSE, HERE, ""),
+        # Without local domains P-Asserted-Identity is trusted and From is not.
+        ([PAI_ELSE], FROM_HERE, (), "pai"),
+        ([], FROM_HERE, (), ""),
+        ([HISTORY], FROM_HERE, (), "hi"),
+        ([("History-Info", "<sip:now@else>"), PAI_HERE], FROM_HERE, HERE, "pai"),
+        ([("X-Caller", ""), PAI_HERE], FROM_HERE, HERE, "pai"),
+        ([], "tel:+1201", HERE, ""),
+        ([(PAI, "<sip:pai@a.local>")], FROM_HERE, ("*.local",), "pai"),
+    ],
+)
+def test_caller_as_the_former_agent_had_it(headers, sender, local, found):
+    main = replace(PLAIN, sip_header_caller="X-Caller", sip_local_domains=local)
+    sighted = message(headers, sender=sender)
+    assert agent.resolve_account(agent.main_route(main), main, sighted, False) == found
+
+
+@pytest.mark.parametrize(
+    ("headers", "receiver", "local", "found"),
+    [
+        ([("X-Callee", "<sip:hdr@else>")], "sip:to@sip.canyan.io", HERE, "hdr"),
+        ([("X-Callee", "hdr")], "sip:to@else", (), "hdr"),
+        ([], "sip:to@sip.canyan.io", HERE, "to"),
+        ([], "sip:to@SIP.Canyan.io:5060", HERE, "to"),
+        ([], "sip:to@else", HERE, ""),
+        ([], "sip:to@sip.canyan.io", (), ""),
+        ([HISTORY, PAI_HERE, CALLER], "sip:to@else", HERE, ""),
+    ],
+)
+def test_callee_as_the_former_agent_had_it(headers, receiver, local, found):
+    main = replace(
+        PLAIN, sip_header_caller="X-Caller", sip_header_callee="X-Callee", sip_local_domains=local
+    )
+    sighted = message(headers, receiver=receiver)
+    assert agent.resolve_account(agent.main_route(main), main, sighted, True) == found
+
+
+@pytest.mark.parametrize("callee", [False, True])
+def test_a_header_without_a_name_is_no_account(callee):
+    """Options that name no header must not make one of a line that begins with a colon."""
+    sighted = message(
+        [("", "<sip:victim@else>"), ("", "victim")], sender=FROM_ELSE, receiver=FROM_ELSE
+    )
+    assert agent.resolve_account(agent.main_route(PLAIN), PLAIN, sighted, callee) == ""
+
+
+# Transaction tags
+
+
+@pytest.mark.parametrize(
+    ("source", "headers", "correlation", "tag"),
+    [
+        ("call-id", [("X-CID", "x")], "corr", "1@h"),
+        ("correlation-id", [("X-CID", "x")], "corr", "corr"),
+        ("correlation-id", [("X-CID", "x")], "", "1@h"),
+        ("header:X-CID", [("x-cid", "x")], "corr", "x"),
+        ("header:X-CID", [("X-CID", "x"), ("X-CID", "y")], "corr", "x"),
+        ("header:X-CID", [("X-CID", "")], "corr", "1@h"),
+        ("header:X-CID", [], "corr", "1@h"),
+        ("header:X-CID", [("X-CID", "a b^")], "", "a^20b^5e"),
+        ("correlation-id", [], "\xe9", "^e9"),
+    ],
+)
+def test_transaction_tag(source, headers, correlation, tag):
+    route = first(f"- {{transaction_tag: '{source}'}}")
+    packet = agent.HepPacket(version=3, time=1, correlation_id=correlation)
+    assert agent.transaction_tag(route, seen(headers, packet=packet)) == tag
+
+
+# Errors: one line that begins NAME:LINE
+
+
+def complaint(text: str) -> str:
+    """What is said of a bad file, after NAME: and with the line first."""
+    with pytest.raises(agent.ConfigError) as caught:
+        agent.parse_routes(text, "conf/routes.yaml", PLAIN)
+    assert caught.value.kind == "config"
+    said = str(caught.value)
+    assert "\n" not in said and re.match(r"conf/routes\.yaml:\d+: \S", said)
+    # What a person reads on a terminal, whatever the file holds.
+    assert len(said) < 1_000
+    return said.removeprefix("conf/routes.yaml:")
+
+
+@pytest.mark.parametrize(
+    ("rule", "line", "words"),
+    [
+        # Unknown keys, and keys of the other level.
+        ("tennant: x", 3, ["'tennant'", "tenant"]),
+        ("capture_id: 1", 3, ["'capture_id'", "match"]),
+        ("match: {tenant: x}", 3, ["match", "'tenant'", "capture_id"]),
+        ("match:\n    sender: 10.0.0.1\n    Sender: 10.0.0.1", 5, ["match", "'Sender'"]),
+        ("<<: {tenant: x}", 3, ["'<<'"]),
+        ("[a, b]: c", 3, ["unknown key"]),
+        ("1: c", 3, ["unknown key '1'"]),
+        # Twice.
+        ("tenant: a\n  tenant: b", 4, ["'tenant'", "twice"]),
+        ("match: {sender: 10.0.0.1, sender: 10.0.0.2}", 3, ["'sender'", "twice"]),
+        ("match: {capture_id: 1}\n  match: {capture_id: 2}", 4, ["'match'", "twice"]),
+        ("match: {header: {X-A: a, X-A: b}}", 3, ["header", "twice"]),
+        ("match: {header: {X-A: a, x-a: b}}", 3, ["header", "twice"]),
+        # Wrong types.
+        ("name: ''", 3, ["name", "''"]),
+        ("name:", 3, ["name", "None"]),
+        ("name: [a]", 3, ["name", "['a']"]),
+        ("tenant: yes", 3, ["tenant", "True"]),
+        ("tenant: 1.5", 3, ["tenant", "1.5"]),
+        ("tenant: {a: b}", 3, ["tenant"]),
+        ("tenant: 2026-11-24", 3, ["tenant", "2026"]),
+        ("tenant: 2026-13-45", 3, ["tenant"]),  # no date, though it looks like one
+        ("tenant: !!float abc", 3, ["tenant"]),
+        ("tenant: !!binary '!'", 3, ["tenant"]),
+        ("tenant: !!python/name:os.system ''", 3, ["tenant"]),
+        ("tenant: !ours x", 3, ["tenant"]),
+        ("tenant: =", 3, ["tenant"]),
+        ("product_tag: []", 3, ["product_tag", "[]"]),
+        ("tags: [[a]]", 3, ["tags", "['a']"]),
+        ("tags: {a: b}", 3, ["tags"]),
+        ("tags: [a, '']", 3, ["tags", "''"]),
+        ("local_domains: {a: b}", 3, ["local_domains"]),
+        ("match: x", 3, ["match", "not a mapping"]),
+        ("match: [a]", 3, ["match", "not a mapping"]),
+        ("match:", 3, ["match", "not a mapping"]),
+        ("match: {capture_id: abc}", 3, ["match", "capture_id", "'abc'"]),
+        ("match: {capture_id: '12'}", 3, ["match", "capture_id", "'12'"]),
+        ("match: {capture_id: -1}", 3, ["match", "capture_id", "-1"]),
+        ("match: {capture_id: 4294967296}", 3, ["match", "capture_id", "4294967296"]),
+        ("match: {capture_id: true}", 3, ["match", "capture_id", "True"]),
+        ("match: {capture_id: [1, x]}", 3, ["match", "capture_id", "x"]),
+        ("match: {capture_name: [[a]]}", 3, ["match", "capture_name"]),
+        ("match: {header: X-A}", 3, ["match", "header", "X-A"]),
+        ("match: {header: {}}", 3, ["match", "header"]),
+        ("match: {header: [X-A]}", 3, ["match", "header"]),
+        ("match: {header: {1: a}}", 3, ["match", "header", "1"]),
+        ("match: {header: {'X A': a}}", 3, ["match", "header", "'X A'"]),
+        ("match: {header: {'': a}}", 3, ["match", "header", "''"]),
+        ("match: {header: {X-A: [a, b]}}", 3, ["match", "header", "a"]),
+        ("match: {header: {X-A: }}", 3, ["match", "header", "None"]),
+        ("match: {header: {X-A: yes}}", 3, ["match", "header", "True"]),
+        # A condition on nothing never holds.
+        ("match: {capture_id: []}", 3, ["match", "capture_id", "[]"]),
+        ("match: {sender: []}", 3, ["match", "sender", "[]"]),
+        ("match: {to_domain: []}", 3, ["match", "to_domain", "[]"]),
+        # Values that are not one of a few.
+        ("action: drop", 3, ["action", "'drop'", "rate, ignore"]),
+        ("action: [rate]", 3, ["action", "rate, ignore"]),
+        ("destination: from", 3, ["destination", "'from'", "to, request-uri"]),
+        ("account: [from, paid]", 3, ["account", "'paid'", "header:NAME"]),
+        ("account: 'header:'", 3, ["account", "'header:'"]),
+        ("account: 'header:X A'", 3, ["account", "'header:x a'"]),
+        ("destination_account: call-id", 3, ["destination_account", "'call-id'"]),
+        ("transaction_tag: from", 3, ["transaction_tag", "'from'", "correlation-id"]),
+        ("transaction_tag: [call-id]", 3, ["transaction_tag"]),
+        ("transaction_tag: 'header:'", 3, ["transaction_tag", "'header:'"]),
+        # Regular expressions.
+        ("account_match: '('", 3, ["account_match", "'('", "position 0"]),
+        ("account_match: abc", 3, ["account_match", "'abc'", "group"]),
+        ("account_match: '(?:a)'", 3, ["account_match", "group"]),
+        ("account_match: ['(a)']", 3, ["account_match"]),
+        ('account_match: "a\\n("', 3, ["account_match"]),
+        ("match: {header: {X-A: '['}}", 3, ["match", "header", "'['", "position 0"]),
+        # Networks.
+        ("match: {sender: 10.0.0.0/33}", 3, ["match", "sender", "'10.0.0.0/33'"]),
+        ("match: {sender: localhost}", 3, ["match", "sender", "'localhost'"]),
+        ("match: {source_network: [10.0.0.1, 300.1.1.1]}", 3, ["source_network", "'300.1.1.1'"]),
+        ("match: {destination_network: '::1/129'}", 3, ["destination_network", "'::1/129'"]),
+        # URLs.
+        ("rating_api_url: rating.example", 3, ["rating_api_url", "'rating.example'", "http://"]),
+        ("rating_api_url: ftp://rating.example", 3, ["rating_api_url", "http://"]),
+        ("rating_api_url: 'http://'", 3, ["rating_api_url", "http://"]),
+        ("rating_api_url: 'http://h:99999'", 3, ["rating_api_url", "http://"]),
+        ("rating_api_url: 'http://h:x'", 3, ["rating_api_url", "http://"]),
+        ("rating_api_url: 'http://[::1'", 3, ["rating_api_url", "http://"]),
+        ("rating_api_url: 'http://h/?q=1'", 3, ["rating_api_url", "http://"]),
+        ("rating_api_url: 'http://h/#f'", 3, ["rating_api_url", "http://"]),
+        ("rating_api_url: 'http://h /'", 3, ["rating_api_url", "http://"]),
+        ("rating_api_url: 8080", 3, ["rating_api_url", "'8080'"]),
+    ],
+)
+def test_bad_rules(rule, line, words):
+    said = complaint(f"# ours\n- name: good\n- {rule}\n")
+    assert said.startswith(f"{line}: ")
+    assert "allowed" in said
+    assert [word for word in words if word not in said] == [], said
+
+
+@pytest.mark.parametrize(
+    "url", ["http://u:s3cret@h", "http://u:s3cret@h:99999", "https://u:s3cret@h/?q", "u:s3cret@h"]
+)
+def test_password_in_a_url_is_refused_and_not_told(url):
+    said = complaint(f"- rating_api_url: '{url}'\n")
+    assert said.startswith("1: rating_api_url: ") and "rating_api_username" in said
+    assert "s3cret" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("name: x\n", 1),
+        ("# c\nrules:\n- name: x\n", 2),
+        ("just text", 1),
+        ("42", 1),
+        ("- just text", 1),
+        ("- name: a\n-\n- name: c\n", 2),
+        ("- [a]\n", 1),
+    ],
+)
+def test_not_a_list_of_rules(text, line):
+    said = complaint(text)
+    assert said.startswith(f"{line}: ") and "allowed" in said
+    assert "not a list" in said or "not a mapping" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("- name: [a\n", 2),
+        ("- name: a\n  tenant: 'x\n", 3),
+        ("- name: a\n\ttenant: x\n", 2),
+        ("\t- name: a\n", 1),
+        ("- name: a\n tenant: b\n", 2),
+        ("- tenant: *nobody\n", 1),
+        ("- a: b: c\n", 1),
+        ("- name: a\n--- \n- name: b\n", 2),
+        ("}", 1),
+        ("- name: a\n- @x\n", 2),
+        ("%YAML 9\n---\n", 1),
+        ("- tenant: a\0b\n", 1),
+        ("- tenant: a\x01b\n", 1),
+        ("- tenant: \x7f\n", 1),
+    ],
+)
+def test_not_yaml(text, line):
+    said = complaint(text)
+    assert said.startswith(f"{line}: ")
+    assert "allowed" in said
+
+
+# Octets of memory and seconds that a bad file may cost the process that reads it.
+MEMORY, DEADLINE = 400 << 20, 20
+READ = """
+import sys
+import rating_agent_hep as agent
+try:
+    print("taken", len(agent.parse_routes(sys.stdin.read(), "r.yaml", agent.Settings())))
+except agent.ConfigError as error:
+    print(error)
+"""
+
+
+def laughs(levels: int) -> list[str]:
+    """Lists that each hold nine times the one before: `levels` of them are 9**levels texts."""
+    lists = ["&a0 [lol]"]
+    lists += [f"&a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
+    return lists
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("".join(f"- tags: {each}\n" for each in laughs(12)), id="laughs in tags"),
+        pytest.param(f"- tenant: [{', '.join(laughs(12))}]\n", id="laughs in a text"),
+        pytest.param(f"- action: [{', '.join(laughs(12))}]\n", id="laughs in a choice"),
+        pytest.param(f"- transaction_tag: [{', '.join(laughs(12))}]\n", id="laughs in a source"),
+        pytest.param(
+            f"- match: {{capture_id: [{', '.join(laughs(12))}]}}\n", id="laughs in numbers"
+        ),
+        pytest.param(
+            f"- match: {{header: {{X-A: [{', '.join(laughs(12))}]}}}}\n", id="laughs in a regexp"
+        ),
+        pytest.param(f"- ? [{', '.join(laughs(12))}]\n  : x\n", id="laughs in a key"),
+        pytest.param(f"- match:\n    ? [{', '.join(laughs(12))}]\n    : x\n", id="laughs in match"),
+        pytest.param("- tenant: &a [*a]\n", id="recursive"),
+        pytest.param("- ? &a [*a]\n  : x\n", id="recursive key"),
+        pytest.param("- tenant: " + "[" * 5_000, id="nested without end"),
+        pytest.param("- tenant: " + "[" * 400 + "]" * 400 + "\n", id="nested"),
+        pytest.param("- " * 5_000, id="nested lists"),
+        pytest.param("{a: " * 5_000, id="nested mappings"),
+        pytest.param("- tenant: " + "1" * 5_000 + "\n", id="long number"),
+    ],
+)
+def test_hostile_files_cost_little_and_get_one_line(text):
+    done = subprocess.run(
+        [sys.executable, "-c", READ],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        cwd=harness.ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY)),
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr[-300:]
+    assert done.stderr == ""
+    assert len(lines) == 1
+    # A long number may be taken for the text that it is.
+    assert re.match(r"r\.yaml:\d+: ", lines[0]) or ("1" * 5_000 in text and lines[0] == "taken 2")
+    assert len(lines[0]) < 6_000
+
+
+KEYS = """name action tenant account destination_account local_domains account_match product_tag
+tags destination transaction_tag rating_api_url match""".split()
+MATCH = """capture_id capture_name sender source_network destination_network from_domain to_domain
+request_domain header""".split()
+ODD_VALUES = (
+    *("", "x", "''", "yes", "~", "12", "1.5", "2026-13-45", "!!int x", "!!float x", "!!set {a}"),
+    *("&a x", "*a", "[]", "{}", "[a, b]", "[[a]]", "{a: b}", "{[a]: b}", "[", "}", "'", "\t", "\0"),
+    *("(", "'('", "(.*)", "10.0.0.0/8", "::1/200", "http://h", "'http://[::1'", "header:X", "0b_"),
+    *(
+        "!!binary x",
+        "!!timestamp x",
+        "!!omap x",
+        "!!pairs [a]",
+        "=",
+        "<<",
+        "|",
+        "? a",
+        "- a",
+        "# c",
+    ),
+)
+rule_lines = st.one_of(
+    st.tuples(st.sampled_from(["- ", "  "]), st.sampled_from(KEYS), st.sampled_from(ODD_VALUES)),
+    st.tuples(
+        st.sampled_from(["- match:\n    ", "    ", "    header:\n      "]),
+        st.sampled_from(MATCH),
+        st.sampled_from(ODD_VALUES),
+    ),
+).map(lambda line: f"{line[0]}{line[1]}: {line[2]}\n")
+
+
+@given(st.lists(rule_lines, min_size=1, max_size=6).map("".join))
+@settings(max_examples=400, deadline=None)
+def test_any_text_gives_rules_or_one_line(text):
+    try:
+        table = rules(text)
+    except agent.ConfigError as error:
+        assert re.match(r"routes\.yaml:\d+: \S", str(error)) and "\n" not in str(error)
+    else:
+        assert table[-1].route.name == "main" and table[-1].conditions == ()
