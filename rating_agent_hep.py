@@ -1085,7 +1085,7 @@ def yaml_node(text: str, name: str) -> yaml.Node | None:
     """
     try:
         node = yaml.compose(text, yaml.SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
         raise ConfigError(f"{name}:{line}: not YAML; allowed: one YAML document") from None
@@ -1093,16 +1093,39 @@ def yaml_node(text: str, name: str) -> yaml.Node | None:
     return None if empty else node
 
 
-def _value(node: yaml.Node) -> Any:
-    """What a node stands for: a text, number, truth value, list or mapping. Raises ConfigError."""
-    try:
-        return _Constructor().construct_document(node)
-    except yaml.YAMLError:
-        raise ConfigError("a tag or key that is not plain; allowed: plain values") from None
+def flag(text: str) -> bool:
+    """true or false in the spellings of YAML and of shells. Raises ConfigError."""
+    if text.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0", ""):
+        return text.lower() in ("true", "yes", "on", "1")
+    raise ConfigError(f"{text!r}; allowed: true, false")
 
 
-class _Constructor(yaml.constructor.SafeConstructor):
-    """Builds values from nodes without a text to read."""
+def _value(node: yaml.Node, deep: bool = True) -> Any:
+    """What a node stands for: text, number, truth value, None, a list or mapping of such.
+
+    Built here and not by PyYAML, which would make the tenant 010 an 8, and of a small file with
+    aliases in aliases a list without end. Raises ConfigError.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        text, kind = str(node.value), node.tag.rpartition(":")[2]
+        if kind == "str" or (kind == "int" and not re.fullmatch(r"0|-?[1-9][0-9]{0,18}", text)):
+            return text
+        if kind in ("int", "bool"):
+            return int(text) if kind == "int" else flag(text)
+        if kind == "null":
+            return None
+        raise ConfigError(f"{text!r} looks like no text; allowed: the same in quotes")
+    elif isinstance(node, yaml.SequenceNode) and deep:
+        return [_value(item, False) for item in node.value]
+    elif isinstance(node, yaml.MappingNode) and deep:
+        values: dict[Any, Any] = {}
+        for key, value in node.value:
+            name = _value(key, False)
+            if str(name).lower() in (str(other).lower() for other in values):
+                raise ConfigError(f"{name!r} stands twice; allowed: once")
+            values[name] = _value(value, False)
+        return values
+    raise ConfigError("a list or mapping; allowed: a text")
 
 
 def _at(name: str, node: yaml.Node, text: str) -> ConfigError:
@@ -1136,10 +1159,9 @@ def _mapping(name: str, node: yaml.Node, what: str, allowed: Sequence[str]) -> d
         raise _at(name, node, f"{what}: not a mapping; allowed: {', '.join(allowed)}")
     entries: dict[str, yaml.Node] = {}
     for key, value in node.value:
-        if key.value not in allowed:
-            raise _at(
-                name, key, f"{what}: unknown key {key.value!r}; allowed: {', '.join(allowed)}"
-            )
+        shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else "that is no text"
+        if shown[1:-1] not in allowed:
+            raise _at(name, key, f"{what}: unknown key {shown}; allowed: {', '.join(allowed)}")
         if key.value in entries:
             raise _at(name, key, f"{what}: {key.value!r} stands twice; allowed: once")
         entries[key.value] = value
@@ -1206,6 +1228,8 @@ _ROUTE_VALUES: dict[str, Callable[[Any], Any]] = {
 
 def _condition(key: str, value: Any) -> list[Callable[[Sighting], bool]]:
     """Conditions that must all hold for one key of ``match``. Raises ConfigError."""
+    if value == []:
+        raise ConfigError("[]; allowed: one value at least")
     if key == "header":
         if not isinstance(value, dict) or not value:
             raise ConfigError(f"{value!r}; allowed: a mapping of header names to regexps")
@@ -1234,7 +1258,7 @@ def _header_condition(name: Any, pattern: Any) -> Callable[[Sighting], bool]:
     if not isinstance(name, str) or not re.fullmatch(_TOKEN, name):
         raise ConfigError(f"{name!r} is no header name; allowed: a token")
     try:
-        regexp = re.compile(str(pattern))
+        regexp = re.compile("" if pattern == "" else _one_text(pattern))
     except re.error as error:
         raise ConfigError(f"{pattern!r}: {error}; allowed: a regular expression") from None
     return lambda seen: any(regexp.search(value) for value in seen.message.header(name))
@@ -1253,6 +1277,8 @@ def _in_networks(address: bytes | str, networks: Sequence[_Network]) -> bool:
     if not address:
         return False
     host = ipaddress.ip_address(address)
+    if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped:
+        host = host.ipv4_mapped
     return any(host.version == network.version and host in network for network in networks)
 
 
@@ -2010,13 +2036,6 @@ def words(text: str) -> tuple[str, ...]:
         except ValueError:
             raise ConfigError(f"{text!r}; allowed: words, or a JSON list") from None
     return tuple(word for word in re.split(r"[,\s]+", text) if word)
-
-
-def flag(text: str) -> bool:
-    """true or false in the spellings of YAML and of shells. Raises ConfigError."""
-    if text.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0", ""):
-        return text.lower() in ("true", "yes", "on", "1")
-    raise ConfigError(f"{text!r}; allowed: true, false")
 
 
 def domains(text: str) -> tuple[str, ...]:
