@@ -50,6 +50,7 @@ import socket
 import struct
 import sys
 import time
+import traceback
 import zlib
 from base64 import b64decode, b64encode
 from collections import OrderedDict, deque
@@ -291,6 +292,10 @@ class Route:
     rating_api_url: str
 
 
+# Rating API, tenant and transaction tag.
+CallKey = tuple[str, str, str]
+
+
 @dataclass(slots=True, eq=False)
 class RatingEvent:
     """A call began or ended: what the rating API is to be told, as it will be sent.
@@ -315,7 +320,7 @@ class RatingEvent:
     unknown: bool = False
 
     @property
-    def key(self) -> tuple[str, str, str]:
+    def key(self) -> CallKey:
         """Events with the same key belong to one call and are delivered in order."""
         return (self.api_url, self.tenant, self.transaction_tag)
 
@@ -2473,9 +2478,13 @@ class RatingApi:
         if 200 <= status < 300:
             try:
                 return DELIVERED if json.loads(answer)["ok"] is True else REFUSED_BY_API
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise DeliveryError("answer", "an answer that is no rating API's", True) from None
-        wait = min(float(retry_after), MAX_RETRY_AFTER) if retry_after.isdecimal() else 0.0
+        try:
+            wait = urllib3.Retry().parse_retry_after(retry_after) if retry_after else 0.0
+        except urllib3.exceptions.InvalidHeader:
+            wait = 0.0
+        wait = min(max(wait, 0.0), MAX_RETRY_AFTER)
         if status in (408, 429) or not 400 <= status < 500:
             # A gateway's time-out says nothing of the request; the API's own 500 comes undone.
             unknown = status in (408, 502, 504)
@@ -2513,13 +2522,14 @@ class Outbox:
     def __init__(self, limit: int = MAX_WAITING_EVENTS, jitter: Callable[[], float] | None = None):
         self.limit = limit
         self._jitter = jitter or (lambda: random.uniform(0.75, 1.25))
-        self._calls: dict[tuple[str, str, str], deque[RatingEvent]] = {}
-        self._ready: deque[tuple[str, str, str]] = deque()
-        self._delayed: list[tuple[float, int, tuple[str, str, str]]] = []
-        self._out: set[tuple[str, str, str]] = set()
+        self._calls: dict[CallKey, deque[RatingEvent]] = {}
+        self._ready: OrderedDict[CallKey, None] = OrderedDict()
+        # Entries whose queue is no more that of the call are stale, and left out.
+        self._delayed: list[tuple[float, int, CallKey, deque[RatingEvent]]] = []
+        self._out: set[CallKey] = set()
         self._rejected: deque[RatingEvent] = deque()
         # Calls whose begin was given up: their end must not be sent alone.
-        self._given_up: OrderedDict[tuple[str, str, str], None] = OrderedDict()
+        self._given_up: OrderedDict[CallKey, None] = OrderedDict()
         self._waiting = 0
         self._sequence = 0
         self._failures = 0
@@ -2549,7 +2559,7 @@ class Outbox:
         queue = self._calls.get(event.key)
         if queue is None:
             queue = self._calls[event.key] = deque()
-            self._ready.append(event.key)
+            self._ready[event.key] = None
         queue.append(event)
         self._waiting += 1
         return True, self._make_room()
@@ -2557,22 +2567,21 @@ class Outbox:
     def take(self, now: float) -> RatingEvent | None:
         """The next event to send, or None while there is none that may go."""
         while self._delayed and self._delayed[0][0] <= now:
-            self._ready.append(heapq.heappop(self._delayed)[2])
+            self._undelay()
         if self.down:
             if self._probe is not None or now < self._down_until:
                 return None
-            if not self._ready and self._delayed:
-                self._ready.append(heapq.heappop(self._delayed)[2])
-        while self._ready:
-            key = self._ready.popleft()
-            if key in self._calls and key not in self._out:
-                self._out.add(key)
-                event = self._calls[key][0]
-                event.attempts += 1
-                if self.down:
-                    self._probe = event
-                return event
-        return None
+            while not self._ready and self._delayed:
+                self._undelay()
+        if not self._ready:
+            return None
+        key = self._ready.popitem(last=False)[0]
+        self._out.add(key)
+        event = self._calls[key][0]
+        event.attempts += 1
+        if self.down:
+            self._probe = event
+        return event
 
     def settle(self, event: RatingEvent, outcome: str, now: float) -> tuple[str, list[RatingEvent]]:
         """The API answered; returns what that means and the events that are rejected for good.
@@ -2593,15 +2602,14 @@ class Outbox:
         queue = self._calls[event.key]
         gone = [queue.popleft()]
         if outcome == REJECTED and event.kind == "begin":
-            gone += queue
-            queue.clear()
-            if len(gone) == 1:
-                self._given_up[event.key] = None
-                if len(self._given_up) > MAX_REFUSED_CALLS:
-                    self._given_up.popitem(last=False)
+            # Its end goes with it, but not the begin of another call with the same tag.
+            while queue and queue[0].kind == "end":
+                gone.append(queue.popleft())
+            if not queue:
+                self._give_up(gone)
         self._waiting -= len(gone)
         if queue:
-            self._ready.append(event.key)
+            self._ready[event.key] = None
         else:
             del self._calls[event.key]
         if outcome == REJECTED:
@@ -2611,12 +2619,17 @@ class Outbox:
 
     def fail(self, event: RatingEvent, error: DeliveryError, now: float) -> None:
         """The API gave no answer that counts: the event is sent again, the same octets, later."""
+        # Requests that were under way together fail together: that is one outage, not many.
+        if not self.down or self._probe is event:
+            self._failures += 1
+            if self.down:
+                pause = self._backoff(self._failures - DOWN_AFTER + 1)
+                self._down_until = max(self._down_until, now + pause)
+        if error.wait:
+            self._failures = max(self._failures, DOWN_AFTER)
+            self._down_until = max(self._down_until, now + error.wait)
         self._back(event)
         event.unknown |= error.unknown
-        self._failures = max(self._failures + 1, DOWN_AFTER if error.wait else 0)
-        if self.down:
-            pause = self._backoff(self._failures - DOWN_AFTER + 1)
-            self._down_until = max(self._down_until, now + max(pause, error.wait))
         self._delay(event, now, event.attempts - event.refusals)
 
     def undelivered(self) -> list[RatingEvent]:
@@ -2636,8 +2649,19 @@ class Outbox:
 
     def _delay(self, event: RatingEvent, now: float, failures: int) -> None:
         self._sequence += 1
-        due = now + self._backoff(failures)
-        heapq.heappush(self._delayed, (due, self._sequence, event.key))
+        entry = (now + self._backoff(failures), self._sequence, event.key, self._calls[event.key])
+        heapq.heappush(self._delayed, entry)
+
+    def _undelay(self) -> None:
+        _, _, key, queue = heapq.heappop(self._delayed)
+        if self._calls.get(key) is queue:
+            self._ready[key] = None
+
+    def _give_up(self, events: Sequence[RatingEvent]) -> None:
+        if events[-1].kind == "begin":
+            self._given_up[events[-1].key] = None
+            if len(self._given_up) > MAX_REFUSED_CALLS:
+                self._given_up.popitem(last=False)
 
     def _make_room(self) -> list[RatingEvent]:
         """Take out the oldest rejected, else the oldest waiting call's events, over the limit."""
@@ -2651,9 +2675,14 @@ class Outbox:
                 break
             events = self._calls.pop(key)
             self._waiting -= len(events)
-            if len(events) == 1 and events[0].kind == "begin":
-                self._given_up[key] = None
+            self._ready.pop(key, None)
+            self._give_up(events)
             gone += events
+        if len(self._delayed) > 2 * len(self._calls) + 64:
+            self._delayed = [
+                entry for entry in self._delayed if self._calls.get(entry[2]) is entry[3]
+            ]
+            heapq.heapify(self._delayed)
         return gone
 
 
@@ -2744,11 +2773,13 @@ class Delivery:
             log.warning("rating API: %s", error, extra=extra)
         except Exception as error:
             # A fault of ours must not end the worker: the event is tried again like any other.
-            failure = DeliveryError("internal", repr(error), True)
+            failure = DeliveryError("internal", type(error).__name__, True)
             lane.outbox.fail(event, failure, time.monotonic())
             self._metrics.count("api.errors.internal")
-            extra = {"event": "internal_error", **event.fields()}
-            log.warning("delivery failed", exc_info=True, extra=extra)
+            # The error's text may hold a header, and that a token: only where it came from.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            extra = {"event": "internal_error", "where": where, **event.fields()}
+            log.warning("delivery failed: %s", type(error).__name__, extra=extra)
         else:
             self._settle(lane, event, outcome)
         self._metrics.time("api.time", time.monotonic() - started)

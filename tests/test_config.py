@@ -926,7 +926,7 @@ def test_decode_a_plain_file_of_frames(tmp_path: Path, invite: bytes) -> None:
     path = tmp_path / "frames.bin"
     key = {"auth_key": SECRET, "capture_id": 7, "capture_name": "node", "correlation_id": "corr"}
     path.write_bytes(
-        hepbuild.hep3(invite, **key)  # type: ignore[arg-type]
+        hepbuild.hep3(invite, **key)
         + hepbuild.hep3(invite, src=("2001:db8::1", 5060), dst=("2001:db8::2", 5061))
         + hepbuild.hep3(invite, compress="zlib")
     )

@@ -81,7 +81,7 @@ def test_the_next_line_says_how_many_were_held_back() -> None:
     passed(limiter, [record(100.0, "other") for _ in range(LIMIT + 1)])
     following, later = record(101.0), record(101.0)
     assert limiter.filter(following) and limiter.filter(later)
-    assert following.held_back == 10  # type: ignore[attr-defined]
+    assert following.held_back == 10
     assert not hasattr(later, "held_back"), "told once"
     assert limiter.take_held() == {"other": 1}
 

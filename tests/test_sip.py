@@ -937,7 +937,8 @@ def hostile(unit: str, where: str, size: int) -> bytes:
         return invite(start="INVITE " + text)
     if where == "reply":
         return invite({"CSeq": "", "X": text}, start="SIP/2.0 200 " + text)
-    return invite({where: text})
+    # With a folded line, so that unfolding has its turn at the text as well.
+    return invite({where: text, "X-Folded": "a\r\n b"})
 
 
 @pytest.mark.parametrize(
