@@ -758,4 +758,5 @@ def test_interrupt(tmp_path: Path, udp: UdpReceiver) -> None:
     finally:
         program.kill()
     assert program.returncode == 130
-    assert re.fullmatch(r"1 file, 1 packets, 1 octets .*, interrupted\n", error)
+    # The packet may have come here before the sender has counted it.
+    assert re.fullmatch(r"1 file, ([01]) packets, \1 octets .*, interrupted\n", error)
