@@ -100,7 +100,7 @@ MAX_WAITING_EVENTS = 100_000
 MAX_REFUSED_CALLS = 100_000
 # Attempts of an event that the API answers with ``ok: false`` before that is believed. With the
 # delays below they spread over two minutes: a storage service that restarts answers exactly so.
-MAX_REFUSALS = 8
+MAX_REFUSALS = 10
 # Attempts of an end that may have been carried out already before its ``ok: false`` is believed.
 MAX_REFUSALS_AFTER_UNKNOWN = 4
 # Seconds. Delays between attempts: the first, doubled each time, up to the last.
@@ -145,7 +145,7 @@ class AgentError(Exception):
 
 
 class HepError(AgentError):
-    """The peer sent octets that are no HEP packet; the text names the offset."""
+    """The peer sent octets that are no HEP packet; the text says where, if it is one place."""
 
 
 class SipError(AgentError):
@@ -489,7 +489,7 @@ def _decode_old_hep(data: bytes, arrival: int) -> HepPacket:
         packet.time, packet.capture_id = _old_time(data[offset : offset + 10], arrival)
         padded = offset + 12
         # Kamailio and OpenSIPS send the padding of their C struct, some others do not.
-        if _KNOWN_START.match(data, offset + 10) and not _KNOWN_START.match(data, padded):
+        if _KNOWN_START.match(data, offset + 10):
             padded = offset + 10
         offset = padded
     packet.payload = data[offset:]
@@ -687,10 +687,16 @@ def _first_line(payload: bytes, start: int) -> str:
 def _head_end(payload: bytes, start: int) -> int:
     """Where the headers end: at the empty line.
 
-    Without one the message is cut, and so may be its last line: only whole lines count.
+    Without one the message is cut, and so may be its last line with all its folds: only whole
+    lines count.
     """
     ends = payload.find(b"\n\r\n", start), payload.find(b"\n\n", start)
-    return min((end for end in ends if end >= 0), default=max(payload.rfind(b"\n"), start))
+    if max(ends) >= 0:
+        return min(end for end in ends if end >= 0)
+    end = payload.rfind(b"\n", start)
+    while end > start and payload[end + 1 : end + 2] in (b" ", b"\t"):
+        end = payload.rfind(b"\n", start, end)
+    return max(end, start)
 
 
 def _read_head(payload: bytes, start: int) -> tuple[str, dict[str, list[str]]]:
@@ -864,7 +870,7 @@ def uri_text(uri: Uri) -> str:
     host = f"[{uri.host}]" if ":" in uri.host else uri.host
     user = _without_parameters(uri.user)
     text = f"{user}@{host}" if user and host else user or host
-    return f"{uri.scheme}:" + _ODD_IN_URI.sub(lambda odd: f"%{ord(odd[0]):02X}", text)
+    return f"{uri.scheme}:" + _ODD_IN_URI.sub(_escape, text)
 
 
 def _without_parameters(user: str) -> str:
@@ -884,14 +890,22 @@ def account_text(uri: Uri) -> str:
         user = re.sub(r"[().-]", "", user)
     if user.isascii() and user.isprintable() and "%" not in user:
         return user
-    octets = _ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), user).encode("latin-1")
+    return _fit_text(_ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), user), user)
+
+
+def _fit_text(octets: str, escaped: str) -> str:
+    """Octets as UTF-8 where that is a text the API takes, else the other with the odd escaped."""
     try:
-        text = octets.decode("utf-8")
+        decoded = octets.encode("latin-1").decode("utf-8")
     except UnicodeDecodeError:
-        text = ""
-    if text.isprintable() and all(ord(character) < 0x10000 for character in text) and text:
-        return text
-    return _ODD_IN_URI.sub(lambda odd: f"%{ord(odd[0]):02X}", user)
+        decoded = "\0"
+    if decoded.isprintable() and all(ord(character) < 0x10000 for character in decoded):
+        return decoded
+    return _ODD_IN_URI.sub(_escape, escaped)
+
+
+def _escape(odd: re.Match[str]) -> str:
+    return f"%{ord(odd[0]):02X}"
 
 
 # Room 7: routes
@@ -973,11 +987,13 @@ def _source_tag(
     if source.startswith("header:"):
         value = next(filter(None, message.header(source[7:])), "")
         try:
-            tag = account_text(parse_address(value).uri)
+            uri = parse_address(value).uri
         except SipError:
-            tag = ""
-        # No address that names a user: the value itself is the account.
-        return tag or value.strip('"').encode("latin-1").decode("utf-8", "backslashreplace")
+            uri = Uri("", "", "", None)
+        # Where it is no address, the value itself is the account.
+        telephony = uri.scheme in ("sip", "sips", "tel")
+        value = value.strip('"')
+        return account_text(uri) if telephony else _fit_text(value, value)
     for uri in _source_uris(source, settings, message):
         # A tel number has no host, so it is not of a local domain.
         if domains is None or in_domains(uri.host, domains):
@@ -1174,7 +1190,8 @@ def _mapping(name: str, node: yaml.Node, what: str, allowed: Sequence[str]) -> d
 
 
 def _one_text(value: Any) -> str:
-    if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+    text = isinstance(value, str | int) and not isinstance(value, bool) and str(value)
+    if not text or not text.isprintable():
         raise ConfigError(f"{value!r}; allowed: a text that is not empty")
     return str(value)
 

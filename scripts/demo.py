@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -170,6 +171,7 @@ Kamailio: modparam("siptrace", "hep_mode_on", 1)
 A capture: {sys.executable} scripts/hep_replay.py --now --fresh tests/captures/...
 
 Ctrl-C stops both. The agent says:""", flush=True)  # fmt: skip
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             shown = 0
             try:
                 while True:

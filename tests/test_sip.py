@@ -975,3 +975,11 @@ def test_texts_take_linear_time(function, form):
             f"{unit!r} in {form}",
             lambda size, unit=unit: function(form.replace("{}", unit * (size // len(unit)))),
         )
+
+
+def test_a_message_cut_inside_a_folded_header_does_not_have_that_header():
+    """Else a re-INVITE whose To tag is on the line that is cut would look like an initial one."""
+    head = b"INVITE sip:a@b SIP/2.0\r\nFrom: <sip:c@d>;tag=f\r\nCall-ID: x\r\nCSeq: 2 INVITE\r\n"
+    with pytest.raises(agent.SipError) as caught:
+        agent.parse_sip(head + b"To: <sip:a@b>\r\n \t;\r\n ta")
+    assert caught.value.kind == "missing"
