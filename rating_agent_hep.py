@@ -1476,13 +1476,14 @@ class Call:
 
     Times ``answered``, ``last`` and ``refreshed`` are HEP time in microseconds; ``entered`` and
     ``session_deadline`` run on the agent's monotonic clock, in seconds. ``session`` is the agreed
-    interval in seconds, 0 for none; ``session_slot`` is where the call table queues it.
+    interval in seconds, 0 for none; ``session_slot`` is where the call table queues it. ``tied``
+    marks a leg of a call that is charged by another leg already.
     """
 
     __slots__ = tuple(
         "account_tag answered attempt call_id capture_id cseq destination destination_account_tag "
         "entered from_tag held hops last refreshed route session session_deadline session_slot "
-        "source source_ip state to_tag transaction_tag".split()
+        "source source_ip state tied to_tag transaction_tag".split()
     )
 
     def __init__(self, message: SipMessage, capture_id: int) -> None:
@@ -1500,6 +1501,7 @@ class Call:
         self.session = 0
         self.session_deadline = 0.0
         self.session_slot = 0
+        self.tied = False
         self.route: Route
         self.transaction_tag = self.account_tag = self.destination_account_tag = ""
         self.source = self.source_ip = self.destination = ""
@@ -1507,9 +1509,8 @@ class Call:
     @property
     def rated(self) -> bool:
         """Whether this call is reported: its route rates it and somebody is to be charged."""
-        return self.route.action == "rate" and bool(
-            self.account_tag or self.destination_account_tag
-        )
+        accounts = self.account_tag or self.destination_account_tag
+        return self.route.action == "rate" and bool(accounts) and not self.tied
 
     def in_dialog(self, message: SipMessage) -> bool:
         """Whether a message is of the charged dialog; tags swap with the direction (12.2).
@@ -1625,6 +1626,8 @@ class CallTable:
         # Messages without a call yet, by Call-ID; and everything that waits, in order of arrival.
         self._orphans: dict[str, list[SipMessage]] = {}
         self._waiting: deque[tuple[float, str, Call | None, SipMessage]] = deque()
+        # Running calls by tenant and transaction tag, where that is not the Call-ID.
+        self._tags: dict[tuple[str, str], Call] = {}
         # Calls with a session timer by the second in which to look at them again, so that a call
         # that ends leaves at once whatever its interval is.
         self._sessions: dict[int, dict[Call, None]] = {}
@@ -1901,6 +1904,12 @@ class CallTable:
             ignored = call.route.action == "ignore"
             self.count("calls.unrated.ignored" if ignored else "calls.unrated.no_account")
             return
+        if call.route.transaction_tag != "call-id":
+            # Legs that a header or the correlation id ties are one call: the first is charged.
+            call.tied = self._tags.setdefault(self._tag(call), call) is not call
+            if call.tied:
+                self.count("calls.unrated.tied")
+                return
         self.count("calls.begun")
         body = {
             "source": call.source,
@@ -1913,9 +1922,15 @@ class CallTable:
         reason = "answer" if message.status else "ack"
         self._events.append(self._event(call, "begin", message.time, reason, body))
 
+    @staticmethod
+    def _tag(call: Call) -> tuple[str, str]:
+        return call.route.tenant, call.transaction_tag
+
     def _end(self, call: Call, time: int, reason: str) -> None:
         if not call.rated:
             return
+        if self._tags.get(self._tag(call)) is call:
+            del self._tags[self._tag(call)]
         self.count("calls.ended")
         self._events.append(
             self._event(call, "end", time, reason, {"timestamp_end": rfc3339(time)})

@@ -461,6 +461,27 @@ def test_a_forwarded_copy_from_the_same_capture_agent_is_never_a_second_call() -
         assert (scene.events[0].tenant, scene.body()["source_ip"]) == ("customer", "10.0.0.7")
 
 
+@pytest.mark.parametrize("first", [1, 2])
+def test_legs_that_a_header_ties_are_one_call(first: int) -> None:
+    """A session border controller changes Call-ID and tags (RFC 5853); X-Leg says what belongs."""
+    scene = Scene("- transaction_tag: header:X-Leg\n")
+    tied = [("X-Leg", "one")]
+    for number in (1, 2):
+        scene.see(numbered(invite(headers=tied), number))
+    for number in (first, 3 - first):
+        scene.see(numbered(reply(200), number))
+    for number in (1, 2):
+        scene.see(numbered(bye(), number))
+    assert [event.kind for event in scene.events] == ["begin", "end"]
+    assert {event.call_id for event in scene.events} == {f"call-{first}@host"}
+    assert {event.transaction_tag for event in scene.events} == {"one"}
+    assert scene.table.counts["calls.unrated.tied"] == 1 and not scene.table._tags
+    # Without the header each leg is a call of its own.
+    for payload in (invite(), reply(200), bye()):
+        scene.see(numbered(payload, 3))
+    assert [event.kind for event in scene.events] == ["begin", "end"] * 2
+
+
 def test_ignored_and_accountless_calls_are_followed_but_not_reported() -> None:
     scene = Scene(WHOLESALE)
     internal = {"from_uri": "sip:7@internal.example"}

@@ -974,7 +974,7 @@ def test_an_answer_slower_than_the_time_out(server: Server) -> None:
     released = gevent.event.Event()
 
     def slow(sock: Any, _: Request) -> None:
-        released.wait()
+        released.wait(timeout=10)
         sock.sendall(answer(200, {"ok": False}))
 
     server.behave = slow
@@ -999,7 +999,7 @@ def test_a_trickled_answer_has_a_hard_limit(head: bytes, server: Server) -> None
 
     def trickle(sock: Any, _: Request) -> None:
         sock.sendall(head)
-        while True:
+        for _ in range(120):
             gevent.sleep(0.05)
             sock.sendall(b"x")
 
@@ -1391,7 +1391,13 @@ def check_replay(line: dict[str, Any], each: agent.RatingEvent, maybe: bool) -> 
 def test_stop_logs_each_undelivered_event_for_replay(
     deliveries: Any, server: Server, log: Any
 ) -> None:
-    server.behave = lambda *_: gevent.sleep(harness.DEADLINE * 2)
+    released = gevent.event.Event()
+
+    def held(*_: Any) -> bytes:
+        released.wait()
+        return answer()
+
+    server.behave = held
     delivery = deliveries(rating_api_timeout=20.0, rating_api_concurrency=1)
     calls = [event(kind, call, server.url) for call in "ab" for kind in ("begin", "end")]
     for each in calls:
@@ -1402,10 +1408,12 @@ def test_stop_logs_each_undelivered_event_for_replay(
     assert len(lines) == 4
     for line, each in zip(lines, calls, strict=True):
         check_replay(line, each, maybe=each is calls[0])
-    requests = len(server.requests)
+    released.set()
     delivery.tick()
-    gevent.sleep(0.01)
-    assert len(server.requests) == requests, "the workers have ended"
+    probe = client(server.url)
+    assert [probe.send(event("begin", "after")) for _ in range(20)] == [DELIVERED] * 20
+    assert len(server.requests) == 21, "the workers have ended, though the server answers again"
+    assert tags(log(), "call_begin") == []
 
 
 def test_a_replayed_line_is_the_same_request(deliveries: Any, server: Server, log: Any) -> None:
