@@ -2438,7 +2438,10 @@ class Metrics:
             if self._client is None or now - self._resolved >= STATSD_RESOLVE:
                 # The client resolves the name when it is made and never again.
                 self._client = statsd.StatsClient(
-                    settings.statsd_host, settings.statsd_port, settings.statsd_prefix
+                    settings.statsd_host,
+                    settings.statsd_port,
+                    settings.statsd_prefix,
+                    ipv6=":" in settings.statsd_host,
                 )
                 self._resolved = now
             with self._client.pipeline() as pipeline:
@@ -3135,6 +3138,10 @@ def decode_files(names: Sequence[str], out: Any) -> int:
         try:
             for where, data in _read_packets(name):
                 print(f"{name}:{where}: {describe(data)}", file=out)
+        except BrokenPipeError:
+            # The reader, such as head, has seen enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+            return 0
         except (OSError, ValueError, HepError) as error:
             status = _fail(f"{name}: {getattr(error, 'strerror', None) or error}")
     return status

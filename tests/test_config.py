@@ -1027,3 +1027,14 @@ def test_decode_lets_no_control_character_through(tmp_path: Path) -> None:
     assert all(character.isprintable() or character == "\n" for character in done.stdout)
     assert r"\x1b[31m" in done.stdout, "it is shown, escaped"
     assert "X: \u00e4" in done.stdout
+
+
+def test_decode_into_a_reader_that_has_seen_enough() -> None:
+    path = next((harness.SELECTION / "opensips-3.6" / "transaction-tcp").glob("01_*.hepl"))
+    command = [sys.executable, PROGRAM, "decode", *[str(path)] * 50]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        assert program.stdout is not None and program.stderr is not None
+        assert program.stdout.readline().startswith(str(path).encode())
+        program.stdout.close()
+        assert program.stderr.read() == b""
+        assert program.wait(timeout=harness.DEADLINE) == 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import harness
 import rating_agent_hep as agent
 
 LIMIT = agent.MAX_WARNINGS_PER_SECOND
@@ -416,3 +417,14 @@ def test_a_name_that_does_not_resolve_disturbs_nothing_and_is_told(
     monkeypatch.setattr(socket, "getaddrinfo", lambda _, *rest: real("127.0.0.1", *rest))
     metrics.flush({}, 3.0)
     assert server.lines() == [("rating_agent_hep.packets", 7, "c")]
+
+
+def test_a_statsd_server_may_have_an_ipv6_address() -> None:
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        sock.bind(("::1", 0))
+        sock.settimeout(harness.DEADLINE)
+        port = sock.getsockname()[1]
+        metrics = agent.Metrics(agent.Settings(statsd_host="::1", statsd_port=port))
+        metrics.count("packets")
+        metrics.flush({}, 1.0)
+        assert sock.recv(1_000) == b"rating_agent_hep.packets:1|c"
