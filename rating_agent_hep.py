@@ -15,8 +15,8 @@ each call and tells a rating API when the call begins and when it ends:
     Kamailio --HEP/UDP--+-> decode -> parse -> route -> track -> outbox -> rating API (HTTP)
                         +------- pure: bytes, settings, now -----+   +- in order, per call -+
 
-Two rules keep the file readable. A room uses only names defined above it. Rooms 4 to 9 are
-pure: they take bytes, settings and ``now`` and touch no socket, clock, logger or global.
+Two rules keep the file readable. A room uses only names of its own or of rooms above. Rooms 4 to
+9 are pure: they take bytes, settings and ``now`` and touch no socket, clock, logger or global.
 
 What is promised: at most one begin and one end for a call, the end only after its begin was
 answered, a retry with the same octets; no charge without an answer; nothing grows without
@@ -643,19 +643,20 @@ def parse_sip(payload: bytes, time: int = 0) -> SipMessage | None:
     start = _START.match(payload)
     if start is None:
         raise SipError("start-line", f"no SIP message: it begins with {payload[:16]!r}")
-    first = start[1].decode("latin-1")
-    if start[2] is not None:
-        cseq = _CSEQ_METHOD.search(payload, 0, _head_end(payload, start.start(1)))
-        if cseq is not None and cseq[1].decode("latin-1") not in _REPLIES:
-            return None
-    elif first not in _REQUESTS:
+    begin = start.start(1)
+    if start[2] is None and start[1].decode("latin-1") not in _REQUESTS:
         # A foreign protocol is told from a method that does not matter by its first line.
-        if _REQUEST_LINE.fullmatch(_first_line(payload, start.start(1))) is None and (
-            _KNOWN_START.match(payload, start.start(1)) is None
+        if _KNOWN_START.match(payload, begin) is None and (
+            _REQUEST_LINE.fullmatch(_first_line(payload, begin)) is None
         ):
             raise SipError("start-line", f"no SIP request: it begins with {payload[:16]!r}")
         return None
-    line, headers = _read_head(payload, start.start(1))
+    end = _head_end(payload, begin)
+    if start[2] is not None:
+        cseq = _CSEQ_METHOD.search(payload, 0, end)
+        if cseq is not None and cseq[1].decode("latin-1") not in _REPLIES:
+            return None
+    line, headers = _read_head(payload[begin:end])
     method, status, request_uri = _parse_start_line(line)
     call_id = _single(headers, "call-id")
     number = _CSEQ.fullmatch(_single(headers, "cseq"))
@@ -699,9 +700,9 @@ def _head_end(payload: bytes, start: int) -> int:
     return max(end, start)
 
 
-def _read_head(payload: bytes, start: int) -> tuple[str, dict[str, list[str]]]:
+def _read_head(head: bytes) -> tuple[str, dict[str, list[str]]]:
     """The start line and the headers by lower-case full name (RFC 3261 section 7.3)."""
-    text = payload[start : _head_end(payload, start)].decode("latin-1")
+    text = head.decode("latin-1")
     if "\n " in text or "\n\t" in text:
         text = _FOLD.sub(" ", text)
     line, *lines = text.split("\n")
@@ -934,6 +935,11 @@ class Rule:
 
     route: Route
     conditions: tuple[Callable[[Sighting], bool], ...]
+
+
+def as_domains(texts: Iterable[str]) -> tuple[str, ...]:
+    """Domains as `in_domains` takes them: lower case, IPv6 addresses without brackets."""
+    return tuple(text.lower().strip("[]") for text in texts)
 
 
 def in_domains(host: str, domains: Sequence[str]) -> bool:
@@ -1201,7 +1207,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def _domains(value: Any) -> tuple[str, ...]:
-    return tuple(text.lower().strip("[]") for text in _texts(value))
+    return as_domains(_texts(value))
 
 
 def _choice(*allowed: str) -> Callable[[Any], str]:
@@ -2077,7 +2083,7 @@ def words(text: str) -> tuple[str, ...]:
 
 def domains(text: str) -> tuple[str, ...]:
     """A list of domains in lower case; ``*.example`` stands for all subdomains of example."""
-    return tuple(word.lower().strip("[]") for word in words(text))
+    return as_domains(words(text))
 
 
 def _regexp(text: str) -> str:
@@ -2308,7 +2314,7 @@ def default_text(option: Option) -> str:
 def load_rules(settings: Settings) -> tuple[Rule, ...]:
     """The rules of the routes file and the main options. Raises ConfigError."""
     if not settings.routes:
-        return (Rule(main_route(settings), ()),)
+        return parse_routes("", "", settings)
     try:
         stream = _open_text(settings.routes)
     except ConfigError as error:
