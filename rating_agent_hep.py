@@ -1476,6 +1476,15 @@ class Attempt:
         )
         return True if not known and last.sent_by in self.callers else None
 
+    def looks_refused(self, ack: SipMessage) -> bool:
+        """Whether an ACK that can't be told is like one to a refusal whose INVITE copy was lost.
+
+        A hop's own ACK has a single Via (RFC 3261 17.1.1.3), and where the proxies leave the
+        Request-URI alone that of the other INVITE copies; a 2xx is acknowledged at its Contact.
+        """
+        uris = (uri for uris, _ in self.copies.values() for uri in uris)
+        return len(ack.vias) == 1 and ack.request_uri in uris and self.judge_ack(ack) is None
+
 
 class Call:
     """One call of one tenant: who is charged, and how far it has come.
@@ -1877,6 +1886,9 @@ class CallTable:
         # An ACK that waits for its 2xx goes first: it may be what the others wait for.
         for ack in sorted(call.held, key=lambda held: held.time):
             if ack.method == "ACK" and self._trigger(call, ack) == ACK_WAITS:
+                assert call.attempt is not None
+                if call.attempt.looks_refused(ack):
+                    continue
                 call.held.remove(ack)
                 self._apply(call, ack, ACK_OVERDUE)
                 self._process_held(call)

@@ -17,6 +17,7 @@ import gevent.pool
 import pytest
 
 import harness
+import rating_agent_hep as agent
 from hep_replay import Event, frames, read_capture
 
 FOLDER = harness.captures_folder()
@@ -159,3 +160,41 @@ def test_streams_cut_in_small_pieces(captures: dict[str, list[Event]], size: int
             harness.send_tcp(agent.tcp, [frame for _, frame in packets(events)])
 
     judge(send)
+
+
+def test_loss_never_charges_a_refused_call(captures: dict[str, list[Event]]) -> None:
+    """Up to half of the packets lost, others doubled, in any order: too little may be charged.
+
+    But never a call that nobody picked up, and never twice. Straight into the call table, with a
+    fixed seed: a few thousand runs.
+    """
+    settings = agent.Settings(sip_local_domains=("sip.canyan.io",))
+    chance = random.Random(3261)
+    runs = 0
+    for name, events in captures.items():
+        calls = {call["call_id"]: call for call in EXPECTED[name]["calls"]}
+        if len(calls) > 3:
+            continue
+        seen = [agent.decode_hep(frame, 0) for _, frame in packets(events)]
+        seen = [packet for packet in seen if packet.protocol_type == agent.SIP_PROTOCOL_TYPE]
+        for _ in range(30):
+            loss = chance.choice((0.05, 0.2, 0.5))
+            some = [
+                p for p in seen for _ in range(chance.choice((1, 1, 2))) if chance.random() > loss
+            ]
+            chance.shuffle(some)
+            table = agent.CallTable(settings, agent.load_rules(settings))
+            reported = []
+            for packet in some:
+                message = agent.parse_sip(packet.payload, packet.time)
+                if message is not None:
+                    reported += table.handle(agent.Sighting(packet, message), 1000.0)
+            reported += table.expire(1003.0) + table.expire(1006.0)
+            runs += 1
+            for call_id in {event.call_id for event in reported}:
+                kinds = [event.kind for event in reported if event.call_id == call_id]
+                assert calls[call_id]["answered"] and kinds in (["begin"], ["begin", "end"]), (
+                    name,
+                    [packet.payload.partition(b"\r\n")[0] for packet in some],
+                )
+    assert runs > 1_000
