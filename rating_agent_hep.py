@@ -37,6 +37,7 @@ monkey.patch_all()
 
 import difflib
 import errno
+import fcntl
 import heapq
 import io
 import ipaddress
@@ -47,6 +48,7 @@ import random
 import re
 import signal
 import socket
+import sqlite3
 import struct
 import sys
 import time
@@ -55,16 +57,21 @@ import zlib
 from base64 import b64decode, b64encode
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
+from functools import cached_property
+from itertools import islice
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import configargparse
 import gevent
 import gevent.event
 import gevent.pool
 import gevent.server
+import gevent.threadpool
 import statsd
 import urllib3
 import yaml
@@ -94,15 +101,20 @@ LINGER = 32.0
 MIN_SESSION_EXPIRES = 90
 # Seconds. A refresh sent at the last moment may be retransmitted for 64*T1 before it gives up.
 SESSION_GRACE = 32.0
-# Events that wait for delivery or lie rejected in memory, about 1 kB each.
+# Events for one API that wait in memory where there is no journal, or it fails; about 1 kB each.
 MAX_WAITING_EVENTS = 100_000
+# Events for one API that wait in memory where a journal has them too; the later ones stay on disk.
+MAX_EVENTS_IN_MEMORY = 10_000
+# Events that are read from the journal at once: some 5 ms of work on the event loop.
+MAX_LOADED = 500
 # Calls whose begin was given up, remembered so that their end is given up as well.
 MAX_REFUSED_CALLS = 100_000
 # Attempts of an event that the API answers with ``ok: false`` before that is believed. With the
 # delays below they spread over two minutes: a storage service that restarts answers exactly so.
 MAX_REFUSALS = 10
-# Attempts of an end that may have been carried out already before its ``ok: false`` is believed.
-MAX_REFUSALS_AFTER_UNKNOWN = 4
+# Refusals of an end that may have been carried out already, each after the API said ok to another
+# event since the refusal before: then its storage service lives, and the end had been done.
+MAX_CONFIRMED_REFUSALS = 2
 # Seconds. Delays between attempts: the first, doubled each time, up to the last.
 RETRY_FIRST = 1.0
 RETRY_LAST = 30.0
@@ -129,6 +141,22 @@ STATSD_FLUSH = 1.0
 STATSD_RESOLVE = 60.0
 # Seconds between two looks at the deadlines of the call table.
 TICK = 0.1
+# Seconds between two commits of the journal: what a power cut or kill -9 may cost.
+JOURNAL_INTERVAL = 0.01
+# Rows of one commit: some 5 ms of work on the event loop to put them together.
+JOURNAL_GROUP = 500
+# Seconds that a commit may take before the agent goes on from memory as if it had failed.
+JOURNAL_STALL = 5.0
+# Seconds between attempts to return to a journal that failed.
+JOURNAL_RETRY = 5.0
+# Seconds between two looks for what an operator wants done with rejected events.
+JOURNAL_POLL = 1.0
+# Seconds to wait for a lock, which `outbox retry` and `outbox drop` hold for milliseconds.
+JOURNAL_BUSY = 5.0
+# Octets to which the write-ahead log is cut once it was larger, as it is after a long commit.
+JOURNAL_WAL = 64 * 1024 * 1024
+# Rejected events that are kept for an operator; older ones are in the log, ready for replay.
+MAX_REJECTED = 100_000
 
 # Room 4: errors, types
 
@@ -206,6 +234,7 @@ class Settings:
     log_level: str = "info"
     log_format: str = "json"
     debug: bool = False
+    state_dir: str = ""
     shutdown_timeout: float = 10.0
 
 
@@ -291,6 +320,23 @@ class Route:
     transaction_tag: str
     rating_api_url: str
 
+    @cached_property
+    def packed(self) -> str:
+        """All of it as a JSON text, and that once more as a JSON string, for `unpack_route`."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["account_match"] = self.account_match.pattern if self.account_match else None
+        return json.dumps(json.dumps(values))
+
+
+def unpack_route(text: str) -> Route:
+    """A route from the JSON text that `Route.packed` made of it."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in json.loads(text).items()
+    }
+    pattern = values["account_match"]
+    return Route(**{**values, "account_match": re.compile(pattern) if pattern else None})
+
 
 # Rating API, tenant and transaction tag.
 CallKey = tuple[str, str, str]
@@ -302,7 +348,9 @@ class RatingEvent:
 
     ``kind`` is "begin" or "end", ``time`` UNIX time in microseconds, ``reason`` what gave the
     event ("answer", "ack", "bye", "deadline", "session", "evicted"), ``body`` the JSON octets of
-    the request: made once, so that a retry sends the same.
+    the request: made once, so that a retry sends the same. ``row`` numbers the call, ``serial`` the
+    events in the order in which they came about. ``unknown`` says that an attempt may have been
+    carried out, ``answer`` what became of the last one.
     """
 
     kind: str
@@ -315,9 +363,14 @@ class RatingEvent:
     reason: str
     api_url: str
     body: bytes
+    row: int = 0
+    serial: int = 0
     attempts: int = 0
     refusals: int = 0
+    confirmed: int = 0
+    refused_at: float = 0.0
     unknown: bool = False
+    answer: str = ""
 
     @property
     def key(self) -> CallKey:
@@ -345,6 +398,22 @@ class RatingEvent:
             "body": json.loads(self.body),
             "maybe_delivered": self.unknown,
         }
+
+    def pack(self) -> list[Any]:
+        """What `unpack_event` needs, as the journal keeps it."""
+        return [*_EVENT_VALUES(self), self.body.decode("ascii")]
+
+
+_EVENT = "kind call_id tenant transaction_tag account_tag destination_account_tag time reason"
+_EVENT_VALUES = attrgetter(*_EVENT.split())
+
+
+def unpack_event(values: Sequence[Any], api_url: str, row: int, serial: int) -> RatingEvent:
+    """An event from what `pack` made of it. An attempt before may have been carried out."""
+    *plain, body = values
+    more: dict[str, Any] = dict(zip(_EVENT.split(), plain, strict=True))
+    more |= {"api_url": api_url, "body": body.encode("ascii"), "row": row, "serial": serial}
+    return RatingEvent(**more, unknown=True)
 
 
 def rfc3339(time_us: int) -> str:
@@ -1440,8 +1509,9 @@ class Attempt:
             for branch, (_, below) in self.copies.items()
         )
 
-    def observe(self, message: SipMessage) -> None:
-        """Take note of an INVITE copy, a reply or an ACK of this attempt."""
+    def observe(self, message: SipMessage) -> bool:
+        """Take note of an INVITE copy, a reply or an ACK; whether it told something new."""
+        before = len(self.closed), self.replied, self.decided
         top = message.vias[0].branch
         if message.method == "INVITE":
             if top in self.copies or len(self.copies) < MAX_INVITE_COPIES:
@@ -1459,6 +1529,11 @@ class Attempt:
                 self.decided = True
             if message.status >= 300 and top in self.copies:
                 self.closed.add(top)
+        return message.method == "INVITE" or before != (
+            len(self.closed),
+            self.replied,
+            self.decided,
+        )
 
     def judge_ack(self, ack: SipMessage) -> bool | None:
         """Whether an ACK is to a 2xx: True, False, or None while that can't be told.
@@ -1492,12 +1567,12 @@ class Call:
     Times ``answered``, ``last`` and ``refreshed`` are HEP time in microseconds; ``entered`` and
     ``session_deadline`` run on the agent's monotonic clock, in seconds. ``session`` is the agreed
     interval in seconds, 0 for none; ``session_slot`` is where the call table queues it. ``tied``
-    marks a leg of a call that is charged by another leg already.
+    marks a leg of a call that is charged by another leg already. ``row`` numbers the calls.
     """
 
     __slots__ = tuple(
         "account_tag answered attempt call_id capture_id cseq destination destination_account_tag "
-        "entered from_tag held hops last refreshed route session session_deadline session_slot "
+        "entered from_tag held hops last refreshed route row session session_deadline session_slot "
         "source source_ip state tied to_tag transaction_tag".split()
     )
 
@@ -1511,7 +1586,7 @@ class Call:
         self.to_tag = ""
         self.attempt: Attempt | None = Attempt()
         self.held: list[SipMessage] = []
-        self.hops = 0
+        self.hops = self.row = 0
         self.answered = self.last = self.refreshed = message.time
         self.session = 0
         self.session_deadline = 0.0
@@ -1608,24 +1683,113 @@ class Notice:
     fields: dict[str, Any]
 
 
+class Orphans:
+    """Messages of one Call-ID whose INVITE was not seen yet; ``row`` is numbered with the calls."""
+
+    __slots__ = ("call_id", "messages", "row")
+
+    def __init__(self, call_id: str, row: int) -> None:
+        self.call_id = call_id
+        self.row = row
+        self.messages: list[SipMessage] = []
+
+
+_PLAIN = (
+    "call_id capture_id from_tag cseq state to_tag hops answered last refreshed session tied "
+    "transaction_tag account_tag destination_account_tag source source_ip destination".split()
+)
+_PLAIN_VALUES = attrgetter(*_PLAIN)
+_MESSAGE = "method status request_uri call_id from_tag to_tag cseq cseq_method time claimed".split()
+_MESSAGE_VALUES = attrgetter(*_MESSAGE)
+
+
+def pack_call(call: Call | Orphans, offset: float) -> str:
+    """A call, or messages without one, as a JSON text for `unpack_call`.
+
+    ``offset`` in seconds is UNIX time less the monotonic clock, which starts anew with the machine.
+    """
+    if isinstance(call, Orphans):
+        held = [_pack_message(message) for message in call.messages]
+        return json.dumps({"call_id": call.call_id, "orphans": held})
+    values: dict[str, Any] = dict(zip(_PLAIN, _PLAIN_VALUES(call), strict=True))
+    values["entered"] = round(call.entered + offset, 3)
+    if call.held:
+        values["held"] = [_pack_message(message) for message in call.held]
+    if call.attempt is not None:
+        attempt = call.attempt
+        values["attempt"] = {
+            "copies": {top: [*map(list, sets)] for top, sets in attempt.copies.items()},
+            "callers": list(attempt.callers),
+            "closed": list(attempt.closed),
+            "replied": attempt.replied,
+            "decided": attempt.decided,
+            "accepted": attempt.accepted,
+        }
+    return f'{json.dumps(values)[:-1]}, "route": {call.route.packed}}}'
+
+
+def _pack_message(message: SipMessage) -> list[Any]:
+    headers = {name: message.header(name) for name in ("via", "session-expires")}
+    return [*_MESSAGE_VALUES(message), headers]
+
+
+def _unpack_message(values: Sequence[Any]) -> SipMessage:
+    *plain, headers = values
+    return SipMessage(**dict(zip(_MESSAGE, plain, strict=True)), headers=headers)
+
+
+def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) -> Call | Orphans:
+    """What `pack_call` made a text of; ``routes`` keeps those seen, so that calls share them."""
+    values = json.loads(text)
+    if "orphans" in values:
+        orphans = Orphans(values["call_id"], row)
+        orphans.messages = [_unpack_message(held) for held in values["orphans"]]
+        return orphans
+    call = Call.__new__(Call)
+    for name in _PLAIN:
+        setattr(call, name, values[name])
+    call.row = row
+    call.entered = values["entered"] - offset
+    call.held = [_unpack_message(held) for held in values.get("held", ())]
+    call.session_slot, call.session_deadline = 0, 0.0
+    call.attempt = None
+    if "attempt" in values:
+        kept = values["attempt"]
+        call.attempt = Attempt()
+        for top, (uris, below) in kept["copies"].items():
+            call.attempt.copies[top] = (set(uris), set(below))
+        call.attempt.callers.update(kept["callers"])
+        call.attempt.closed.update(kept["closed"])
+        call.attempt.replied, call.attempt.decided = kept["replied"], kept["decided"]
+        call.attempt.accepted = kept["accepted"]
+    text = values["route"]
+    call.route = routes.get(text) or routes.setdefault(text, unpack_route(text))
+    return call
+
+
 class CallTable:
     """All calls that are being followed, and what the messages make of them.
 
     ``handle`` and ``expire`` take ``now``, seconds of a monotonic clock, and return the events to
     report, in order. Should one raise, what it had brought about so far comes with the next call,
     so that nothing is lost by it. ``counts`` maps metric names to numbers since they were last
-    taken. ``rules`` may be replaced at any time: a call keeps the route it got.
+    taken. ``rules`` may be replaced at any time: a call keeps the route it got. ``changed`` maps
+    rows to what a journal has to write since it last looked, None for what is gone; it is None
+    itself where there is no journal.
 
     Each state has one timeout, so each is one ordered dict whose head is the next to expire.
     """
 
     _GONE: ClassVar[dict[str, str]] = {TRYING: "calls.expired.trying", FAILED: "calls.failed"}
+    _LINGER = (FAILED, ENDED)
 
     def __init__(self, settings: Settings, rules: Sequence[Rule]) -> None:
         self.settings = settings
         self.rules = rules
         self.counts: dict[str, int] = {}
         self.notices: list[Notice] = []
+        self.changed: dict[int, Call | Orphans | None] | None = None
+        self._serial = 0
         self._now = 0.0
         self._events: list[RatingEvent] = []
         self._calls: dict[str, list[Call]] = {}
@@ -1639,7 +1803,7 @@ class CallTable:
             ENDED: LINGER,
         }
         # Messages without a call yet, by Call-ID; and everything that waits, in order of arrival.
-        self._orphans: dict[str, list[SipMessage]] = {}
+        self._orphans: dict[str, Orphans] = {}
         self._waiting: deque[tuple[float, str, Call | None, SipMessage]] = deque()
         # Running calls by tenant and transaction tag, where that is not the Call-ID.
         self._tags: dict[tuple[str, str], Call] = {}
@@ -1697,6 +1861,54 @@ class CallTable:
         """Add to a counter."""
         self.counts[name] = self.counts.get(name, 0) + number
 
+    def next_serial(self) -> int:
+        """A number greater than all before, for a row or an event."""
+        self._serial += 1
+        return self._serial
+
+    def restore(
+        self, kept: Iterable[tuple[int, str]], serial: int, now: float, offset: float
+    ) -> None:
+        """Take back what a journal kept: (row, text of `pack_call`); ``serial`` is the last given.
+
+        Calls go on with what is left of their timeouts; what is over by now is left out.
+        """
+        self._now, self._serial, self.changed = now, serial, {}
+        routes: dict[str, Route] = {}
+        calls: list[Call] = []
+        for row, text in kept:
+            call = unpack_call(row, text, offset, routes)
+            if isinstance(call, Orphans):
+                self._orphans[call.call_id] = call
+                for message in call.messages:
+                    self._wait(call.call_id, None, message)
+            elif call.state in self._LINGER and call.entered + LINGER <= now:
+                self.changed[row] = None
+            else:
+                calls.append(call)
+        for call in sorted(calls, key=attrgetter("entered")):
+            # The clock may have been set back.
+            call.entered = min(call.entered, now)
+            self._calls.setdefault(call.call_id, []).append(call)
+            self._states[call.state][call] = None
+            for message in call.held:
+                self._wait(call.call_id, call, message)
+            if call.state == ANSWERED and call.rated and call.route.transaction_tag != "call-id":
+                self._tags.setdefault(self._tag(call), call)
+            if call.session:
+                # Refreshes may have been missed meanwhile, so that the next one is waited for. The
+                # end's time stamp does not change by that.
+                call.session_deadline = now + call.session + SESSION_GRACE
+                self._queue_session(call)
+
+    def _touch(self, call: Call | Orphans) -> None:
+        if self.changed is not None:
+            self.changed[call.row] = call
+
+    def _forget(self, call: Call | Orphans) -> None:
+        if self.changed is not None:
+            self.changed[call.row] = None
+
     def _handle_invite(self, sighting: Sighting) -> None:
         packet, message = sighting.packet, sighting.message
         route = choose_route(self.rules, sighting)
@@ -1713,21 +1925,27 @@ class CallTable:
             call = self._create(sighting, route)
         if call.state in (TRYING, FAILED) and call.from_tag == message.from_tag:
             self._identify(call, sighting, route)
+            self._touch(call)
         self._process(call, message)
 
     def _create(self, sighting: Sighting, route: Route) -> Call:
         if len(self) >= self.settings.max_calls:
             self._evict(sighting.message.time)
         call = Call(sighting.message, sighting.packet.capture_id)
+        call.row = self.next_serial()
         call.route = route
         self._calls.setdefault(call.call_id, []).append(call)
         call.entered = self._now
         self._states[TRYING][call] = None
         # What came before its INVITE; kept there, for another tenant's INVITE may follow.
-        for early in self._orphans.get(call.call_id, ()):
-            early.claimed = True
-            call.held.append(early)
-            self._wait(call.call_id, call, early)
+        orphans = self._orphans.get(call.call_id)
+        if orphans is not None:
+            self._touch(orphans)
+            for early in orphans.messages:
+                early.claimed = True
+                call.held.append(early)
+                self._wait(call.call_id, call, early)
+        self._touch(call)
         return call
 
     def _identify(self, call: Call, sighting: Sighting, route: Route) -> None:
@@ -1778,6 +1996,7 @@ class CallTable:
                 step = TRANSITIONS.get((call.state, trigger))
                 if step is None or step[1] != HOLD:
                     call.held.remove(held)
+                    self._touch(call)
                     changed |= self._apply(call, held, trigger)
 
     def _trigger(self, call: Call, message: SipMessage) -> str:
@@ -1788,8 +2007,9 @@ class CallTable:
             and message.from_tag == call.from_tag
             and message.cseq_method in ("INVITE", "ACK")
             and not (message.method == "INVITE" and message.to_tag)
+            and attempt.observe(message)
         ):
-            attempt.observe(message)
+            self._touch(call)
         return classify(call, message, self.settings.begin_on)
 
     def _apply(self, call: Call, message: SipMessage, trigger: str) -> bool:
@@ -1799,6 +2019,8 @@ class CallTable:
             self.count("calls.transition_unknown")
             return False
         state, action = step
+        if state != call.state or action != KEEP:
+            self._touch(call)
         if state == call.state and state in (FAILED, ENDED):
             # As long as copies trail behind, what they are copies of must be remembered.
             call.entered = self._now
@@ -1846,6 +2068,7 @@ class CallTable:
         calls.remove(call)
         if not calls:
             del self._calls[call.call_id]
+        self._forget(call)
         call.held.clear()
         slot = self._sessions.get(call.session_slot)
         if slot is not None:
@@ -1856,7 +2079,15 @@ class CallTable:
     # What is held
 
     def _hold(self, call: Call | None, message: SipMessage) -> None:
-        held = call.held if call else self._orphans.setdefault(message.call_id, [])
+        if call is not None:
+            held = call.held
+        else:
+            orphans = self._orphans.get(message.call_id)
+            if orphans is None:
+                orphans = Orphans(message.call_id, self.next_serial())
+                self._orphans[message.call_id] = orphans
+            self._touch(orphans)
+            held = orphans.messages
         if len(held) >= MAX_HELD_PER_CALL:
             self.count("messages.held_dropped")
             return
@@ -1875,9 +2106,11 @@ class CallTable:
         _, call_id, call, message = self._waiting.popleft()
         if call is None:
             orphans = self._orphans[call_id]
-            orphans.remove(message)
-            if not orphans:
+            orphans.messages.remove(message)
+            self._touch(orphans)
+            if not orphans.messages:
                 del self._orphans[call_id]
+                self._forget(orphans)
             if not message.claimed:
                 self._orphan(call_id, message)
             return
@@ -1890,11 +2123,13 @@ class CallTable:
                 if call.attempt.looks_refused(ack):
                     continue
                 call.held.remove(ack)
+                self._touch(call)
                 self._apply(call, ack, ACK_OVERDUE)
                 self._process_held(call)
                 break
         if message in call.held:
             call.held.remove(message)
+            self._touch(call)
             if self._trigger(call, message) == BYE:
                 self._apply(call, message, BYE_OVERDUE)
                 self._process_held(call)
@@ -1954,8 +2189,9 @@ class CallTable:
             self._event(call, "end", time, reason, {"timestamp_end": rfc3339(time)})
         )
 
-    @staticmethod
-    def _event(call: Call, kind: str, time: int, reason: str, body: dict[str, Any]) -> RatingEvent:
+    def _event(
+        self, call: Call, kind: str, time: int, reason: str, body: dict[str, Any]
+    ) -> RatingEvent:
         route = call.route
         content = {
             "tenant": route.tenant,
@@ -1977,6 +2213,8 @@ class CallTable:
             reason=reason,
             api_url=route.rating_api_url,
             body=json.dumps(content, separators=(",", ":")).encode(),
+            row=call.row,
+            serial=self.next_serial(),
         )
 
     # What ends without a BYE
@@ -2161,6 +2399,7 @@ OPTIONS = (
     Option("log_level", "Metrics and logs", _choice(*_LEVELS), ", ".join(_LEVELS)),
     Option("log_format", "Metrics and logs", _choice("json", "text"), "json or text"),
     Option("debug", "Metrics and logs", flag, "the same as log_level debug"),
+    Option("state_dir", "Running", str, "folder of the journal; empty: memory only"),
     Option("shutdown_timeout", "Running", number(0, 3_600), "seconds to deliver what waits"),
 )
 
@@ -2227,7 +2466,7 @@ class Configuration(NamedTuple):
     """What the command line, environment and file say together."""
 
     command: str
-    files: list[str]
+    arguments: list[str]
     settings: Settings
     rules: tuple[Rule, ...]
     warnings: list[str]
@@ -2237,7 +2476,7 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
     """Read and check everything before a socket opens. Raises ConfigError with one line."""
     if _PREFIX + "LISTEN" in environ:
         environ = {_PREFIX + "LISTEN_UDP": environ[_PREFIX + "LISTEN"], **environ}
-    values, command, files, former = _read_options(argv, environ)
+    values, command, arguments, former = _read_options(argv, environ)
     defaults = Settings()
     converted: dict[str, Any] = {}
     for option in OPTIONS:
@@ -2257,7 +2496,7 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
     if former:
         names = ", ".join(sorted(set(former)))
         warnings.append(f"options of the former agent that have no effect yet: {names}")
-    return Configuration(command, files, settings, load_rules(settings), warnings)
+    return Configuration(command, arguments, settings, load_rules(settings), warnings)
 
 
 def _read_options(
@@ -2275,7 +2514,9 @@ def _read_options(
         allow_abbrev=False,
         default_config_files=[],
     )
-    commands = "run (the default), check, or decode FILE..."
+    commands = (
+        "run (the default), check, decode FILE..., outbox [list | retry [CALL...] | drop CALL...]"
+    )
     parser.add_argument("words", nargs="*", metavar="COMMAND", help=commands)
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument(
@@ -2305,12 +2546,12 @@ def _read_options(
             name = ascii(word.partition("=")[0])[1:-1]
             raise ConfigError(f"{name}: unknown; allowed: the options that --help lists")
     # argparse gives up on positional arguments that stand behind an option.
-    command, *files = [*found["words"], *unknown] or ["run"]
-    if command not in ("run", "check", "decode"):
-        raise ConfigError("command: unknown; allowed: run, check, decode FILE...")
-    if files and command != "decode":
+    command, *arguments = [*found["words"], *unknown] or ["run"]
+    if command not in ("run", "check", "decode", "outbox"):
+        raise ConfigError("command: unknown; allowed: run, check, decode FILE..., outbox")
+    if arguments and command in ("run", "check"):
         raise ConfigError(f"files: unexpected; allowed: {command} alone, decode FILE...")
-    return {option.name: found[option.name] for option in OPTIONS}, command, files, former
+    return {option.name: found[option.name] for option in OPTIONS}, command, arguments, former
 
 
 def default_text(option: Option) -> str:
@@ -2480,6 +2721,463 @@ class Metrics:
 # Room 12: outbox, delivery
 
 DELIVERED, REFUSED_BY_API, REJECTED = "delivered", "refused", "rejected"
+# The answer by which the API refuses, as `outbox` shows it.
+NOT_OK = "ok: false"
+
+
+# Octets "HEPJ" as the application_id of a file, so that no other program's is touched.
+_JOURNAL_ID = 0x4845504A
+JOURNAL_FILE = "journal.sqlite"
+# Statements that bring a file from the version that is their index to the next. A row of ``calls``
+# stays until its call has left the table and both events were answered. ``call`` is the text of
+# `pack_call`, empty once it left; a serial is greater than 0 while its event waits; attempts and
+# answer are of the event that goes next.
+MIGRATIONS = (
+    """
+    CREATE TABLE calls (
+        id INTEGER PRIMARY KEY, api TEXT, call TEXT, begin_event TEXT, begin_serial INTEGER,
+        end_event TEXT, end_serial INTEGER, attempts INTEGER, answer TEXT, given_up INTEGER
+    );
+    CREATE INDEX begins ON calls (api, begin_serial) WHERE begin_serial > 0;
+    CREATE INDEX ends ON calls (api, end_serial) WHERE end_serial > 0;
+    CREATE TABLE rejected (
+        serial INTEGER PRIMARY KEY, id INTEGER, api TEXT, event TEXT, attempts INTEGER,
+        answer TEXT, retry INTEGER NOT NULL DEFAULT 0
+    );
+    """,
+)
+_COLUMNS = "api call begin_event begin_serial end_event end_serial attempts answer given_up".split()
+_PLACES = {name: place for place, name in enumerate(_COLUMNS)}
+# In the text of a group: a column that keeps its value, a call that left, an event that went.
+_SAME, _LEFT, _WENT = "null", '""', "0"
+# A group is one JSON text in one statement: each call into sqlite3 gives the interpreter's lock
+# away, and while the event loop is busy it takes 5 ms to get it back.
+_WRITE_CALLS = f"""
+    INSERT INTO calls (id, {", ".join(_COLUMNS)})
+    SELECT {", ".join(f"json_extract(value, '$[{place}]')" for place in range(len(_COLUMNS) + 1))}
+    FROM json_each(?) WHERE true
+    ON CONFLICT (id) DO UPDATE SET
+    {", ".join(f"{name} = coalesce(excluded.{name}, {name})" for name in _COLUMNS)}
+"""
+_CLEAN_CALLS = """
+    DELETE FROM calls WHERE id IN (SELECT value FROM json_each(?)) AND coalesce(call, '') = ''
+    AND coalesce(begin_serial, 0) = 0 AND coalesce(end_serial, 0) = 0
+"""
+_WRITE_REJECTED = """
+    INSERT OR REPLACE INTO rejected (serial, id, api, event, attempts, answer)
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+    json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]')
+    FROM json_each(?)
+"""
+_CLEAN_REJECTED = """
+    DELETE FROM rejected WHERE serial IN (SELECT value FROM json_each(?)) OR serial <=
+    (SELECT serial FROM rejected ORDER BY serial DESC LIMIT 1 OFFSET ?)
+"""
+# Waiting events after a serial in order, as one row for the same reason.
+_WAITING = """
+    SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer)) FROM (
+        SELECT begin_serial AS serial, id, api, begin_event AS event,
+            coalesce(attempts, 0) AS attempts, coalesce(answer, '') AS answer
+        FROM calls WHERE api = ?1 AND begin_serial > 0 AND begin_serial > ?2
+        UNION ALL
+        SELECT end_serial, id, api, end_event,
+            iif(begin_serial > 0, 0, coalesce(attempts, 0)),
+            iif(begin_serial > 0, '', coalesce(answer, ''))
+        FROM calls WHERE api = ?1 AND end_serial > 0 AND end_serial > ?2
+        ORDER BY serial LIMIT ?3
+    )
+"""
+_WAITING_COUNTS = """
+    SELECT api, count(*) FROM (
+        SELECT api FROM calls WHERE begin_serial > 0
+        UNION ALL SELECT api FROM calls WHERE end_serial > 0
+    ) GROUP BY api
+"""
+_REJECTED = """
+    SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer)) FROM (
+        SELECT * FROM rejected WHERE retry = ?1 AND serial > ?2 ORDER BY serial LIMIT ?3
+    )
+"""
+# Of rejected events those of some Call-IDs or transaction tags, or all.
+_OF_CALLS = """
+    WHERE ?1 = '[]' OR json_extract(event, '$[1]') IN (SELECT value FROM json_each(?1))
+    OR json_extract(event, '$[3]') IN (SELECT value FROM json_each(?1))
+"""
+
+
+def _unpack_waiting(text: str) -> list[RatingEvent]:
+    events = []
+    for serial, row, api_url, values, attempts, answer in json.loads(text):
+        event = unpack_event(values, api_url, row, serial)
+        event.attempts, event.answer = attempts, answer
+        events.append(event)
+    return sorted(events, key=attrgetter("serial"))
+
+
+def inspect_journal(folder: str) -> str:
+    """The path of the journal in a state_dir, "" where there is none yet; changes nothing.
+
+    Raises ConfigError for a folder that can't be used, and for a file that is damaged, another
+    program's or a newer version's.
+    """
+
+    def refuse(path: str, text: str, allowed: str) -> ConfigError:
+        return ConfigError(printable(f"state_dir: {path}: {text}; allowed: {allowed}"))
+
+    if not os.path.isdir(folder):
+        parent = os.path.dirname(os.path.abspath(folder))
+        if os.path.exists(folder):
+            raise refuse(folder, "not a folder", "a folder, or a path at which to make one")
+        if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
+            raise refuse(folder, "cannot be made", "a folder in one that is there and writable")
+        return ""
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise refuse(folder, "not writable", "a folder that this user may read and write")
+    path = os.path.join(folder, JOURNAL_FILE)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(100)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise refuse(path, str(error.strerror), "a file that this user may read") from None
+    # Read here and not through SQLite, which writes to what it opens. SQLite's file format, 1.3.
+    if head[:16] != b"SQLite format 3\0" or head[68:72] != _JOURNAL_ID.to_bytes(4, "big"):
+        raise refuse(path, "a file of another program, left untouched", "a folder of its own")
+    version = int.from_bytes(head[60:64], "big")
+    if not 1 <= version <= len(MIGRATIONS):
+        raise refuse(
+            path,
+            f"version {version}, written by a newer agent, left untouched",
+            f"versions up to {len(MIGRATIONS)}",
+        )
+    try:
+        # A reader never checkpoints, so the file itself stays as it is.
+        with closing(_connect(path, "ro")) as db:
+            fault = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
+            db.execute("SELECT count(*) FROM rejected").fetchone()
+    except sqlite3.OperationalError as error:
+        raise refuse(path, str(error), "a file that can be read") from None
+    except sqlite3.DatabaseError as error:
+        fault = str(error)
+    if fault != "ok":
+        fault = " ".join(fault.replace("*", "").split())
+        raise refuse(path, f"damaged, left untouched: {fault}", "a whole file, or none")
+    return path
+
+
+def _connect(path: str, mode: str) -> sqlite3.Connection:
+    return sqlite3.connect(
+        f"file:{quote(path)}?mode={mode}",
+        uri=True,
+        isolation_level=None,
+        check_same_thread=False,
+        timeout=JOURNAL_BUSY,
+    )
+
+
+def _wal_frames(path: str) -> tuple[int, int]:
+    """Frames in a write-ahead log that claim to belong to it, and octets behind the last whole one.
+
+    SQLite leaves out what comes after the last whole commit without a word. Frames of an earlier
+    round have other salts (SQLite's file format, section 4.1).
+    """
+    try:
+        with open(path, "rb") as file:
+            header = file.read(32)
+            size = os.fstat(file.fileno()).st_size
+            if len(header) < 32 or header[:3] != b"\x37\x7f\x06":
+                return 0, size
+            frame = 24 + int.from_bytes(header[8:12], "big")
+            frames = 0
+            while 32 + (frames + 1) * frame <= size:
+                salts = os.pread(file.fileno(), 24, 32 + frames * frame)[8:16]
+                if salts not in (header[16:24], bytes(8)):
+                    return frames, 0
+                frames += 1
+            return frames, size - 32 - frames * frame
+    except OSError:
+        return 0, 0
+
+
+class Journal:
+    """The calls and waiting events on disk: one SQLite file in ``state_dir``, for one agent.
+
+    `change` notes what is to be written, `commit` writes it, in a thread of gevent's pool, so that
+    the event loop never waits for the disk. When it can't be written, ``failure`` says why, what is
+    noted stays in memory, and each commit tries again from time to time. ``due`` is set while there
+    is something to write. Raises ConfigError, as `inspect_journal` does, and where another agent
+    works in the same folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        path = inspect_journal(folder)
+        self.due = gevent.event.Event()
+        self.failure = ""
+        self.found = ""
+        self._lock = self._take_lock(folder)
+        try:
+            self._db = self._open(folder, path)
+        except (sqlite3.Error, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            self._lock.close()
+            raise ConfigError(
+                f"state_dir: {folder}: {reason}; allowed: a folder with room for a file"
+            ) from None
+        self._pool = gevent.threadpool.ThreadPool(1)
+        self._job: Any = None
+        self._pending: dict[int, list[str]] = {}
+        self._writing: dict[int, list[str]] = {}
+        self._rejected: dict[int, list[Any] | None] = {}
+        self._rejecting: dict[int, list[Any] | None] = {}
+        self._retry_at = self._started = 0.0
+        (self.last_serial,) = self._db.execute(
+            "SELECT max((SELECT coalesce(max(max(id, coalesce(begin_serial, 0),"
+            " coalesce(end_serial, 0))), 0) FROM calls),"
+            " (SELECT coalesce(max(max(id, serial)), 0) FROM rejected))"
+        ).fetchone()
+        # Rows up to here may be on disk; one that comes and goes before that is not written.
+        self._highest = self.last_serial
+
+    @staticmethod
+    def _take_lock(folder: str) -> io.FileIO:
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            lock = io.FileIO(
+                os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT, 0o600), "r+"
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"state_dir: {folder}: {error.strerror}; allowed: a folder that can be written"
+            ) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            pid = lock.read(20).decode("latin-1").strip()
+            lock.close()
+            raise ConfigError(
+                f"state_dir: {folder}: in use by another agent, process {pid}; "
+                "allowed: one agent for each folder"
+            ) from None
+        with suppress(OSError):
+            lock.truncate(0)
+            lock.write(str(os.getpid()).encode())
+        return lock
+
+    def _open(self, folder: str, path: str) -> sqlite3.Connection:
+        if not path:
+            path = os.path.join(folder, JOURNAL_FILE)
+            # Under another name until it is whole, so that no half-made file is ever taken for one.
+            with suppress(FileNotFoundError):
+                os.unlink(path + ".new")
+            with closing(_connect(path + ".new", "rwc")) as db:
+                db.execute(f"PRAGMA application_id = {_JOURNAL_ID}")
+                self._migrate(db)
+            os.chmod(path + ".new", 0o600)
+            os.rename(path + ".new", path)
+        frames, rest = _wal_frames(path + "-wal")
+        db = _connect(path, "rw")
+        db.execute("PRAGMA journal_mode = WAL")
+        # A commit is on disk when it returns, whatever happens to the power.
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute(f"PRAGMA journal_size_limit = {JOURNAL_WAL}")
+        whole = max(db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1], 0)
+        if frames > whole or rest:
+            torn = max(frames - whole, 0)
+            self.found = f"{torn} pages and {rest} octets behind the last whole commit"
+        self._migrate(db)
+        return db
+
+    @staticmethod
+    def _migrate(db: sqlite3.Connection) -> None:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        for number, script in enumerate(MIGRATIONS[version:], version + 1):
+            db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
+
+    # What a start takes back
+
+    def kept(self) -> Iterator[tuple[int, str]]:
+        """The calls, as `CallTable.restore` takes them."""
+        return self._db.execute("SELECT id, call FROM calls WHERE call != ''")
+
+    def waiting(self) -> dict[str, int]:
+        """The number of events that wait for each API."""
+        return dict(self._db.execute(_WAITING_COUNTS).fetchall())
+
+    def given_up(self) -> list[CallKey]:
+        """The running calls whose begin was rejected."""
+        keys = []
+        for api_url, begin in self._db.execute(
+            "SELECT api, begin_event FROM calls WHERE given_up = 1 AND call != ''"
+        ):
+            keys.append(unpack_event(json.loads(begin), api_url, 0, 0).key)
+        return keys
+
+    # What is written
+
+    def change(self, row: int, **values: Any) -> None:
+        """Note new values of a call's row; ``call`` is JSON text already."""
+        columns = self._pending.get(row)
+        if columns is None:
+            columns = self._pending[row] = [_SAME] * len(_COLUMNS)
+        for name, value in values.items():
+            columns[_PLACES[name]] = value if name == "call" else json.dumps(value)
+        if row > self._highest and self._over(columns):
+            del self._pending[row]
+        self.due.set()
+
+    def add(self, event: RatingEvent) -> None:
+        """Note an event that is to be delivered."""
+        values = {f"{event.kind}_event": event.pack(), f"{event.kind}_serial": event.serial}
+        self.change(event.row, api=event.api_url, **values)
+
+    def attempted(self, event: RatingEvent) -> None:
+        """Note that an event was tried and goes on waiting."""
+        self.change(event.row, attempts=event.attempts, answer=event.answer)
+
+    def went(self, event: RatingEvent) -> None:
+        """Note that an event was answered and waits no more."""
+        values = {f"{event.kind}_event": "", f"{event.kind}_serial": 0}
+        self.change(event.row, attempts=0, answer="", **values)
+
+    def reject(self, event: RatingEvent) -> None:
+        """Note that an event waits no more, and keep it for an operator."""
+        self.went(event)
+        if event.kind == "begin":
+            self.change(event.row, begin_event=event.pack(), given_up=1)
+        packed = [event.row, event.api_url, event.pack(), event.attempts, event.answer]
+        self._rejected[event.serial] = packed
+        if len(self._rejected) > MAX_REJECTED:
+            del self._rejected[next(iter(self._rejected))]
+
+    def take_up(self, event: RatingEvent, serial: int) -> None:
+        """Note that a rejected event waits again, with a new serial."""
+        self._rejected[event.serial] = None
+        event.serial = serial
+        self.add(event)
+        if event.kind == "begin":
+            self.change(event.row, given_up=0)
+
+    @staticmethod
+    def _over(columns: Sequence[str]) -> bool:
+        waits = (columns[_PLACES["begin_serial"]], columns[_PLACES["end_serial"]])
+        return columns[_PLACES["call"]] == _LEFT and set(waits) <= {_SAME, _WENT}
+
+    def commit(self, patience: float | None = None) -> bool:
+        """Write what was noted so far; waits in the calling greenlet. True once it is on disk.
+
+        ``patience`` is how many seconds the disk may take; by default JOURNAL_STALL, and while the
+        journal fails it is tried only each JOURNAL_RETRY and not waited for.
+        """
+        while self._job is not None or self._pending or self._rejected:
+            if self._job is None:
+                if patience is None and self.failure and time.monotonic() < self._retry_at:
+                    return False
+                self._start_writing()
+            least = 0.001 if self.failure else JOURNAL_STALL
+            self._job.wait(timeout=least if patience is None else patience)
+            if not self._job.ready():
+                late = patience is not None or time.monotonic() - self._started >= JOURNAL_STALL
+                return self._fail("the disk does not answer") if late else False
+            error, self._job = self._job.get(), None
+            if error:
+                self._take_back()
+                return self._fail(error)
+            self._writing, self._rejecting = {}, {}
+        return self._succeed()
+
+    def _start_writing(self) -> None:
+        rows = list(islice(self._pending, JOURNAL_GROUP))
+        self._writing = {row: self._pending.pop(row) for row in rows}
+        self._rejecting, self._rejected = self._rejected, {}
+        self._highest = max([self._highest, *rows])
+        calls = ",".join(f"[{row},{','.join(x)}]" for row, x in self._writing.items())
+        over = [
+            row for row, columns in self._writing.items() if _LEFT in columns or _WENT in columns
+        ]
+        rejected = [[serial, *kept] for serial, kept in self._rejecting.items() if kept]
+        taken_up = [serial for serial, kept in self._rejecting.items() if kept is None]
+        self._started = time.monotonic()
+        self._job = self._pool.spawn(
+            self._write, f"[{calls}]", json.dumps(over), json.dumps(rejected), json.dumps(taken_up)
+        )
+
+    def _write(self, calls: str, over: str, rejected: str, taken_up: str) -> str:
+        """In the pool's thread: one transaction; returns what went wrong, "" for nothing."""
+        db = self._db
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            db.execute(_WRITE_CALLS, (calls,))
+            db.execute(_CLEAN_CALLS, (over,))
+            if len(rejected) + len(taken_up) > 4:
+                db.execute(_WRITE_REJECTED, (rejected,))
+                db.execute(_CLEAN_REJECTED, (taken_up, MAX_REJECTED))
+            db.execute("COMMIT")
+        except sqlite3.Error as error:
+            with suppress(sqlite3.Error):
+                db.execute("ROLLBACK")
+            return str(error)
+        return ""
+
+    def _take_back(self) -> None:
+        for row, columns in self._pending.items():
+            older = self._writing.get(row, columns)
+            self._writing[row] = [
+                old if new == _SAME else new for old, new in zip(older, columns, strict=True)
+            ]
+        self._pending, self._writing = self._writing, {}
+        self._rejected, self._rejecting = {**self._rejecting, **self._rejected}, {}
+
+    def _fail(self, error: str) -> bool:
+        now = time.monotonic()
+        if not self.failure or now >= self._retry_at:
+            extra = {"event": "journal_failed", "rows": len(self._pending)}
+            log.error("the journal cannot be written, going on from memory: %s", error, extra=extra)
+            self._retry_at = now + JOURNAL_RETRY
+        self.failure = error
+        return False
+
+    def _succeed(self) -> bool:
+        if self.failure:
+            self.failure = ""
+            log.warning("the journal is written again", extra={"event": "journal_back"})
+        return True
+
+    # What is read while the agent runs
+
+    def _read(self, query: str, *values: Any) -> Any:
+        """The first row of a query, read in the pool's thread. Raises sqlite3.Error."""
+
+        def read() -> Any:
+            try:
+                return self._db.execute(query, values).fetchone()
+            except sqlite3.Error as error:
+                return error
+
+        result = self._pool.spawn(read).get()
+        if isinstance(result, sqlite3.Error):
+            raise result
+        return result
+
+    def load(self, api_url: str, after: int, limit: int) -> list[RatingEvent]:
+        """Up to ``limit`` events that wait for an API, after a serial, in order.
+
+        Raises sqlite3.Error.
+        """
+        return _unpack_waiting(self._read(_WAITING, api_url, after, limit)[0])
+
+    def rejected_count(self) -> int:
+        """How many rejected events are kept. Raises sqlite3.Error."""
+        return int(self._read("SELECT count(*) FROM rejected")[0])
+
+    def to_retry(self) -> list[RatingEvent]:
+        """Rejected events that an operator wants to be sent again. Raises sqlite3.Error."""
+        return _unpack_waiting(self._read(_REJECTED, 1, 0, MAX_LOADED)[0])
+
+    def close(self, patience: float) -> None:
+        """Give the file back; ``patience`` in seconds is how long the disk may take."""
+        self._pool.spawn(self._db.close).wait(timeout=patience)
+        self._lock.close()
 
 
 class RatingApi:
@@ -2542,6 +3240,7 @@ class RatingApi:
             # A gateway's time-out says nothing of the request; the API's own 500 comes undone.
             unknown = status in (408, 502, 504)
             raise DeliveryError(f"status_{status}", f"status {status}", unknown, wait)
+        event.answer = f"status {status}"
         return REJECTED
 
     def _post(self, event: RatingEvent) -> tuple[int, str, bytes]:
@@ -2569,33 +3268,30 @@ class Outbox:
     """The events that wait for one API: which may be sent when, in order for each call.
 
     It sends nothing itself. `take` gives out an event, and `settle` or `fail` say what became of
-    it; ``now`` is seconds of a monotonic clock. At most one event of a call is out at a time.
+    it; ``now`` is seconds of a monotonic clock. At most one event of a call is out at a time, and
+    of several that may go the one that came about first.
     """
 
     def __init__(self, limit: int = MAX_WAITING_EVENTS, jitter: Callable[[], float] | None = None):
         self.limit = limit
         self._jitter = jitter or (lambda: random.uniform(0.75, 1.25))
         self._calls: dict[CallKey, deque[RatingEvent]] = {}
-        self._ready: OrderedDict[CallKey, None] = OrderedDict()
         # Entries whose queue is no more that of the call are stale, and left out.
+        self._ready: list[tuple[int, int, CallKey, deque[RatingEvent]]] = []
         self._delayed: list[tuple[float, int, CallKey, deque[RatingEvent]]] = []
+        # Calls of which an event is out, or one that was answered is not `release`d yet.
         self._out: set[CallKey] = set()
-        self._rejected: deque[RatingEvent] = deque()
         # Calls whose begin was given up: their end must not be sent alone.
         self._given_up: OrderedDict[CallKey, None] = OrderedDict()
         self._waiting = 0
         self._sequence = 0
         self._failures = 0
         self._down_until = 0.0
+        self._last_ok = 0.0
         self._probe: RatingEvent | None = None
 
     def __len__(self) -> int:
         return self._waiting
-
-    @property
-    def rejected(self) -> int:
-        """How many events lie rejected."""
-        return len(self._rejected)
 
     @property
     def down(self) -> bool:
@@ -2606,69 +3302,99 @@ class Outbox:
         """Add an event: whether it will be sent, and what had to leave memory for it."""
         if event.kind == "end" and event.key in self._given_up:
             del self._given_up[event.key]
-            self._rejected.append(event)
-            return False, self._make_room()
+            return False, []
         self._given_up.pop(event.key, None)
         queue = self._calls.get(event.key)
         if queue is None:
             queue = self._calls[event.key] = deque()
-            self._ready[event.key] = None
         queue.append(event)
+        if len(queue) == 1 and event.key not in self._out:
+            self._make_ready(event.key, queue)
         self._waiting += 1
         return True, self._make_room()
 
+    def give_up(self, key: CallKey) -> None:
+        """A begin will not be sent; its end is not accepted, then."""
+        self._given_up[key] = None
+        if len(self._given_up) > MAX_REFUSED_CALLS:
+            self._given_up.popitem(last=False)
+
     def take(self, now: float) -> RatingEvent | None:
         """The next event to send, or None while there is none that may go."""
-        while self._delayed and self._delayed[0][0] <= now:
-            self._undelay()
-        if self.down:
-            if self._probe is not None or now < self._down_until:
-                return None
-            while not self._ready and self._delayed:
-                self._undelay()
-        if not self._ready:
+        if self.down and (self._probe is not None or now < self._down_until):
             return None
-        key = self._ready.popitem(last=False)[0]
-        self._out.add(key)
-        event = self._calls[key][0]
+        # While it is down each probe is another event, in case that one of them is the reason.
+        while not self.down and self._delayed and self._delayed[0][0] <= now:
+            self._undelay()
+        queue = self._next_ready()
+        while queue is None and self.down and self._delayed:
+            self._undelay()
+            queue = self._next_ready()
+        if queue is None:
+            return None
+        event = queue[0]
+        self._out.add(event.key)
         event.attempts += 1
         if self.down:
             self._probe = event
         return event
 
-    def settle(self, event: RatingEvent, outcome: str, now: float) -> tuple[str, list[RatingEvent]]:
+    def settle(
+        self, event: RatingEvent, outcome: str, now: float, hold: bool = False
+    ) -> tuple[str, list[RatingEvent]]:
         """The API answered; returns what that means and the events that are rejected for good.
 
         The meaning is DELIVERED, REJECTED, or REFUSED_BY_API for an event that is tried again.
+        With ``hold`` the call's next event waits for `release`.
         """
+        if self.down:
+            # What failed with the API goes first again, being the oldest; what it refused waits.
+            failed = [entry for entry in self._delayed if entry[3][0].answer != NOT_OK]
+            self._delayed = [entry for entry in self._delayed if entry[3][0].answer == NOT_OK]
+            heapq.heapify(self._delayed)
+            for _, _, key, queue in failed:
+                if self._calls.get(key) is queue:
+                    self._make_ready(key, queue)
         self._failures = 0
         self._back(event)
         if outcome == REFUSED_BY_API:
             event.refusals += 1
+            event.answer = NOT_OK
+            event.confirmed += event.refusals > 1 and self._last_ok > event.refused_at
+            event.refused_at = now
             # A dead storage service answers ok: false as well, so that is believed only after
             # some minutes. Then it means for an end that may have arrived: it had.
             done_before = event.kind == "end" and event.unknown
-            if event.refusals < (MAX_REFUSALS_AFTER_UNKNOWN if done_before else MAX_REFUSALS):
+            done_surely = done_before and event.confirmed >= MAX_CONFIRMED_REFUSALS
+            if event.refusals < MAX_REFUSALS and not done_surely:
                 self._delay(event, now, event.refusals)
                 return REFUSED_BY_API, []
             outcome = DELIVERED if done_before else REJECTED
+        elif outcome == DELIVERED:
+            self._last_ok = now
         queue = self._calls[event.key]
         gone = [queue.popleft()]
         if outcome == REJECTED and event.kind == "begin":
             # Its end goes with it, but not the begin of another call with the same tag.
             while queue and queue[0].kind == "end":
                 gone.append(queue.popleft())
-            if not queue:
-                self._give_up(gone)
+            if not queue and gone[-1].kind == "begin":
+                self.give_up(event.key)
         self._waiting -= len(gone)
-        if queue:
-            self._ready[event.key] = None
-        else:
+        if not queue:
             del self._calls[event.key]
-        if outcome == REJECTED:
-            self._rejected.extend(gone)
-            return REJECTED, gone
-        return DELIVERED, []
+        if hold:
+            self._out.add(event.key)
+        elif queue:
+            self._make_ready(event.key, queue)
+        return (REJECTED, gone) if outcome == REJECTED else (DELIVERED, [])
+
+    def release(self, key: CallKey) -> None:
+        """What was settled with ``hold`` is on disk: the call's next event may go."""
+        self._out.discard(key)
+        queue = self._calls.get(key)
+        if queue:
+            self._make_ready(key, queue)
 
     def fail(self, event: RatingEvent, error: DeliveryError, now: float) -> None:
         """The API gave no answer that counts: the event is sent again, the same octets, later."""
@@ -2683,13 +3409,15 @@ class Outbox:
             self._down_until = max(self._down_until, now + error.wait)
         self._back(event)
         event.unknown |= error.unknown
+        event.answer = str(error)
         self._delay(event, now, event.attempts - event.refusals)
 
     def undelivered(self) -> list[RatingEvent]:
         """All that still waits, the calls in order of their oldest event."""
         for key in self._out:
             # Its answer can't come any more.
-            self._calls[key][0].unknown = True
+            if key in self._calls:
+                self._calls[key][0].unknown = True
         return [event for queue in self._calls.values() for event in queue]
 
     def _back(self, event: RatingEvent) -> None:
@@ -2708,86 +3436,145 @@ class Outbox:
     def _undelay(self) -> None:
         _, _, key, queue = heapq.heappop(self._delayed)
         if self._calls.get(key) is queue:
-            self._ready[key] = None
+            self._make_ready(key, queue)
 
-    def _give_up(self, events: Sequence[RatingEvent]) -> None:
-        if events[-1].kind == "begin":
-            self._given_up[events[-1].key] = None
-            if len(self._given_up) > MAX_REFUSED_CALLS:
-                self._given_up.popitem(last=False)
+    def _make_ready(self, key: CallKey, queue: deque[RatingEvent]) -> None:
+        self._sequence += 1
+        heapq.heappush(self._ready, (queue[0].serial, self._sequence, key, queue))
+
+    def _next_ready(self) -> deque[RatingEvent] | None:
+        while self._ready:
+            _, _, key, queue = heapq.heappop(self._ready)
+            if self._calls.get(key) is queue:
+                return queue
+        return None
 
     def _make_room(self) -> list[RatingEvent]:
-        """Take out the oldest rejected, else the oldest waiting call's events, over the limit."""
+        """Take out the oldest waiting calls' events over the limit."""
         gone: list[RatingEvent] = []
-        while self._waiting + len(self._rejected) > self.limit:
-            if self._rejected:
-                gone.append(self._rejected.popleft())
-                continue
+        while self._waiting > self.limit:
             key = next((key for key in self._calls if key not in self._out), None)
             if key is None:
                 break
             events = self._calls.pop(key)
             self._waiting -= len(events)
-            self._ready.pop(key, None)
-            self._give_up(events)
+            if events[-1].kind == "begin":
+                self.give_up(key)
             gone += events
-        if len(self._delayed) > 2 * len(self._calls) + 64:
-            self._delayed = [
-                entry for entry in self._delayed if self._calls.get(entry[2]) is entry[3]
-            ]
-            heapq.heapify(self._delayed)
+        heaps: tuple[list[Any], list[Any]] = (self._ready, self._delayed)
+        for heap in heaps:
+            if len(heap) > 2 * len(self._calls) + 64:
+                heap[:] = [entry for entry in heap if self._calls.get(entry[2]) is entry[3]]
+                heapq.heapify(heap)
         return gone
 
 
 class _Lane:
-    """One API with its outbox, its client and the workers that have nothing to do."""
+    """One API with its outbox, its client and the workers that have nothing to do.
+
+    ``behind`` is how many waiting events are not in the outbox but come after those that are:
+    the journal has them, or ``unwritten`` while it fails. ``reached`` is the serial of the last
+    event that the outbox got.
+    """
 
     def __init__(self, api: RatingApi) -> None:
         self.api = api
         self.outbox = Outbox()
         self.idle: list[gevent.event.Event] = []
         self.was_down = False
+        self.behind = 0
+        self.reached = 0
+        self.unwritten: deque[RatingEvent] = deque()
+        self.loader: gevent.Greenlet | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many events wait for this API, in memory or not."""
+        return len(self.outbox) + self.behind
 
 
 class Delivery:
-    """Workers that tell the rating APIs what happened: ``rating_api_concurrency`` for each API."""
+    """Workers that tell the rating APIs what happened: ``rating_api_concurrency`` for each API.
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+    With a journal, events are put here once they are on disk, MAX_EVENTS_IN_MEMORY of them are
+    held in memory, and the next event of a call waits until it is on disk that the one before was
+    answered: begun again after its end, a call would be charged twice.
+    """
+
+    def __init__(
+        self, settings: Settings, metrics: Metrics, journal: Journal | None = None
+    ) -> None:
         self._settings = settings
         self._metrics = metrics
+        self._journal = journal
         self._lanes: dict[str, _Lane] = {}
         self._workers: list[gevent.Greenlet] = []
+        self._settled: list[tuple[_Lane, CallKey]] = []
+        for url, count in journal.waiting().items() if journal else ():
+            self._open(url).behind = count
+        for key in journal.given_up() if journal else ():
+            self._lane(key[0]).outbox.give_up(key)
 
-    def put(self, event: RatingEvent) -> None:
+    def put(self, event: RatingEvent, on_disk: bool = False) -> None:
         """Hand over an event for delivery; never waits."""
-        lane = self._lanes.get(event.api_url) or self._open(event.api_url)
-        accepted, lost = lane.outbox.put(event)
-        if not accepted:
-            self._log_rejected(event, "its begin was rejected")
-        for gone in lost:
-            self._metrics.count("events.lost")
-            self._log_whole(gone, "event_lost", "an event left memory undelivered: too many wait")
+        lane = self._lane(event.api_url)
+        if lane.behind or (on_disk and len(lane.outbox) >= MAX_EVENTS_IN_MEMORY):
+            lane.behind += 1
+            if not on_disk:
+                lane.unwritten.append(event)
+                if len(lane.unwritten) > MAX_WAITING_EVENTS:
+                    lane.behind -= 1
+                    lost = lane.unwritten.popleft()
+                    if lost.kind == "begin":
+                        lane.outbox.give_up(lost.key)
+                    self._lose(lost)
+            return
+        self._enqueue(lane, event)
         self._wake(lane)
 
     def tick(self) -> None:
         """Send what has waited long enough; called a few times a second."""
         for lane in self._lanes.values():
+            if lane.behind and not lane.loader and len(lane.outbox) <= MAX_EVENTS_IN_MEMORY // 2:
+                lane.loader = gevent.spawn(self._load, lane)
             self._wake(lane)
 
     def __len__(self) -> int:
-        return sum(len(lane.outbox) for lane in self._lanes.values())
+        return sum(lane.waiting for lane in self._lanes.values())
 
     @property
-    def rejected(self) -> int:
-        """How many events were rejected and are still kept."""
-        return sum(lane.outbox.rejected for lane in self._lanes.values())
+    def down(self) -> bool:
+        """Whether each API for which events wait is down."""
+        return all(lane.outbox.down for lane in self._lanes.values() if lane.waiting)
+
+    def take_settled(self) -> list[tuple[_Lane, CallKey]]:
+        """The calls of which an event was answered, for `release` once that is on disk."""
+        settled, self._settled = self._settled, []
+        return settled
+
+    def release(self, settled: Iterable[tuple[_Lane, CallKey]], on_disk: bool) -> None:
+        """The next events of these calls may go; ``on_disk`` says that all else is there, too."""
+        for lane, key in settled:
+            lane.outbox.release(key)
+            self._wake(lane)
+        if on_disk:
+            for lane in self._lanes.values():
+                lane.unwritten.clear()
+
+    def kill(self) -> None:
+        """End the workers, wherever they are."""
+        gevent.killall(self._workers)
+        gevent.killall([lane.loader for lane in self._lanes.values() if lane.loader])
 
     def stop(self) -> None:
         """End the workers and log each event that was not delivered, so that it can be replayed."""
-        gevent.killall(self._workers)
+        self.kill()
         for lane in self._lanes.values():
-            for event in lane.outbox.undelivered():
+            for event in (*lane.outbox.undelivered(), *lane.unwritten):
                 self._log_whole(event, "event_undelivered", "an event was not delivered")
+
+    def _lane(self, url: str) -> _Lane:
+        return self._lanes.get(url) or self._open(url)
 
     def _open(self, url: str) -> _Lane:
         lane = self._lanes[url] = _Lane(RatingApi(url, self._settings))
@@ -2800,6 +3587,42 @@ class Delivery:
         # The worker that waits shortest goes first; its connection is the warmest.
         if lane.idle:
             lane.idle.pop().set()
+
+    def _enqueue(self, lane: _Lane, event: RatingEvent) -> None:
+        lane.reached = max(lane.reached, event.serial)
+        accepted, lost = lane.outbox.put(event)
+        if not accepted:
+            self._reject(event, "its begin was rejected")
+        for gone in lost:
+            self._lose(gone)
+
+    def _lose(self, event: RatingEvent) -> None:
+        self._metrics.count("events.lost")
+        self._log_whole(event, "event_lost", "an event left memory undelivered: too many wait")
+        if self._journal:
+            self._journal.went(event)
+
+    def _load(self, lane: _Lane) -> None:
+        """Fill the outbox from the journal, in a greenlet of its own, for the disk takes time."""
+        assert self._journal is not None
+        try:
+            while lane.behind and len(lane.outbox) < MAX_EVENTS_IN_MEMORY:
+                # More may come while the disk is read.
+                behind = lane.behind
+                events = self._journal.load(lane.api.url, lane.reached, MAX_LOADED)
+                if not events:
+                    events = [x for x in lane.unwritten if x.serial > lane.reached]
+                    lane.unwritten.clear()
+                    lane.behind -= behind - len(events)
+                for event in events:
+                    lane.behind -= 1
+                    self._enqueue(lane, event)
+                self._wake(lane)
+        except sqlite3.Error as error:
+            self._metrics.count("journal.errors")
+            log.error("the journal cannot be read: %s", error, extra={"event": "journal_failed"})
+        finally:
+            lane.loader = None
 
     def _work(self, lane: _Lane) -> None:
         wake = gevent.event.Event()
@@ -2819,16 +3642,13 @@ class Delivery:
         try:
             outcome = lane.api.send(event)
         except DeliveryError as error:
-            lane.outbox.fail(event, error, time.monotonic())
-            self._metrics.count(f"api.errors.{error.kind}")
+            self._failed(lane, event, error)
             self._metrics.count("api.retries")
             extra = {"event": "api_error", "api": lane.api.url, **event.fields()}
             log.warning("rating API: %s", error, extra=extra)
         except Exception as error:
             # A fault of ours must not end the worker: the event is tried again like any other.
-            failure = DeliveryError("internal", type(error).__name__, True)
-            lane.outbox.fail(event, failure, time.monotonic())
-            self._metrics.count("api.errors.internal")
+            self._failed(lane, event, DeliveryError("internal", type(error).__name__, True))
             # The error's text may hold a header, and that a token: only where it came from.
             where = "".join(traceback.format_tb(error.__traceback__))
             extra = {"event": "internal_error", "where": where, **event.fields()}
@@ -2839,27 +3659,43 @@ class Delivery:
         if lane.outbox.down != lane.was_down:
             lane.was_down = lane.outbox.down
             extra = {"event": "api_down" if lane.was_down else "api_up", "api": lane.api.url}
-            extra["waiting"] = len(lane.outbox)
+            extra["waiting"] = lane.waiting
             log.warning("rating API is %s", "down" if lane.was_down else "up again", extra=extra)
 
+    def _failed(self, lane: _Lane, event: RatingEvent, error: DeliveryError) -> None:
+        lane.outbox.fail(event, error, time.monotonic())
+        self._metrics.count(f"api.errors.{error.kind}")
+        if self._journal:
+            self._journal.attempted(event)
+
     def _settle(self, lane: _Lane, event: RatingEvent, outcome: str) -> None:
-        meaning, gone = lane.outbox.settle(event, outcome, time.monotonic())
+        journal = self._journal
+        meaning, gone = lane.outbox.settle(event, outcome, time.monotonic(), journal is not None)
         self._metrics.count(f"api.answers.{outcome}")
         if meaning == DELIVERED:
             done = "done before" if outcome == REFUSED_BY_API else "ok"
             extra = {"event": f"call_{event.kind}", "outcome": done, **event.fields()}
             log.info("call %s", "begun" if event.kind == "begin" else "ended", extra=extra)
+            if journal:
+                journal.went(event)
         elif meaning == REFUSED_BY_API:
             self._metrics.count("api.retries")
             extra = {"event": "api_refused", "api": lane.api.url, **event.fields()}
             log.warning("rating API refused, to be tried again", extra=extra)
+            if journal:
+                journal.attempted(event)
         for rejected in gone:
             reason = "refused by the API" if rejected is event else "its begin was rejected"
-            self._log_rejected(rejected, reason)
+            self._reject(rejected, reason)
+        if journal and meaning != REFUSED_BY_API:
+            self._settled.append((lane, event.key))
 
-    def _log_rejected(self, event: RatingEvent, reason: str) -> None:
+    def _reject(self, event: RatingEvent, reason: str) -> None:
+        event.answer = event.answer or reason
         self._metrics.count("events.rejected")
         self._log_whole(event, "event_rejected", f"an event was rejected: {reason}")
+        if self._journal:
+            self._journal.reject(event)
 
     @staticmethod
     def _log_whole(event: RatingEvent, name: str, text: str) -> None:
@@ -2873,13 +3709,33 @@ class Delivery:
 class Agent:
     """The glue: a packet in, events out to delivery. Its methods never raise."""
 
-    def __init__(self, settings: Settings, rules: Sequence[Rule], limiter: WarningLimiter) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        rules: Sequence[Rule],
+        limiter: WarningLimiter,
+        journal: Journal | None = None,
+    ) -> None:
         self.settings = settings
         self.metrics = Metrics(settings)
         self.table = CallTable(settings, rules)
-        self.delivery = Delivery(settings, self.metrics)
+        self.journal = journal
+        self.delivery = Delivery(settings, self.metrics, journal)
         self.connections = 0
+        self.rejected = 0
         self._limiter = limiter
+        # Events that the journal has to write before they are delivered.
+        self._fresh: list[RatingEvent] = []
+        self._polled = 0.0
+        if journal:
+            kept, serial = journal.kept(), journal.last_serial
+            self.table.restore(kept, serial, time.monotonic(), self._offset())
+            self._note_changes(journal)
+
+    @property
+    def waiting(self) -> int:
+        """How many events wait for the journal or for delivery."""
+        return len(self._fresh) + len(self.delivery)
 
     def receive(self, data: bytes, transport: str, sender: str) -> None:
         """Take in one HEP packet; ``transport`` is "udp" or "tcp", ``sender`` an IP address."""
@@ -2937,8 +3793,10 @@ class Agent:
         for name, number in counts.items():
             self.metrics.count(name, number)
         gauges = {f"calls.state.{state}": size for state, size in self.table.sizes().items()}
-        gauges["events.waiting"] = len(self.delivery)
-        gauges["events.rejected_kept"] = self.delivery.rejected
+        gauges["events.waiting"] = self.waiting
+        if self.journal:
+            gauges["events.rejected_kept"] = self.rejected
+            gauges["journal.failing"] = int(bool(self.journal.failure))
         gauges["connections"] = self.connections
         for event, held in self._limiter.take_held().items():
             extra = {"event": "held_back", "kind": event, "held_back": held}
@@ -2964,9 +3822,83 @@ class Agent:
             extra = {"event": "reloaded", "rules": len(self.table.rules) - 1}
             log.info("routes reloaded", extra=extra)
 
-    def _report(self, events: Iterable[RatingEvent]) -> None:
+    def _report(self, events: list[RatingEvent]) -> None:
+        if self.journal is None:
+            for event in events:
+                self.delivery.put(event)
+            return
+        self._fresh += events
+        if self.table.changed:
+            self.journal.due.set()
+
+    def journal_forever(self) -> None:
+        """Commit what has changed, at most each JOURNAL_INTERVAL, in a greenlet of its own."""
+        assert self.journal is not None
+        while True:
+            self.journal.due.wait(timeout=JOURNAL_POLL)
+            gevent.sleep(JOURNAL_INTERVAL)
+            try:
+                self.commit()
+                if time.monotonic() - self._polled >= JOURNAL_POLL:
+                    self._polled = time.monotonic()
+                    self._poll(self.journal)
+            except Exception:
+                self.metrics.count("packets.internal_error")
+                log.error("a commit failed", exc_info=True, extra={"event": "internal_error"})
+
+    def commit(self, patience: float | None = None) -> bool:
+        """Write the changes since the last time, then hand the events among them to delivery.
+
+        Only the greenlet that calls it waits for the disk, as `Journal.commit` says; where the
+        journal can't be written, delivery goes on from memory. Returns whether all is on disk.
+        """
+        journal = self.journal
+        assert journal is not None
+        journal.due.clear()
+        events, self._fresh = self._fresh, []
+        self._note_changes(journal)
         for event in events:
-            self.delivery.put(event)
+            journal.add(event)
+        settled = self.delivery.take_settled()
+        started = time.monotonic()
+        written = False
+        try:
+            written = journal.commit(patience)
+        finally:
+            self.delivery.release(settled, written)
+            for event in events:
+                self.delivery.put(event, written)
+        self.metrics.count("journal.commits" if written else "journal.errors")
+        self.metrics.time("journal.time", time.monotonic() - started)
+        return written
+
+    def _note_changes(self, journal: Journal) -> None:
+        offset = self._offset()
+        changed, self.table.changed = self.table.changed, {}
+        for row, call in (changed or {}).items():
+            journal.change(row, call=_LEFT if call is None else pack_call(call, offset))
+
+    @staticmethod
+    def _offset() -> float:
+        return time.time() - time.monotonic()
+
+    def _poll(self, journal: Journal) -> None:
+        """Take up the rejected events that an operator wants to be sent again."""
+        if journal.failure:
+            return
+        try:
+            events = journal.to_retry()
+            self.rejected = journal.rejected_count()
+        except sqlite3.Error as error:
+            log.error("the journal cannot be read: %s", error, extra={"event": "journal_failed"})
+            return
+        for event in events:
+            journal.take_up(event, self.table.next_serial())
+            log.info("taken up again", extra={"event": "event_retried", **event.fields()})
+            self._fresh.append(event)
+        if events:
+            # Before the next look, or they would be found again.
+            self.commit()
 
 
 # Room 14: servers
@@ -3085,7 +4017,11 @@ def run(configuration: Configuration) -> int:
     limiter = set_up_logging(settings, sys.stdout)
     for warning in configuration.warnings:
         log.warning(warning, extra={"event": "former_option"})
-    agent = Agent(settings, configuration.rules, limiter)
+    try:
+        journal = Journal(settings.state_dir) if settings.state_dir else None
+    except ConfigError as error:
+        return _fail(str(error))
+    agent = Agent(settings, configuration.rules, limiter, journal)
     servers: list[gevent.server.BaseServer] = []
     for option, server_class in (("listen_udp", UdpServer), ("listen_tcp", TcpServer)):
         address = getattr(settings, option)
@@ -3115,16 +4051,35 @@ def run(configuration: Configuration) -> int:
         extra["transport"] = "udp" if isinstance(server, UdpServer) else "tcp"
         extra["receive_buffer"] = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         log.info("listening", extra=extra)
-    flusher = gevent.spawn(agent.flush_forever)
+    background = [gevent.spawn(agent.flush_forever)]
+    if journal:
+        _tell_restored(agent, journal)
+        background.append(gevent.spawn(agent.journal_forever))
     while not stop.wait(TICK):
         agent.tick()
-    flusher.kill()
-    _shut_down(agent, servers)
+    _shut_down(agent, servers, background)
     return 0
 
 
-def _shut_down(agent: Agent, servers: Sequence[gevent.server.BaseServer]) -> None:
+def _tell_restored(agent: Agent, journal: Journal) -> None:
+    if journal.found:
+        extra = {"event": "journal_torn"}
+        log.warning(
+            "the journal was cut, what was committed is there: %s", journal.found, extra=extra
+        )
+    sizes = agent.table.sizes()
+    counts = {"running": sizes[ANSWERED], "ringing": sizes[TRYING], "waiting": agent.waiting}
+    log.info("journal opened", extra={"event": "journal_opened", **counts})
+
+
+def _shut_down(
+    agent: Agent, servers: Sequence[gevent.server.BaseServer], background: list[gevent.Greenlet]
+) -> None:
     log.info("stopping", extra={"event": "stopping", "waiting": len(agent.delivery)})
+    timeout, journal = agent.settings.shutdown_timeout, agent.journal
+    deadline = time.monotonic() + timeout
+    # Some of the time is for the last commit and the last metrics.
+    last_send = deadline - min(timeout / 4, STATSD_FLUSH)
     for server in servers:
         if isinstance(server, UdpServer):
             server.do_read()
@@ -3133,19 +4088,26 @@ def _shut_down(agent: Agent, servers: Sequence[gevent.server.BaseServer]) -> Non
     gevent.sleep(TICK)
     for server in servers:
         server.stop(timeout=0)
-    # What waits for a late message is decided with what is known now.
-    agent.tick(ahead=agent.settings.reorder_window)
-    deadline = time.monotonic() + agent.settings.shutdown_timeout
-    while len(agent.delivery) and time.monotonic() < deadline:
+    # What waits for a late message is decided with what is known now, where nobody keeps it.
+    agent.tick(ahead=0.0 if journal else agent.settings.reorder_window)
+    while agent.waiting and time.monotonic() < last_send:
+        if journal and not journal.failure and agent.delivery.down:
+            break
         gevent.sleep(TICK / 2)
         agent.tick()
-    agent.delivery.stop()
-    with gevent.Timeout(STATSD_FLUSH, False):
+    agent.delivery.kill()
+    gevent.killall(background)
+    kept = journal is not None and agent.commit(max(deadline - time.monotonic(), 0.1))
+    if not kept:
+        agent.delivery.stop()
+    with gevent.Timeout(max(min(deadline - time.monotonic(), STATSD_FLUSH), 0.1), False):
         agent.flush(time.monotonic())
     running = agent.table.sizes()[ANSWERED]
-    if running:
+    if running and not kept:
         extra = {"event": "calls_forgotten", "running": running}
         log.warning("running calls are forgotten: their end will not be reported", extra=extra)
+    if journal:
+        journal.close(max(deadline - time.monotonic(), 0.1))
     log.info("stopped", extra={"event": "stopped"})
 
 
@@ -3157,12 +4119,69 @@ def decode_files(names: Sequence[str], out: Any) -> int:
             for where, data in _read_packets(name):
                 print(f"{name}:{where}: {describe(data)}", file=out)
         except BrokenPipeError:
-            # The reader, such as head, has seen enough.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-            return 0
+            return _reader_left(out)
         except (OSError, ValueError, HepError) as error:
             status = _fail(f"{name}: {getattr(error, 'strerror', None) or error}")
     return status
+
+
+def outbox(folder: str, arguments: Sequence[str], out: Any) -> int:
+    """The command that shows what waits and what was rejected, also while an agent runs.
+
+    ``arguments`` is "list", "retry" with any number of calls (none: all that were rejected), or
+    "drop" with one at least; a call is named by its Call-ID or transaction tag. Returns the exit
+    status; raises ConfigError.
+    """
+    action, *calls = arguments or ["list"]
+    known = action in ("list", "retry", "drop")
+    if not known or (action == "list" and calls) or (action == "drop" and not calls):
+        raise ConfigError("outbox: unknown; allowed: list, retry [CALL...], drop CALL...")
+    if not folder:
+        raise ConfigError("state_dir: empty; allowed: the folder of the agent's journal")
+    path = inspect_journal(folder)
+    if not path:
+        raise ConfigError(f"state_dir: {folder}: no journal; allowed: where an agent has run")
+    try:
+        with closing(_connect(path, "rw")) as db:
+            if action == "list":
+                return _list_outbox(db, out)
+            verb = "UPDATE rejected SET retry = 1" if action == "retry" else "DELETE FROM rejected"
+            changed = db.execute(f"{verb} {_OF_CALLS}", (json.dumps(calls),)).rowcount
+    except BrokenPipeError:
+        return _reader_left(out)
+    except sqlite3.Error as error:
+        return _fail(f"outbox: {error}")
+    if not changed and calls:
+        return _fail("outbox: nothing was rejected of these calls")
+    done = "to be sent again, by a running agent within seconds" if action == "retry" else "dropped"
+    print(f"{changed} events {done}", file=out)
+    return 0
+
+
+def _list_outbox(db: sqlite3.Connection, out: Any) -> int:
+    form = "{:<8} {:<5} {:<24} {:>8} {} {} {} {}"
+    print(form.format(*"STATE KIND TIME ATTEMPTS TENANT API CALL ANSWER".split()), file=out)
+    apis = sorted(api for api, _ in db.execute(_WAITING_COUNTS).fetchall())
+    sources = [("waiting", _WAITING, api) for api in apis]
+    sources += [("rejected", _REJECTED, 0), ("retry", _REJECTED, 1)]
+    for state, query, chosen in sources:
+        after = 0
+        # In pages: a long reading would keep the agent from cutting its write-ahead log.
+        while events := _unpack_waiting(
+            db.execute(query, (chosen, after, MAX_LOADED)).fetchone()[0]
+        ):
+            for event in events:
+                shown = [state, event.kind, rfc3339(event.time), event.attempts, event.tenant]
+                shown += [event.api_url, event.call_id, event.answer]
+                print(printable(form.format(*shown).rstrip()), file=out)
+            after = events[-1].serial
+    return 0
+
+
+def _reader_left(out: Any) -> int:
+    """The reader of our output, such as head, has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+    return 0
 
 
 def _read_packets(name: str) -> Iterator[tuple[str, bytes]]:
@@ -3227,11 +4246,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         configuration = load_configuration(arguments, dict(os.environ))
     except ConfigError as error:
         return _fail(str(error))
-    if configuration.command == "decode":
-        if not configuration.files:
+    command, arguments = configuration.command, configuration.arguments
+    if command == "decode":
+        if not arguments:
             return _fail("decode: no file; allowed: decode FILE...")
-        return decode_files(configuration.files, sys.stdout)
-    if configuration.command == "check":
+        return decode_files(arguments, sys.stdout)
+    folder = configuration.settings.state_dir
+    try:
+        if command == "outbox":
+            return outbox(folder, arguments, sys.stdout)
+        if command == "check" and folder:
+            inspect_journal(folder)
+    except ConfigError as error:
+        return _fail(str(error))
+    if command == "check":
         for warning in configuration.warnings:
             print(f"# {warning}")
         for line in effective(configuration):

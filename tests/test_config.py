@@ -66,6 +66,7 @@ DEFAULTS: dict[str, Any] = {
     "log_level": "info",
     "log_format": "json",
     "debug": False,
+    "state_dir": "",
     "shutdown_timeout": 10.0,
 }
 
@@ -102,6 +103,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "log_level": ("warning", "warning"),
     "log_format": ("text", "text"),
     "debug": ("yes", True),
+    "state_dir": ("/var/lib/rating-agent-hep", "/var/lib/rating-agent-hep"),
     "shutdown_timeout": ("0.5", 0.5),
 }
 
@@ -157,6 +159,7 @@ ANY_TEXT = {
     "product_tag",
     "statsd_host",
     "statsd_prefix",
+    "state_dir",
 }
 
 
@@ -220,7 +223,7 @@ def test_defaults_are_those_of_the_design() -> None:
 
 def test_nothing_given_means_run() -> None:
     found = configuration()
-    assert (found.command, found.files, found.warnings) == ("run", [], [])
+    assert (found.command, found.arguments, found.warnings) == ("run", [], [])
     assert [rule.route.name for rule in found.rules] == ["main"]
 
 
@@ -394,7 +397,7 @@ def test_an_empty_listener_is_off_and_one_must_be_left(config: Any) -> None:
 )
 def test_commands(argv: list[str], command: str, files: list[str]) -> None:
     found = agent.load_configuration(argv, {})
-    assert (found.command, found.files) == (command, files)
+    assert (found.command, found.arguments) == (command, files)
 
 
 # The former agent
