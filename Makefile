@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := rating_agent_hep.py setup.py scripts tests
 
-.PHONY: demo run test lint format docs clean
+.PHONY: demo run test chaos lint format docs clean
 
 demo: $(VENV)/.runs
 	@$(BIN)/python scripts/demo.py
@@ -15,6 +15,10 @@ run: $(VENV)/.runs
 
 test: lint
 	$(BIN)/python -m pytest --durations=5
+
+# The kills and restarts of tests/test_crash.py, ten times as many: some ten minutes.
+chaos: $(VENV)/.tests
+	CHAOS=10 $(BIN)/python -m pytest -rP tests/test_crash.py
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff format --check $(SOURCES)

@@ -3298,6 +3298,11 @@ class Outbox:
         """Whether the API failed so often in a row that it gets one probe at a time."""
         return self._failures >= DOWN_AFTER
 
+    @property
+    def busy(self) -> bool:
+        """Whether an event is out, or may go at once."""
+        return bool(self._out) or (bool(self._ready) and not self.down)
+
     def put(self, event: RatingEvent) -> tuple[bool, list[RatingEvent]]:
         """Add an event: whether it will be sent, and what had to leave memory for it."""
         if event.kind == "end" and event.key in self._given_up:
@@ -3543,9 +3548,12 @@ class Delivery:
         return sum(lane.waiting for lane in self._lanes.values())
 
     @property
-    def down(self) -> bool:
-        """Whether each API for which events wait is down."""
-        return all(lane.outbox.down for lane in self._lanes.values() if lane.waiting)
+    def busy(self) -> bool:
+        """Whether a request is under way or can be sent at once."""
+        return any(
+            lane.outbox.busy or (lane.behind and not lane.outbox.down)
+            for lane in self._lanes.values()
+        )
 
     def take_settled(self) -> list[tuple[_Lane, CallKey]]:
         """The calls of which an event was answered, for `release` once that is on disk."""
@@ -3736,6 +3744,11 @@ class Agent:
     def waiting(self) -> int:
         """How many events wait for the journal or for delivery."""
         return len(self._fresh) + len(self.delivery)
+
+    @property
+    def busy(self) -> bool:
+        """Whether something can be written or sent at once."""
+        return bool(self._fresh) or self.delivery.busy
 
     def receive(self, data: bytes, transport: str, sender: str) -> None:
         """Take in one HEP packet; ``transport`` is "udp" or "tcp", ``sender`` an IP address."""
@@ -4091,7 +4104,8 @@ def _shut_down(
     # What waits for a late message is decided with what is known now, where nobody keeps it.
     agent.tick(ahead=0.0 if journal else agent.settings.reorder_window)
     while agent.waiting and time.monotonic() < last_send:
-        if journal and not journal.failure and agent.delivery.down:
+        # What a journal keeps can wait for the next start.
+        if journal and not journal.failure and not agent.busy:
             break
         gevent.sleep(TICK / 2)
         agent.tick()

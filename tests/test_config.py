@@ -66,7 +66,6 @@ DEFAULTS: dict[str, Any] = {
     "log_level": "info",
     "log_format": "json",
     "debug": False,
-    "state_dir": "",
     "shutdown_timeout": 10.0,
 }
 

@@ -1,0 +1,358 @@
+"""Kills, restarts and outages under load: an exact ledger at the end.
+
+The agent is a process, the sockets are real, the rating API is a server that the test controls.
+`make chaos` runs the same for longer: CHAOS=N multiplies the kills and restarts.
+
+A mirror does not send again what it sent to a dead agent. What the agent had read in its last
+10 ms, and what still lay in the socket's buffer, is gone with a kill -9; so that the ledger must be
+exact all the same, the generator sends once more what it had sent in the last RESENT seconds before
+the kill. Whatever was older has to be on disk, and what is sent twice must not count twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import gevent
+import gevent.pool
+import gevent.server
+import pytest
+from test_calls import ack, bye, invite, negative_ack, numbered, reply
+from test_delivery import Request, Server, answer
+from test_journal import fill
+
+import harness
+import hepbuild
+import rating_agent_hep as agent
+
+LOCAL = "--sip-local-domains=sip.canyan.io"
+TIMES = int(os.environ.get("CHAOS", "1"))
+# Calls a second, and seconds before a kill of which everything is sent again.
+RATE = 120
+RESENT = 0.2
+
+
+class RatingApi(Server):
+    """A rating API with the ledger of reference/rating-api.md, and faults by `mode`."""
+
+    def __init__(self) -> None:
+        self.mode = "ok"
+        self.running: dict[str, bytes] = {}
+        self.records: dict[str, tuple[bytes, bytes]] = {}
+        self.faults: list[str] = []
+        self.bodies: dict[tuple[str, str], bytes] = {}
+        self.repeats = 0
+        self.rude: dict[str, int] = {}
+        self._thaw = gevent.event.Event()
+        super().__init__(self._behave)
+
+    def change(self, mode: str) -> None:
+        """ok, refuse (connections), 500, hang, dead (its storage), close, busy (503)."""
+        port = self._server.server_port
+        if mode == "refuse":
+            self._server.stop(timeout=0)
+        elif self.mode == "refuse":
+            self._server = gevent.server.StreamServer(
+                ("127.0.0.1", port), self._serve, spawn=gevent.pool.Pool()
+            )
+            self._server.start()
+        self.mode = mode
+        if mode == "hang":
+            self._thaw.clear()
+        else:
+            self._thaw.set()
+
+    def _behave(self, _: Any, request: Request) -> bytes | None:
+        mode = self.mode
+        self.rude[mode] = self.rude.get(mode, 0) + 1
+        if mode == "500":
+            return answer(500, b"Internal Server Error")
+        if mode == "busy":
+            return answer(503, Retry_After="2")
+        if mode == "dead":
+            return answer(200, {"ok": False})
+        if mode == "hang":
+            # Requests of a frozen engine are carried out after the thaw.
+            self._thaw.wait()
+        kind = request.path.rpartition("/")[2].partition("_")[0]
+        tag = json.loads(request.body)["transaction_tag"]
+        if mode != "close" or random.random() < 0.5:
+            ok = self._carry_out(kind, tag, request.body)
+        return None if mode == "close" else answer(200, {"ok": ok})
+
+    def _carry_out(self, kind: str, tag: str, body: bytes) -> bool:
+        known = self.bodies.setdefault((kind, tag), body)
+        self.repeats += known is not body
+        if known != body:
+            self.faults.append(f"{tag}: {kind} with other octets")
+        if kind == "begin":
+            if tag in self.records:
+                self.faults.append(f"{tag}: begun again after its end")
+            self.running[tag] = body
+            return True
+        begin = self.running.pop(tag, None)
+        if begin is None:
+            if tag not in self.records:
+                self.faults.append(f"{tag}: ended without its begin")
+            return False
+        self.records[tag] = (begin, body)
+        return True
+
+
+class Traffic:
+    """Calls at RATE a second over UDP and TCP; some ring for long, some are refused."""
+
+    def __init__(self, seed: int) -> None:
+        self._chance = random.Random(seed)
+        self._due: list[tuple[float, int, bytes]] = []
+        self._sent: deque[tuple[float, bytes]] = deque()
+        self._base = time.time()
+        self._clock = 0.0
+        self.number = 0
+        self.packets = 0
+        self.calling = True
+        self.ended: dict[str, tuple[float, float]] = {}
+        self.refused: set[str] = set()
+        self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._tcp: socket.socket | None = None
+
+    def run(self, to: harness.AgentProcess, seconds: float) -> None:
+        """Send for some seconds of the generator's own clock, which stands still between runs."""
+        self._tcp = socket.create_connection(to.tcp)
+        again = [data for sent, data in self._sent if sent > self._clock - RESENT]
+        for data in again:
+            self._send(to, data)
+        started, begun = time.monotonic(), self._clock
+        while self._clock < begun + seconds:
+            gevent.sleep(0.004)
+            self._clock = begun + time.monotonic() - started
+            while self.calling and self.number < self._clock * RATE:
+                self._call()
+            self._due.sort()
+            while self._due and self._due[0][0] <= self._clock:
+                _, _, data = self._due.pop(0)
+                self._sent.append((self._clock, data))
+                self._send(to, data)
+            while self._sent and self._sent[0][0] < self._clock - 2 * RESENT:
+                self._sent.popleft()
+        self._tcp.close()
+
+    @property
+    def over(self) -> bool:
+        return not self._due
+
+    def _send(self, to: harness.AgentProcess, data: bytes) -> None:
+        self.packets += 1
+        if self.packets % 2:
+            self._udp.sendto(data, to.udp)
+        else:
+            assert self._tcp is not None
+            self._tcp.sendall(data)
+
+    def _call(self) -> None:
+        self.number += 1
+        chance, number = self._chance, self.number
+        start = self._clock
+        answered = start + chance.choice((0.05, 0.3, 1.5))
+        end = answered + chance.choice((0.05, 0.4, 1.0, 2.5))
+        steps = [(start, invite()), (start + 0.02, reply(180))]
+        tag = f"call-{number}@host"
+        if chance.random() < 0.1:
+            self.refused.add(tag)
+            steps += [(answered, reply(486)), (answered + 0.01, negative_ack())]
+        else:
+            self.ended[tag] = (self._base + answered, self._base + end)
+            steps += [(answered, reply(200)), (answered + 0.01, ack()), (end, bye())]
+        for when, payload in steps:
+            stamp = round((self._base + when) * 1_000_000)
+            data = hepbuild.hep3(numbered(payload, number), time_us=stamp)
+            self._due.append((when, number, data))
+
+
+class Chaos:
+    """The three together; `finish` judges."""
+
+    def __init__(self, folder: Path, seed: int, *options: str) -> None:
+        self.api = RatingApi()
+        self.traffic = Traffic(seed)
+        self.folder = folder / "state"
+        self.options = (
+            f"--rating-api-url={self.api.url}",
+            f"--state-dir={self.folder}",
+            "--rating-api-timeout=1",
+            LOCAL,
+            *options,
+        )
+        self.lines: list[dict[str, Any]] = []
+
+    def start(self) -> harness.AgentProcess:
+        return harness.AgentProcess(*self.options)
+
+    def stop(self, process: harness.AgentProcess, number: int) -> int:
+        status = process.stop(number)
+        self.lines += process.lines
+        return status
+
+    def finish(self, process: harness.AgentProcess, seconds: float) -> None:
+        """Let all calls end, wait for the last to be reported, stop the agent, and judge."""
+        traffic, api = self.traffic, self.api
+        traffic.calling = False
+        while not traffic.over:
+            traffic.run(process, 0.5)
+        harness.wait_until(
+            lambda: len(api.records) >= len(traffic.ended), "all calls are ended", seconds
+        )
+        assert self.stop(process, signal.SIGTERM) == 0
+        api.close()
+        assert api.faults == []
+        assert api.running == {}
+        assert set(api.records) == set(traffic.ended)
+        assert not traffic.refused & set(api.records)
+        for tag, (answered, end) in traffic.ended.items():
+            begin, finish = (json.loads(body) for body in api.records[tag])
+            assert abs(harness.seconds(begin["timestamp_begin"]) - answered) < 0.002, tag
+            assert abs(harness.seconds(finish["timestamp_end"]) - end) < 0.002, tag
+        bad = [x for x in self.lines if x["level"] == "ERROR" or "internal" in x.get("event", "")]
+        assert bad == []
+        print(
+            f"{traffic.number} calls, {len(traffic.ended)} answered, {traffic.packets} packets, "
+            f"{api.repeats} requests repeated, answered by mode: {api.rude}"
+        )
+
+
+def test_kill_at_random_moments_under_load(tmp_path: Path) -> None:
+    chaos, chance = Chaos(tmp_path, 1), random.Random(1)
+    process = chaos.start()
+    for _ in range(30 * TIMES):
+        chaos.traffic.run(process, chance.uniform(0.1, 0.9))
+        assert chaos.stop(process, signal.SIGKILL) == -signal.SIGKILL
+        process = chaos.start()
+    chaos.finish(process, 60)
+    assert chaos.traffic.number > 900
+
+
+# Seconds of each fault, under load, and the seconds of good answers between them.
+FAULTS = {"refuse": 20.0, "500": 4.0, "hang": 5.0, "dead": 10.0, "close": 4.0, "busy": 4.0}
+BETWEEN = 2.0
+
+
+def test_an_api_with_every_fault_in_turn_under_load(tmp_path: Path) -> None:
+    chaos = Chaos(tmp_path, 2)
+    process = chaos.start()
+    for mode, seconds in FAULTS.items():
+        chaos.traffic.run(process, BETWEEN)
+        chaos.api.change(mode)
+        chaos.traffic.run(process, seconds)
+        chaos.api.change("ok")
+        known, deadline = len(chaos.api.records), time.monotonic() + 60
+        while len(chaos.api.records) == known:
+            assert time.monotonic() < deadline, f"no recovery from {mode}"
+            chaos.traffic.run(process, 0.5)
+    chaos.finish(process, 90)
+    assert all(chaos.api.rude[mode] >= 3 for mode in FAULTS if mode != "refuse")
+
+
+@pytest.mark.parametrize("mode", ["ok", "hang", "refuse"])
+def test_sigterm_under_load_and_restart(mode: str, tmp_path: Path) -> None:
+    timeout = 3.0
+    chaos = Chaos(tmp_path, 3, f"--shutdown-timeout={timeout}")
+    process = chaos.start()
+    for _ in range(4 * TIMES):
+        chaos.traffic.run(process, 1.0)
+        chaos.api.change(mode)
+        chaos.traffic.run(process, 0.3)
+        started = time.monotonic()
+        assert chaos.stop(process, signal.SIGTERM) == 0
+        assert time.monotonic() - started < timeout + 0.5, "it takes longer than it may"
+        chaos.api.change("ok")
+        process = chaos.start()
+    chaos.finish(process, 60)
+
+
+def test_kill_during_outages(tmp_path: Path) -> None:
+    """A kill while the API fails in each way, and the API back only after the restart."""
+    chaos = Chaos(tmp_path, 4)
+    process = chaos.start()
+    for mode in [*FAULTS, "close", "hang"] * TIMES:
+        chaos.traffic.run(process, 0.5)
+        chaos.api.change(mode)
+        chaos.traffic.run(process, 1.0)
+        chaos.stop(process, signal.SIGKILL)
+        process = chaos.start()
+        chaos.traffic.run(process, 0.5)
+        chaos.api.change("ok")
+    chaos.finish(process, 90)
+
+
+def test_a_torn_log_after_a_kill_is_told_of(tmp_path: Path) -> None:
+    chaos = Chaos(tmp_path, 5)
+    process = chaos.start()
+    chaos.traffic.run(process, 1.0)
+    chaos.stop(process, signal.SIGKILL)
+    log = chaos.folder / (agent.JOURNAL_FILE + "-wal")
+    os.truncate(log, log.stat().st_size - 1000)
+    with chaos.start() as process:
+        (line,) = process.events("journal_torn")
+        assert line["level"] == "WARNING" and "octets" in line["message"]
+        assert process.events("journal_opened")[0]["running"] > 0
+        assert process.stop() == 0
+    chaos.api.close()
+
+
+def resident(pid: int) -> int:
+    """Octets of memory that a process holds."""
+    fields = Path(f"/proc/{pid}/statm").read_text().split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_hundred_thousand_waiting_events(tmp_path: Path) -> None:
+    """They take no memory and little time to start with; those that are read go in order."""
+    options = ["--rating-api-url=http://127.0.0.1:1", LOCAL]
+    with harness.AgentProcess(*options, f"--state-dir={tmp_path / 'idle'}") as process:
+        idle = resident(process.pid)
+    folder = tmp_path / "state"
+    journal = agent.Journal(str(folder))
+    fill(journal, 50_000)
+    assert journal.commit(60)
+    journal.close(60)
+    started = time.monotonic()
+    with harness.AgentProcess(*options, f"--state-dir={folder}") as process:
+        took = time.monotonic() - started
+        assert process.events("journal_opened")[0]["waiting"] == 100_000
+        harness.wait_until(lambda: process.events("api_down"), "the API is tried")
+        gevent.sleep(1)
+        grown = resident(process.pid) - idle
+    print(f"start with 100,000 waiting events: {took:.2f} s, {grown / 1e6:.1f} MB over idle")
+    assert took < 5
+    assert grown < 60e6
+
+
+def test_the_disk_runs_full_and_has_room_again(tmp_path: Path) -> None:
+    """A limit of the kernel on the size of files stands in for a full disk: writing fails."""
+    resource = pytest.importorskip("resource")
+    chaos = Chaos(tmp_path, 6)
+    with chaos.start() as process:
+        chaos.traffic.run(process, 1.0)
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        chaos.traffic.run(process, 1.0)
+        harness.wait_until(lambda: process.events("journal_failed"), "it says so")
+        line = process.events("journal_failed")[0]
+        assert line["level"] == "ERROR" and "going on from memory" in line["message"]
+        known = len(chaos.api.records)
+        chaos.traffic.run(process, 1.0)
+        assert len(chaos.api.records) > known, "calls are reported all the same"
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
+        harness.wait_until(lambda: process.events("journal_back"), "it returns by itself")
+        chaos.stop(process, signal.SIGKILL)
+        # What was in memory only is on disk by now.
+        chaos.lines = [x for x in chaos.lines if x.get("event") != "journal_failed"]
+        chaos.finish(chaos.start(), 60)
