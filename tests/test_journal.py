@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import socket
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -641,6 +642,37 @@ def test_the_end_is_not_sent_before_its_begins_answer_is_on_disk(
     feed(on, 1)
     harness.wait_until(lambda: len(seen) == 1, "the call has ended")
     assert seen == [0], "the begin waits no more"
+
+
+def test_tcp_is_not_read_while_the_journal_is_far_behind(
+    journals: Any, agents: Any, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "MAX_UNWRITTEN", 50)
+    journal, closed = journals(), [True]
+    write = journal._write
+
+    def wait(*texts: str) -> Any:
+        while closed:
+            gevent.monkey.get_original("time", "sleep")(0.01)
+        return write(*texts)
+
+    journal._write = wait
+    on = agents(journal, server.url)
+    tcp = agent.TcpServer(agent.bind("127.0.0.1:0", socket.SOCK_STREAM), on)
+    tcp.start()
+    with socket.create_connection(tcp.socket.getsockname()) as sock:
+        sender = gevent.spawn(lambda: [sock.sendall(packet) for packet in packets(*range(5_000))])
+        harness.wait_until(lambda: on.behind, "the journal is behind")
+        gevent.sleep(0.2)
+        read = on.metrics.totals["packets.received.tcp"]
+        gevent.sleep(0.2)
+        assert on.metrics.totals["packets.received.tcp"] == read < 5_000
+        closed.clear()
+        sender.get(timeout=harness.DEADLINE)
+        harness.wait_until(
+            lambda: on.metrics.totals["packets.received.tcp"] == 20_000, "all is read in the end"
+        )
+    tcp.stop()
 
 
 @pytest.mark.parametrize("kind", ["error", "stall"])
