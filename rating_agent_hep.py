@@ -19,11 +19,12 @@ Two rules keep the file readable. A room uses only names of its own or of rooms 
 9 are pure: they take bytes, settings and ``now`` and touch no socket, clock, logger or global.
 
 What is promised: at most one begin and one end for a call, the end only after its begin was
-answered, a retry with the same octets; no charge without an answer; nothing grows without
-bound; one bad packet costs only itself; everything dropped is counted and says why.
+answered, a retry with the same octets; no charge without an answer; with a journal nothing that
+was taken in is lost; nothing grows without bound; one bad packet costs only itself; everything
+dropped is counted and says why.
 
 The rooms: 2 imports, 3 limits, 4 errors and types, 5 HEP, 6 SIP, 7 routes, 8 call state,
-9 call table, 10 configuration, 11 logs and metrics, 12 outbox and delivery, 13 agent,
+9 call table, 10 configuration, 11 logs and metrics, 12 journal, outbox, delivery, 13 agent,
 14 servers, 15 command line.
 """
 
@@ -2724,7 +2725,7 @@ class Metrics:
             log.warning("statsd unreachable: %s", error, extra={"event": "statsd"})
 
 
-# Room 12: outbox, delivery
+# Room 12: journal, outbox, delivery
 
 DELIVERED, REFUSED_BY_API, REJECTED = "delivered", "refused", "rejected"
 # The answer by which the API refuses, as `outbox` shows it.
@@ -2981,6 +2982,10 @@ class Journal:
                 self._migrate(db)
             os.chmod(path + ".new", 0o600)
             os.rename(path + ".new", path)
+            # The name, too, must outlive a power cut.
+            directory = os.open(folder, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
         frames, rest = _wal_frames(path + "-wal")
         db = _connect(path, "rw")
         db.execute("PRAGMA journal_mode = WAL")
@@ -3640,6 +3645,7 @@ class Delivery:
         except sqlite3.Error as error:
             self._metrics.count("journal.errors")
             log.error("the journal cannot be read: %s", error, extra={"event": "journal_failed"})
+            gevent.sleep(JOURNAL_RETRY)
         finally:
             lane.loader = None
 

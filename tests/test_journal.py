@@ -589,7 +589,7 @@ def slow(seconds: float, write: Any) -> Any:
 
 def test_the_loop_never_waits_for_a_slow_disk(journals: Any, agents: Any, server: Server) -> None:
     journal = journals()
-    journal._write = slow(0.4, journal._write)
+    journal._write = slow(1.0, journal._write)
     on = agents(journal, server.url)
     longest, last = 0.0, time.monotonic()
     started = last
@@ -601,7 +601,7 @@ def test_the_loop_never_waits_for_a_slow_disk(journals: Any, agents: Any, server
         gevent.sleep(0.005)
         longest, last = max(longest, time.monotonic() - last), time.monotonic()
         assert last - started < harness.DEADLINE
-    assert longest < 0.2, f"the loop stood still for {longest:.3f} s"
+    assert longest < 0.5, f"the loop stood still for {longest:.3f} s"
     assert server.requests, "what is on disk is delivered"
 
 
