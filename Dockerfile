@@ -13,7 +13,7 @@ FROM build AS build-sandbox
 RUN python -m venv /opt/sandbox && /opt/sandbox/bin/pip install --no-cache-dir ".[sandbox]"
 
 FROM ${PYTHON} AS sandbox
-RUN useradd --system --uid 10001 --no-create-home rating \
+RUN useradd --system --user-group --uid 10001 --no-create-home rating \
     && install -d -o rating -g rating /var/lib/rating-sandbox
 COPY --from=build-sandbox /opt/sandbox /opt/sandbox
 COPY scripts/rating_sandbox.py /opt/sandbox/
@@ -32,7 +32,7 @@ FROM ${PYTHON} AS tester
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends sip-tester \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --system --uid 10001 --no-create-home rating
+    && useradd --system --user-group --uid 10001 --no-create-home rating
 COPY --from=build-sandbox /opt/sandbox /opt/sandbox
 COPY scripts/run_scenario.py scripts/hep_replay.py /opt/tester/
 COPY tests/scenarios /scenarios
@@ -45,14 +45,14 @@ FROM debian:bookworm-slim AS kamailio
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends kamailio \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --system --uid 10001 --no-create-home rating
+    && useradd --system --user-group --uid 10001 --no-create-home rating
 COPY conf/kamailio/kamailio.cfg /etc/kamailio/kamailio.cfg
 USER 10001
 EXPOSE 5060/udp
 ENTRYPOINT ["/usr/sbin/kamailio", "-DD", "-E", "-m", "64", "-Y", "/tmp", "-f", "/etc/kamailio/kamailio.cfg"]
 
 FROM ${PYTHON} AS agent
-RUN useradd --system --uid 10001 --no-create-home rating \
+RUN useradd --system --user-group --uid 10001 --no-create-home rating \
     && install -d -o rating -g rating /var/lib/rating-agent-hep
 COPY --from=build /opt/agent /opt/agent
 COPY scripts/healthcheck.py /opt/agent/

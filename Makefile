@@ -13,7 +13,7 @@ SCENARIO := /scenarios/test_
 .PHONY: demo run test chaos lint format docs clean sip-servers test-opensips test-kamailio \
   docker-build docker-pull docker-start docker-start-opensips docker-start-kamailio \
   docker-start-canyan docker-start-statsd docker-test-opensips docker-test-kamailio docker-test \
-  docker-logs docker-stop
+  docker-logs docker-stop docker-clean
 
 demo: $(VENV)/.runs
 	@$(BIN)/python scripts/demo.py
@@ -94,8 +94,12 @@ docker-logs:
 	$(COMPOSE) $(ALL_PROFILES) ps --all
 	$(COMPOSE) $(ALL_PROFILES) logs
 
-# With the volumes: the next start has an empty sandbox and an empty journal.
+# The volumes stay: events may wait in the journal.
 docker-stop:
+	$(COMPOSE) $(ALL_PROFILES) down
+
+# The next start has an empty sandbox and an empty journal.
+docker-clean:
 	$(COMPOSE) $(ALL_PROFILES) down --volumes
 
 # Debian and Ubuntu have venv in a package of its own.
