@@ -108,12 +108,16 @@ class RatingApi(Server):
 
 
 class Traffic:
-    """Calls at RATE a second over UDP and TCP; some ring for long, some are refused."""
+    """Calls at RATE a second over UDP and TCP; some ring for long, some are refused.
+
+    Each call keeps to one of the two: spread over both, its ACK may be read before all its replies,
+    and then the call begins with the ACK, some ms late, as in a mirror without replies.
+    """
 
     def __init__(self, seed: int) -> None:
         self._chance = random.Random(seed)
         self._due: list[tuple[float, int, bytes]] = []
-        self._sent: deque[tuple[float, bytes]] = deque()
+        self._sent: deque[tuple[float, int, bytes]] = deque()
         self._base = time.time()
         self._clock = 0.0
         self.number = 0
@@ -127,10 +131,10 @@ class Traffic:
     def run(self, to: harness.AgentProcess, seconds: float) -> None:
         """Send for some seconds of the generator's own clock, which stands still between runs."""
         self._tcp = socket.create_connection(to.tcp)
-        again = [data for sent, data in self._sent if sent > self._clock - RESENT]
-        for data in again:
-            self._sent.append((self._clock, data))
-            self._send(to, data)
+        again = [kept for kept in self._sent if kept[0] > self._clock - RESENT]
+        for _, number, data in again:
+            self._sent.append((self._clock, number, data))
+            self._send(to, number, data)
         started, begun = time.monotonic(), self._clock
         while self._clock < begun + seconds:
             gevent.sleep(0.004)
@@ -139,9 +143,9 @@ class Traffic:
                 self._call()
             self._due.sort()
             while self._due and self._due[0][0] <= self._clock:
-                _, _, data = self._due.pop(0)
-                self._sent.append((self._clock, data))
-                self._send(to, data)
+                _, number, data = self._due.pop(0)
+                self._sent.append((self._clock, number, data))
+                self._send(to, number, data)
             while self._sent and self._sent[0][0] < self._clock - 2 * RESENT:
                 self._sent.popleft()
         self._tcp.close()
@@ -150,9 +154,9 @@ class Traffic:
     def over(self) -> bool:
         return not self._due
 
-    def _send(self, to: harness.AgentProcess, data: bytes) -> None:
+    def _send(self, to: harness.AgentProcess, number: int, data: bytes) -> None:
         self.packets += 1
-        if self.packets % 2:
+        if number % 2:
             self._udp.sendto(data, to.udp)
         else:
             assert self._tcp is not None
