@@ -3125,7 +3125,7 @@ class Journal:
             db.execute("BEGIN IMMEDIATE")
             db.execute(_WRITE_CALLS, (calls,))
             db.execute(_CLEAN_CALLS, (over,))
-            if len(rejected) + len(taken_up) > 4:
+            if rejected != "[]" or taken_up != "[]":
                 db.execute(_WRITE_REJECTED, (rejected,))
                 db.execute(_CLEAN_REJECTED, (taken_up, MAX_REJECTED))
             db.execute("COMMIT")

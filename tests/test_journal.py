@@ -21,14 +21,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_calls import REFUSED_CALLS, WHOLE_CALLS, Scene, ack, bye, invite, numbered, reply
-from test_delivery import Server, event, server
+from test_delivery import Server, event, log, server
 
 import harness
 import hepbuild
 import rating_agent_hep as agent
 from hep_replay import frames, read_capture
 
-assert server  # a fixture
+assert server and log  # fixtures
 OFFSET = 1_700_000_000.0  # UNIX time less the monotonic clock
 V1 = harness.ROOT / "tests" / "journal-v1.sqlite"
 
@@ -524,17 +524,6 @@ def test_a_torn_log_loses_nothing_that_was_committed_before_the_tear(tmp_path: P
 
 
 # Disks that fail
-
-
-@pytest.fixture
-def log() -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    logger = agent.log
-    before = (logger.handlers[:], logger.propagate, logger.level)
-    stream = io.StringIO()
-    agent.set_up_logging(agent.Settings(), stream)
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
-    logger.handlers[:], logger.propagate = before[:2]
-    logger.setLevel(before[2])
 
 
 @pytest.fixture
