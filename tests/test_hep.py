@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import itertools
 import random
+import re
 import struct
 import zlib
 from collections.abc import Iterable
 from functools import cache
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -566,8 +568,24 @@ def test_splitter_refuses_old_hep(data):
 # Anything at all
 
 
+NEVER = re.compile(b"(?!)")
+
+
+def outcome(data: bytes) -> object:
+    try:
+        return decode(data)
+    except agent.HepError as error:
+        return error.kind, str(error)
+
+
 def check(data: bytes) -> None:
-    """A HepPacket whose every field can be used, or HepError with a kind, and nothing else."""
+    """A HepPacket whose every field can be used, or HepError with a kind, and nothing else.
+
+    The same by the short way, for packets with the usual chunks, and by the long one.
+    """
+    short = outcome(data)
+    with patch.object(agent, "_USUAL_HEAD", NEVER):
+        assert outcome(data) == short
     try:
         packet = decode(data)
     except agent.HepError as error:
@@ -624,6 +642,24 @@ def test_random_octets(start, rest, sized):
         # With a right total length the chunks get their turn.
         start += struct.pack("!H", len(rest) + 6)
     check(start + rest)
+
+
+USUAL = [(1, 1), (2, 1), (3, 4), (4, 4), (7, 2), (8, 2), (9, 4), (10, 4), (11, 1), (12, 4)]
+OPENSIPS = [*USUAL[:2], *USUAL[4:], *USUAL[2:4]]
+
+
+@given(st.sampled_from([USUAL, OPENSIPS]), st.data())
+@settings(max_examples=300, deadline=None)
+def test_usual_chunks_with_something_odd_among_them(usual, data):
+    size = st.sampled_from([0, 1, 2, 4, 5, 16])
+    odd = st.tuples(st.sampled_from([0, 0, 1]), st.integers(0, 0x14), size)
+    chunks = [(0, kind, size) for kind, size in usual]
+    for place, extra in data.draw(st.lists(st.tuples(st.integers(0, 13), odd), max_size=3)):
+        chunks[place:place] = [extra]
+    if data.draw(st.booleans()):
+        del chunks[data.draw(st.integers(0, len(chunks) - 1))]
+    value = data.draw(st.sampled_from([b"\0", b"\1", b"\x0f", b"\n", b"\xff"]))
+    check(frame(*((vendor, kind, value * size) for vendor, kind, size in chunks)))
 
 
 @given(

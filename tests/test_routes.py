@@ -471,6 +471,7 @@ def test_header_source_takes_the_first_line():
 
 def test_header_source_of_octets_that_are_no_utf_8():
     sighted = message([("X-A", "x")])
+    assert sighted.header("x-a") == ["x"]
     sighted.headers["x-a"] = ["caf\xe9"]
     route = first("- {account: header:X-A}".replace("header:X-A", "'header:X-A'"))
     assert agent.resolve_account(route, PLAIN, sighted, False) == "caf%E9"
