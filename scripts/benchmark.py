@@ -273,7 +273,8 @@ def be_agent(arguments: list[str]) -> int:
     import rating_agent_hep as module
 
     if os.environ.get("NULL_API"):
-        module.RatingApi.send = lambda self, event: module.DELIVERED
+        api: Any = module.RatingApi
+        api.send = lambda self, event: module.DELIVERED
     if os.environ.get("RECEIVE_BUFFER"):
         module.RECEIVE_BUFFER = int(os.environ["RECEIVE_BUFFER"])
     if os.environ.get("QUIET"):
