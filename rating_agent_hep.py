@@ -133,6 +133,13 @@ TCP_BUDGET = 256
 RECEIVE_BUFFER = 16 * 1024 * 1024
 # TCP connections at one time; OpenSIPS opens one for each of its workers.
 MAX_CONNECTIONS = 1_024
+# Senders of which something is known. Forged source addresses must not take memory; more than the
+# connections of both listeners, for one with an open connection is not forgotten.
+MAX_SENDERS = 4_096
+# Characters of the last fault of a sender that are kept.
+MAX_FAULT = 200
+# Share of a new packet in the smoothed clock skew of a sender.
+SKEW_WEIGHT = 1 / 16
 # Log lines a second for one kind of warning; what is held back is counted on the next line.
 MAX_WARNINGS_PER_SECOND = 3
 # Samples of one timer kept for one flush; a statsd server computes percentiles from them.
@@ -3858,6 +3865,85 @@ class Delivery:
 # Room 13: agent
 
 
+class Sender:
+    """What is known of one IP address that sends HEP.
+
+    ``seen`` is when its last packet came, in seconds of a monotonic clock, ``seen_at`` the same in
+    UNIX time, microseconds. ``dropped`` counts by kind, as the metrics ``packets.dropped.*`` and
+    ``packets.malformed.*`` do; kinds are words of this module, so they are few. ``skew`` is arrival
+    less HEP time stamp in milliseconds, smoothed, None before the first stamp: the sender's clock,
+    its queue and ours. ``fault`` is the text of its last malformed packet.
+    """
+
+    __slots__ = (
+        "address",
+        "connections",
+        "dropped",
+        "fault",
+        "packets",
+        "seen",
+        "seen_at",
+        "skew",
+    )
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.packets = 0
+        self.dropped: dict[str, int] = {}
+        self.seen = 0.0
+        self.seen_at = 0
+        self.connections = 0
+        self.skew: float | None = None
+        self.fault = ""
+
+    def drop(self, kind: str) -> None:
+        """Count a packet that was not taken in."""
+        self.dropped[kind] = self.dropped.get(kind, 0) + 1
+
+    def note_skew(self, milliseconds: float) -> None:
+        """Take in the skew of one packet."""
+        if self.skew is None:
+            self.skew = milliseconds
+        else:
+            self.skew += (milliseconds - self.skew) * SKEW_WEIGHT
+
+
+class Senders:
+    """The senders by address, at most MAX_SENDERS: over that the one unseen for longest goes.
+
+    One with open connections stays.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, Sender] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Sender]:
+        return iter(self._known.values())
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def of(self, host: str) -> Sender:
+        """The sender with an address as a socket gives it; it counts as seen just now."""
+        # IPv4 on a socket of IPv6.
+        if host.startswith("::ffff:"):
+            host = host[7:]
+        sender = self._known.get(host)
+        if sender is None:
+            sender = self._meet(host)
+        else:
+            self._known.move_to_end(host)
+        return sender
+
+    def _meet(self, address: str) -> Sender:
+        while len(self._known) >= MAX_SENDERS:
+            oldest, sender = self._known.popitem(last=False)
+            if sender.connections:
+                self._known[oldest] = sender
+        sender = self._known[address] = Sender(address)
+        return sender
+
+
 class Agent:
     """The glue: a packet in, events out to delivery. Its methods never raise."""
 
@@ -3873,6 +3959,7 @@ class Agent:
         self.table = CallTable(settings, rules)
         self.journal = journal
         self.delivery = Delivery(settings, self.metrics, journal)
+        self.senders = Senders()
         self.connections = 0
         self.rejected = 0
         self._limiter = limiter
@@ -3902,36 +3989,50 @@ class Agent:
         """Whether something can be written or sent at once."""
         return bool(self._fresh) or self.delivery.busy
 
-    def receive(self, data: bytes, transport: str, sender: str) -> None:
-        """Take in one HEP packet; ``transport`` is "udp" or "tcp", ``sender`` an IP address."""
+    def receive(self, data: bytes, transport: str, sender: Sender) -> None:
+        """Take in one HEP packet; ``transport`` is "udp" or "tcp"."""
         count = self.metrics.count
         count(f"packets.received.{transport}")
+        arrival = round(time.time() * 1_000_000)
+        now = time.monotonic()
+        sender.packets += 1
+        sender.seen, sender.seen_at = now, arrival
         try:
-            packet = decode_hep(data, round(time.time() * 1_000_000))
+            packet = decode_hep(data, arrival)
+            # Without a time stamp the packet has the arrival's.
+            if packet.time != arrival:
+                sender.note_skew((arrival - packet.time) / 1000)
             if packet.protocol_type != SIP_PROTOCOL_TYPE:
-                count("packets.dropped.not_sip")
+                self._drop("not_sip", sender)
                 return
             if not packet.payload.strip(b"\r\n\0 "):
-                count("packets.dropped.empty")
+                self._drop("empty", sender)
                 return
             message = parse_sip(packet.payload, packet.time)
             if message is None:
                 count("packets.ignored")
                 return
-            self._report(self.table.handle(Sighting(packet, message, sender), time.monotonic()))
+            self._report(self.table.handle(Sighting(packet, message, sender.address), now))
         except (HepError, SipError) as error:
             layer = "hep" if isinstance(error, HepError) else "sip"
             self.malformed(f"{layer}_{error.kind}", str(error), sender)
         except Exception:
             count("packets.internal_error")
-            extra = {"event": "internal_error", "sender": sender}
+            extra = {"event": "internal_error", "sender": sender.address}
             log.warning("a packet could not be handled", exc_info=True, extra=extra)
 
-    def malformed(self, kind: str, text: str, sender: str) -> None:
-        """Count a fault of a peer by its kind, and log it at a limited rate."""
+    def _drop(self, kind: str, sender: Sender) -> None:
+        self.metrics.count(f"packets.dropped.{kind}")
+        sender.drop(kind)
+
+    def malformed(self, kind: str, text: str, sender: Sender | None) -> None:
+        """Count a fault of a peer, None where unknown, by its kind; log it at a limited rate."""
         kind = kind.replace("-", "_")
         self.metrics.count(f"packets.malformed.{kind}")
-        extra = {"event": f"malformed_{kind}", "sender": sender}
+        extra = {"event": f"malformed_{kind}", "sender": sender.address if sender else ""}
+        if sender:
+            sender.drop(kind)
+            sender.fault = text[:MAX_FAULT]
         log.warning("malformed packet: %s", text, extra=extra)
 
     def tick(self, ahead: float = 0.0) -> None:
@@ -4106,11 +4207,6 @@ def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
     return sock
 
 
-def _sender(address: tuple[Any, ...]) -> str:
-    host = str(address[0])
-    return host[7:] if host.startswith("::ffff:") else host
-
-
 class UdpServer(gevent.server.DatagramServer):
     """HEP over UDP: each wake-up drains the socket, up to a budget, without a greenlet a packet.
 
@@ -4132,9 +4228,9 @@ class UdpServer(gevent.server.DatagramServer):
                 return
             except OSError as error:
                 # Such as an ICMP error that a former packet brought about.
-                self._agent.malformed("udp_receive", str(error), "")
+                self._agent.malformed("udp_receive", str(error), None)
                 return
-            self._agent.receive(data, "udp", _sender(address))
+            self._agent.receive(data, "udp", self._agent.senders.of(address[0]))
 
 
 class TcpServer(gevent.server.StreamServer):
@@ -4147,10 +4243,12 @@ class TcpServer(gevent.server.StreamServer):
         self._agent = agent
 
     def _converse(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
-        agent, sender, splitter = self._agent, _sender(address), HepSplitter()
+        agent, splitter = self._agent, HepSplitter()
+        sender = agent.senders.of(address[0])
         # A sender that is gone without a word would keep its place for ever.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         agent.connections += 1
+        sender.connections += 1
         agent.metrics.count("connections.opened")
         frames = 0
         try:
@@ -4164,15 +4262,18 @@ class TcpServer(gevent.server.StreamServer):
                 gevent.sleep(0)
                 while agent.behind:
                     gevent.sleep(JOURNAL_INTERVAL)
-            log.debug("connection closed", extra={"event": "connection_closed", "sender": sender})
+            log.debug(
+                "connection closed", extra={"event": "connection_closed", "sender": sender.address}
+            )
         except HepError as error:
             agent.malformed(f"hep_{error.kind}", f"connection closed: {error}", sender)
         except OSError as error:
             agent.metrics.count("connections.failed")
-            extra = {"event": "connection_failed", "sender": sender}
+            extra = {"event": "connection_failed", "sender": sender.address}
             log.warning("connection failed: %s", error, extra=extra)
         finally:
             agent.connections -= 1
+            sender.connections -= 1
 
 
 # Room 15: command line
