@@ -40,6 +40,7 @@ import difflib
 import errno
 import fcntl
 import heapq
+import hmac
 import io
 import ipaddress
 import json
@@ -47,9 +48,11 @@ import logging
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import sqlite3
+import ssl
 import struct
 import sys
 import time
@@ -61,8 +64,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
+from math import inf
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -127,12 +131,29 @@ DOWN_AFTER = 3
 MAX_API_ANSWER = 65_536
 # Datagrams handled in one go before other greenlets get the loop (about 10 ms of work).
 UDP_BUDGET = 256
-# Frames of one TCP connection handled in one go, for the same reason.
+# Frames of TCP handled in one go, for the same reason; the connections that have more share it.
 TCP_BUDGET = 256
 # Octets asked for as socket receive buffer; the kernel grants up to net.core.rmem_max.
 RECEIVE_BUFFER = 16 * 1024 * 1024
-# TCP connections at one time; OpenSIPS opens one for each of its workers.
+# Connections of the TCP listener at one time, and of the TLS listener. OpenSIPS opens one for each
+# of its workers; each may hold MAX_HEP_FRAME octets, that is 64 MB.
 MAX_CONNECTIONS = 1_024
+# Connections of one sender at one time, over both: it must not take all places.
+MAX_CONNECTIONS_PER_SENDER = 256
+# Files that the process asks to open at one time, connections included, where it may.
+MAX_FILES = 65_536
+# Share of the files that the process may open that each of the two listeners may take: a sender
+# must not keep the agent from opening a connection to the rating API.
+FILES_PER_LISTENER = 1 / 4
+# Seconds. A TLS handshake is three packets.
+HANDSHAKE_TIMEOUT = 10.0
+# Seconds from the first octet of a frame to its last: a frame has at most 64 kB.
+FRAME_TIMEOUT = 30.0
+# Seconds. While there is no place for a new connection, one that is silent for so long is closed.
+CROWDED_IDLE = 60.0
+# Seconds without a look at the connections after which their time is not counted: the process was
+# stopped, and what they sent meanwhile is still unread.
+STALLED = 5.0
 # Senders of which something is known. Forged source addresses must not take memory; more than the
 # connections of both listeners, for one with an open connection is not forgotten.
 MAX_SENDERS = 4_096
@@ -216,12 +237,24 @@ class Settings:
 
     listen_udp: str = ":9060"
     listen_tcp: str = ":9060"
+    listen_tls: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    hep_allow: tuple[str, ...] = ()
+    hep_auth_key: tuple[str, ...] = field(default=(), repr=False)
+    hep_auth_key_file: str = ""
+    hep_rate_limit: int = 0
+    hep_idle_timeout: float = 0.0
     rating_api_url: str = "http://localhost:8080"
     rating_api_timeout: float = 5.0
     rating_api_concurrency: int = 16
-    rating_api_token: str = ""
+    rating_api_ca_file: str = ""
+    rating_api_token: str = field(default="", repr=False)
+    rating_api_token_file: str = ""
     rating_api_username: str = ""
-    rating_api_password: str = ""
+    rating_api_password: str = field(default="", repr=False)
+    rating_api_password_file: str = ""
     tenant: str = "default"
     product_tag: str = "VOICE"
     transaction_tags: tuple[str, ...] = ()
@@ -2477,6 +2510,24 @@ def domains(text: str) -> tuple[str, ...]:
     return as_domains(words(text))
 
 
+def networks(text: str) -> tuple[str, ...]:
+    """A list of IPv4 and IPv6 networks. Raises ConfigError."""
+    return tuple(str(_network(word)) for word in words(text))
+
+
+def keys(text: str) -> tuple[str, ...]:
+    """A list of keys, none of them empty. Raises ConfigError, which quotes none."""
+    with suppress(ConfigError):
+        found = words(text)
+        if all(key and key.isprintable() for key in found):
+            return found
+    raise ConfigError("not a list of keys; allowed: words, or a JSON list of texts on one line")
+
+
+# Options that the file may give as a YAML list.
+_LISTS = (words, domains, networks, keys)
+
+
 def _regexp(text: str) -> str:
     account_regexp(text)
     return text
@@ -2507,12 +2558,36 @@ class Option(NamedTuple):
 OPTIONS = (
     Option("listen_udp", "Listening", listener, "address for HEP over UDP; empty: off"),
     Option("listen_tcp", "Listening", listener, "address for HEP over TCP; empty: off"),
+    Option("listen_tls", "Listening", listener, "address for HEP over TLS; empty: off"),
+    Option("tls_cert", "Listening", str, "file of its certificate and those above it, PEM"),
+    Option("tls_key", "Listening", str, "file of its key, PEM; empty: in tls_cert"),
+    Option("tls_client_ca", "Listening", str, "file of CAs; senders need a certificate of one"),
+    Option("hep_allow", "Listening", networks, "list of networks that may send; empty: all"),
+    Option(
+        "hep_auth_key", "Listening", keys, "list of keys, of which a packet needs one", secret=True
+    ),
+    Option("hep_auth_key_file", "Listening", str, "file of such keys, one a line"),
+    Option(
+        "hep_rate_limit",
+        "Listening",
+        number(0, 10_000_000, int),
+        "packets a second taken from one sender; 0: all",
+    ),
+    Option(
+        "hep_idle_timeout",
+        "Listening",
+        number(0, 604_800),
+        "seconds after which a silent connection is closed; 0: never",
+    ),
     Option("rating_api_url", "Rating API", api_url, "base URL of the rating API"),
     Option("rating_api_timeout", "Rating API", number(0.1, 300), "seconds for one request"),
     Option("rating_api_concurrency", "Rating API", number(1, 1000, int), "requests at one time"),
+    Option("rating_api_ca_file", "Rating API", str, "file of CAs trusted, not the system's; PEM"),
     Option("rating_api_token", "Rating API", _token, "bearer token of each request", secret=True),
+    Option("rating_api_token_file", "Rating API", str, "file of that token"),
     Option("rating_api_username", "Rating API", str, "user of basic authentication"),
     Option("rating_api_password", "Rating API", str, "password of that user", secret=True),
+    Option("rating_api_password_file", "Rating API", str, "file of that password"),
     Option("tenant", "Calls", _one_text, "tenant of the calls"),
     Option("product_tag", "Calls", str, "product tag of the transactions"),
     Option("transaction_tags", "Calls", words, "list of tags of the transactions"),
@@ -2574,7 +2649,7 @@ class _ConfigFile(configargparse.ConfigFileParser):
 
     @staticmethod
     def _text(name: str, option: Option, node: yaml.Node) -> str:
-        many = isinstance(node, yaml.SequenceNode) and option.convert in (words, domains)
+        many = isinstance(node, yaml.SequenceNode) and option.convert in _LISTS
         items = node.value if many else [node]
         for item in items:
             if not isinstance(item, yaml.ScalarNode) or not item.tag.startswith("tag:yaml.org"):
@@ -2598,19 +2673,31 @@ def _open_text(path: str) -> io.StringIO:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; allowed: a file that can be read") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8; allowed: YAML in UTF-8") from None
+        raise ConfigError(f"{path}: not UTF-8; allowed: text in UTF-8") from None
     stream.name = path
     return stream
 
 
+def _read_secret(option: Option, path: str) -> str:
+    """The text of an option from its file: one line, or a list's lines. Raises ConfigError."""
+    lines = [line for line in re.split(r"[\r\n]+", _open_text(path).read()) if line]
+    if option.convert in _LISTS and lines:
+        return json.dumps(lines)
+    if len(lines) != 1:
+        what = "several lines" if lines else "empty"
+        raise ConfigError(f"{path}: {what}; allowed: one line")
+    return lines[0]
+
+
 class Configuration(NamedTuple):
-    """What the command line, environment and file say together."""
+    """What the command line, environment and files say together."""
 
     command: str
     arguments: list[str]
     settings: Settings
     rules: tuple[Rule, ...]
     warnings: list[str]
+    tls: ssl.SSLContext | None
 
 
 def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configuration:
@@ -2621,23 +2708,34 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
     defaults = Settings()
     converted: dict[str, Any] = {}
     for option in OPTIONS:
-        text = values[option.name]
-        if text is None:
-            converted[option.name] = getattr(defaults, option.name)
-            continue
+        name, text = option.name, values[option.name]
+        path = values[f"{name}_file"] if option.secret else None
+        if path:
+            if text:
+                raise ConfigError(f"{name}, {name}_file: both set; allowed: one of them")
+            name = f"{name}_file"
         try:
-            converted[option.name] = option.convert(text)
+            if path:
+                text = _read_secret(option, path)
+            converted[option.name] = (
+                getattr(defaults, option.name) if text is None else option.convert(text)
+            )
         except ConfigError as error:
-            raise ConfigError(f"{option.name}: {error}") from None
+            raise ConfigError(f"{name}: {error}") from None
     settings = Settings(**converted)
-    if not settings.listen_udp and not settings.listen_tcp:
-        raise ConfigError("listen_udp, listen_tcp: all empty; allowed: at least one address")
+    if not any((settings.listen_udp, settings.listen_tcp, settings.listen_tls)):
+        raise ConfigError(
+            "listen_udp, listen_tcp, listen_tls: all empty; allowed: at least one address"
+        )
+    if settings.rating_api_ca_file:
+        api_tls(settings.rating_api_ca_file)
     former += [name for name in _FORMER if _PREFIX + name.upper() in environ]
     warnings = []
     if former:
         names = ", ".join(sorted(set(former)))
         warnings.append(f"options of the former agent that have no effect yet: {names}")
-    return Configuration(command, arguments, settings, load_rules(settings), warnings)
+    rules, tls = load_rules(settings), load_tls(settings)
+    return Configuration(command, arguments, settings, rules, warnings, tls)
 
 
 def _read_options(
@@ -2716,12 +2814,68 @@ def load_rules(settings: Settings) -> tuple[Rule, ...]:
     return parse_routes(stream.read(), settings.routes, settings)
 
 
+def _load_pem(option: str, path: str, load: Callable[[], Any], allowed: str) -> None:
+    """Load a file of certificates or keys. Raises ConfigError."""
+    try:
+        with open(path, "rb"):  # OpenSSL does not say which file it could not open.
+            load()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise ConfigError(f"{option}: {path}: {reason}; allowed: {allowed}") from None
+
+
+def load_tls(settings: Settings) -> ssl.SSLContext | None:
+    """How the TLS listener speaks, TLS 1.2 or later; None where it is off. Raises ConfigError."""
+    if not settings.listen_tls:
+        return None
+    cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+    if not cert:
+        raise ConfigError("tls_cert: empty; allowed: with listen_tls, a certificate's file, PEM")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+
+    def load_pair() -> None:
+        # Without a password OpenSSL would ask for it at the terminal.
+        context.load_cert_chain(cert, key or None, password="")
+
+    other = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    _load_pem("tls_cert", cert, lambda: other.load_verify_locations(cert), "certificates, PEM")
+    _load_pem("tls_key", key or cert, load_pair, "the certificate's key, PEM, without passphrase")
+    if client_ca:
+        _load_pem(
+            "tls_client_ca",
+            client_ca,
+            lambda: context.load_verify_locations(client_ca),
+            "certificates of CAs, PEM",
+        )
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+@cache
+def api_tls(ca_file: str) -> ssl.SSLContext:
+    """How rating APIs are spoken to: by certificates of the CAs in a file, else of the system's.
+
+    One for all, for loading takes some 20 ms. Raises ConfigError.
+    """
+    if not ca_file:
+        return ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    allowed = "certificates of CAs, PEM"
+    _load_pem(
+        "rating_api_ca_file", ca_file, lambda: context.load_verify_locations(ca_file), allowed
+    )
+    return context
+
+
 def effective(configuration: Configuration) -> Iterator[str]:
     """The options in force, a line each in the file's own form, without secrets."""
     for option in OPTIONS:
         value = getattr(configuration.settings, option.name)
         if option.secret and value:
-            value = "***"
+            # What a file gave is not to be set once more.
+            from_file = getattr(configuration.settings, f"{option.name}_file")
+            value = type(value)() if from_file else "***"
         shown = list(value) if isinstance(value, tuple) else value
         # YAML does not join the two halves of JSON's escape for what lies beyond 16 bits.
         yield f"{option.name}: {json.dumps(shown, ensure_ascii=not str(shown).isprintable())}"
@@ -3348,8 +3502,11 @@ class RatingApi:
             pair = f"{settings.rating_api_username}:{settings.rating_api_password}"
             self._headers["Authorization"] = "Basic " + b64encode(pair.encode()).decode()
         # The defaults keep one connection and throw the others away.
+        more: dict[str, Any] = {}
+        if url.startswith("https:"):
+            more["ssl_context"] = api_tls(settings.rating_api_ca_file)
         self._pool = urllib3.connection_from_url(
-            url, maxsize=settings.rating_api_concurrency, block=True, timeout=self._timeout
+            url, maxsize=settings.rating_api_concurrency, block=True, timeout=self._timeout, **more
         )
 
     def send(self, event: RatingEvent) -> str:
@@ -3371,9 +3528,12 @@ class RatingApi:
         except (
             urllib3.exceptions.NewConnectionError,
             urllib3.exceptions.ConnectTimeoutError,
-            urllib3.exceptions.SSLError,
         ) as error:
             raise DeliveryError("connection", str(error), False) from None
+        except urllib3.exceptions.SSLError as error:
+            # Also what breaks off behind the request is one.
+            unsent = isinstance(error.args[0], ssl.SSLCertVerificationError)
+            raise DeliveryError("connection", str(error), not unsent) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise DeliveryError("connection", str(error), True) from None
         if 200 <= status < 300:
@@ -3866,7 +4026,7 @@ class Delivery:
 
 
 class Sender:
-    """What is known of one IP address that sends HEP.
+    """What is known of one IP address that sends HEP; ``allowed`` is what hep_allow says of it.
 
     ``seen`` is when its last packet came, in seconds of a monotonic clock, ``seen_at`` the same in
     UNIX time, microseconds. ``dropped`` counts by kind, as the metrics ``packets.dropped.*`` and
@@ -3876,7 +4036,10 @@ class Sender:
     """
 
     __slots__ = (
+        "_filled",
+        "_tokens",
         "address",
+        "allowed",
         "connections",
         "dropped",
         "fault",
@@ -3886,8 +4049,9 @@ class Sender:
         "skew",
     )
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, allowed: bool) -> None:
         self.address = address
+        self.allowed = allowed
         self.packets = 0
         self.dropped: dict[str, int] = {}
         self.seen = 0.0
@@ -3895,10 +4059,20 @@ class Sender:
         self.connections = 0
         self.skew: float | None = None
         self.fault = ""
+        self._tokens, self._filled = 0.0, -inf
 
     def drop(self, kind: str) -> None:
         """Count a packet that was not taken in."""
         self.dropped[kind] = self.dropped.get(kind, 0) + 1
+
+    def within(self, rate: int, now: float) -> bool:
+        """Whether one more packet keeps to ``rate`` a second, with a burst of one second."""
+        self._tokens = min(self._tokens + (now - self._filled) * rate, rate)
+        self._filled = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
 
     def note_skew(self, milliseconds: float) -> None:
         """Take in the skew of one packet."""
@@ -3909,12 +4083,14 @@ class Sender:
 
 
 class Senders:
-    """The senders by address, at most MAX_SENDERS: over that the one unseen for longest goes.
+    """The senders by address, at most MAX_SENDERS.
 
-    One with open connections stays.
+    Over that those go first that were refused last, then those unseen for longest; one with open
+    connections stays.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, networks: Sequence[str] = ()) -> None:
+        self._networks = [_network(text) for text in networks]
         self._known: OrderedDict[str, Sender] = OrderedDict()
 
     def __iter__(self) -> Iterator[Sender]:
@@ -3935,12 +4111,18 @@ class Senders:
             self._known.move_to_end(host)
         return sender
 
+    def demote(self, sender: Sender) -> None:
+        """A packet of it was refused: it goes before those that may send."""
+        if sender.address in self._known:
+            self._known.move_to_end(sender.address, last=False)
+
     def _meet(self, address: str) -> Sender:
         while len(self._known) >= MAX_SENDERS:
             oldest, sender = self._known.popitem(last=False)
             if sender.connections:
                 self._known[oldest] = sender
-        sender = self._known[address] = Sender(address)
+        allowed = not self._networks or _in_networks(address, self._networks)
+        sender = self._known[address] = Sender(address, allowed)
         return sender
 
 
@@ -3953,16 +4135,19 @@ class Agent:
         rules: Sequence[Rule],
         limiter: WarningLimiter,
         journal: Journal | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.settings = settings
+        self.tls = tls
         self.metrics = Metrics(settings)
         self.table = CallTable(settings, rules)
         self.journal = journal
         self.delivery = Delivery(settings, self.metrics, journal)
-        self.senders = Senders()
+        self.senders = Senders(settings.hep_allow)
         self.connections = 0
         self.rejected = 0
         self._limiter = limiter
+        self._keys = [key.encode() for key in settings.hep_auth_key]
         # Events that the journal has to write before they are delivered.
         self._fresh: list[RatingEvent] = []
         self._polled = 0.0
@@ -3989,16 +4174,45 @@ class Agent:
         """Whether something can be written or sent at once."""
         return bool(self._fresh) or self.delivery.busy
 
+    def admit(self, sender: Sender) -> bool:
+        """Whether a sender may open one more connection; counted and logged where not."""
+        if not sender.allowed:
+            kind, text = "not_allowed", "a connection from outside hep_allow"
+            self.senders.demote(sender)
+        elif sender.connections >= MAX_CONNECTIONS_PER_SENDER:
+            kind, text = "too_many", "too many connections of one sender"
+        else:
+            return True
+        sender.drop(f"connection_{kind}")
+        self.metrics.count(f"connections.refused.{kind}")
+        extra = {"event": f"connection_{kind}", "sender": sender.address}
+        log.warning("%s, closed", text, extra=extra)
+        return False
+
     def receive(self, data: bytes, transport: str, sender: Sender) -> None:
-        """Take in one HEP packet; ``transport`` is "udp" or "tcp"."""
+        """Take in one HEP packet; ``transport`` is "udp", "tcp" or "tls"."""
         count = self.metrics.count
         count(f"packets.received.{transport}")
         arrival = round(time.time() * 1_000_000)
         now = time.monotonic()
         sender.packets += 1
         sender.seen, sender.seen_at = now, arrival
+        if not sender.allowed:
+            self._refuse("not_allowed", "a packet from outside hep_allow", sender)
+            return
         try:
             packet = decode_hep(data, arrival)
+            if self._keys and not self._has_key(packet):
+                kind = "wrong_key" if packet.auth_key else "no_key"
+                self._refuse(kind, "a packet without a key of hep_auth_key", sender)
+                return
+            # Behind the key, or packets with a forged address would use up the sender's share.
+            rate = self.settings.hep_rate_limit
+            if rate and not sender.within(rate, now):
+                self._drop("rate_limit", sender)
+                extra = {"event": "dropped_rate_limit", "sender": sender.address}
+                log.warning("more packets than hep_rate_limit", extra=extra)
+                return
             # Without a time stamp the packet has the arrival's.
             if packet.time != arrival:
                 sender.note_skew((arrival - packet.time) / 1000)
@@ -4020,6 +4234,16 @@ class Agent:
             count("packets.internal_error")
             extra = {"event": "internal_error", "sender": sender.address}
             log.warning("a packet could not be handled", exc_info=True, extra=extra)
+
+    def _has_key(self, packet: HepPacket) -> bool:
+        # Some senders end a string chunk with a NUL. All keys are compared, in constant time each.
+        key = packet.auth_key.rstrip(b"\0")
+        return sum(hmac.compare_digest(key, known) for known in self._keys) > 0
+
+    def _refuse(self, kind: str, text: str, sender: Sender) -> None:
+        self._drop(kind, sender)
+        self.senders.demote(sender)
+        log.warning(text, extra={"event": f"dropped_{kind}", "sender": sender.address})
 
     def _drop(self, kind: str, sender: Sender) -> None:
         self.metrics.count(f"packets.dropped.{kind}")
@@ -4079,14 +4303,17 @@ class Agent:
             self.flush(time.monotonic())
 
     def reload(self) -> None:
-        """Read the routes again, whole or not at all; calls keep the route they have."""
+        """Read the routes and certificates again, all or nothing.
+
+        Calls keep the route they have, connections the certificate that they began with.
+        """
         try:
-            self.table.rules = load_rules(self.settings)
+            self.table.rules, self.tls = load_rules(self.settings), load_tls(self.settings)
         except ConfigError as error:
-            log.error("routes not reloaded: %s", error, extra={"event": "reload_failed"})
+            log.error("not reloaded: %s", error, extra={"event": "reload_failed"})
         else:
             extra = {"event": "reloaded", "rules": len(self.table.rules) - 1}
-            log.info("routes reloaded", extra=extra)
+            log.info("routes and certificates reloaded", extra=extra)
 
     def _report(self, events: list[RatingEvent]) -> None:
         if self.journal is None:
@@ -4214,6 +4441,7 @@ class UdpServer(gevent.server.DatagramServer):
     """
 
     kind = socket.SOCK_DGRAM
+    transport = "udp"
 
     def __init__(self, sock: socket.socket, agent: Agent) -> None:
         super().__init__(sock, handle=lambda *_: None)
@@ -4233,33 +4461,99 @@ class UdpServer(gevent.server.DatagramServer):
             self._agent.receive(data, "udp", self._agent.senders.of(address[0]))
 
 
+class Connection:
+    """What is waited for on a connection: the rest of a frame where ``inside``, else a next one.
+
+    ``since`` is when the waiting began, seconds of a monotonic clock.
+    """
+
+    __slots__ = ("greenlet", "inside", "sender", "since")
+
+    def __init__(self, sender: Sender, now: float) -> None:
+        self.sender = sender
+        self.greenlet = gevent.getcurrent()
+        self.inside = False
+        self.since = now
+
+
 class TcpServer(gevent.server.StreamServer):
     """HEP over TCP: a greenlet a connection; one that loses framing is closed, others go on."""
 
     kind = socket.SOCK_STREAM
+    transport = "tcp"
 
     def __init__(self, sock: socket.socket, agent: Agent) -> None:
-        super().__init__(sock, handle=self._converse, spawn=MAX_CONNECTIONS)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        places = min(MAX_CONNECTIONS, int(files * FILES_PER_LISTENER))
+        super().__init__(sock, handle=self._converse, spawn=places)
         self._agent = agent
+        self._open: set[Connection] = set()
+        self._yielding = 0
+        self._looked = time.monotonic()
 
-    def _converse(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
-        agent, splitter = self._agent, HepSplitter()
-        sender = agent.senders.of(address[0])
-        # A sender that is gone without a word would keep its place for ever.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        agent.connections += 1
+    def do_handle(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        # Here and not in the greenlet, so that what is refused takes no place.
+        sender = self._agent.senders.of(address[0])
+        if not self._agent.admit(sender):
+            sock.close()
+            return
         sender.connections += 1
+        super().do_handle(sock, sender)
+
+    def close_overdue(self, now: float) -> None:
+        """Close the connections that took too long for a frame, or are silent for too long."""
+        waited = now - self._looked < STALLED and not self._agent.behind
+        self._looked = now
+        crowded = CROWDED_IDLE if self.pool.full() else inf
+        idle = min(self._agent.settings.hep_idle_timeout or inf, crowded)
+        for connection in list(self._open):
+            if not waited:
+                connection.since = now
+            elif now - connection.since < (FRAME_TIMEOUT if connection.inside else idle):
+                continue
+            elif connection.inside:
+                text = f"connection closed: a frame not whole after {FRAME_TIMEOUT:g} s"
+                self._agent.malformed("hep_slow", text, connection.sender)
+                self._close(connection)
+            else:
+                self._agent.metrics.count("connections.idle")
+                extra = {"event": "connection_idle", "sender": connection.sender.address}
+                log.info("connection closed: it was silent", extra=extra)
+                self._close(connection)
+
+    def _close(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        connection.greenlet.kill(block=False)
+
+    def _secure(self, sock: socket.socket) -> socket.socket:
+        return sock
+
+    def _converse(self, sock: socket.socket, sender: Sender) -> None:
+        agent, splitter = self._agent, HepSplitter()
+        connection = Connection(sender, time.monotonic())
+        agent.connections += 1
         agent.metrics.count("connections.opened")
-        frames = 0
+        handled = 0
         try:
+            # A sender that is gone without a word would keep its place for ever.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock = self._secure(sock)
+            self._open.add(connection)
             while data := sock.recv(splitter.room):
+                whole = False
                 for frame in splitter.feed(data):
-                    agent.receive(frame, "tcp", sender)
-                    frames += 1
-                    if frames % TCP_BUDGET == 0:
-                        gevent.sleep(0)
-                # recv does not yield while there is something to read.
-                gevent.sleep(0)
+                    agent.receive(frame, self.transport, sender)
+                    whole = True
+                    handled += 1
+                    if handled * (1 + self._yielding) >= TCP_BUDGET:
+                        handled = 0
+                        connection.since = time.monotonic()
+                        self._yield()
+                if whole or not connection.inside:
+                    connection.since = time.monotonic()
+                connection.inside = splitter.room < MAX_HEP_FRAME
+                if not whole:
+                    self._yield()
                 while agent.behind:
                     gevent.sleep(JOURNAL_INTERVAL)
             log.debug(
@@ -4268,12 +4562,45 @@ class TcpServer(gevent.server.StreamServer):
         except HepError as error:
             agent.malformed(f"hep_{error.kind}", f"connection closed: {error}", sender)
         except OSError as error:
-            agent.metrics.count("connections.failed")
-            extra = {"event": "connection_failed", "sender": sender.address}
+            failed = "failed" if connection in self._open else "handshake_failed"
+            agent.metrics.count(f"connections.{failed}")
+            extra = {"event": f"connection_{failed}", "sender": sender.address}
             log.warning("connection failed: %s", error, extra=extra)
         finally:
+            sock.close()
+            self._open.discard(connection)
             agent.connections -= 1
             sender.connections -= 1
+
+    def _yield(self) -> None:
+        """Let everything else go first that has something to do.
+
+        `gevent.sleep(0)` lets the loop look at its sockets only each 50 times: three connections
+        that always have more kept UDP waiting for 50 ms. An idle watcher of the highest priority
+        comes once in each round of the loop.
+        """
+        self._yielding += 1
+        try:
+            gevent.idle(gevent.get_hub().loop.MAXPRI)
+        finally:
+            self._yielding -= 1
+
+
+class TlsServer(TcpServer):
+    """HEP over TLS 1.2 or later; a handshake that fails costs its connection only."""
+
+    transport = "tls"
+
+    def _secure(self, sock: socket.socket) -> socket.socket:
+        assert self._agent.tls is not None
+        secured = self._agent.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        try:
+            with gevent.Timeout(HANDSHAKE_TIMEOUT, TimeoutError("no handshake in time")):
+                secured.do_handshake()
+        except BaseException:
+            secured.close()
+            raise
+        return secured
 
 
 # Room 15: command line
@@ -4289,9 +4616,15 @@ def run(configuration: Configuration) -> int:
         journal = Journal(settings.state_dir) if settings.state_dir else None
     except ConfigError as error:
         return _fail(str(error))
-    agent = Agent(settings, configuration.rules, limiter, journal)
-    servers: list[gevent.server.BaseServer] = []
-    for option, server_class in (("listen_udp", UdpServer), ("listen_tcp", TcpServer)):
+    agent = Agent(settings, configuration.rules, limiter, journal, configuration.tls)
+    servers: list[UdpServer | TcpServer] = []
+    # The soft limit is 1,024 on most systems, for programs that use select().
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    for server_class in (UdpServer, TcpServer, TlsServer):
+        option = f"listen_{server_class.transport}"
         address = getattr(settings, option)
         if address:
             try:
@@ -4316,7 +4649,7 @@ def run(configuration: Configuration) -> int:
             "event": "listening",
             "address": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
         }
-        extra["transport"] = "udp" if isinstance(server, UdpServer) else "tcp"
+        extra["transport"] = server.transport
         extra["receive_buffer"] = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         log.info("listening", extra=extra)
     background = [gevent.spawn(agent.flush_forever)]
@@ -4325,6 +4658,9 @@ def run(configuration: Configuration) -> int:
         background.append(gevent.spawn(agent.journal_forever))
     while not stop.wait(TICK):
         agent.tick()
+        for server in servers:
+            if isinstance(server, TcpServer):
+                server.close_overdue(time.monotonic())
     _shut_down(agent, servers, background)
     return 0
 
@@ -4341,7 +4677,7 @@ def _tell_restored(agent: Agent, journal: Journal) -> None:
 
 
 def _shut_down(
-    agent: Agent, servers: Sequence[gevent.server.BaseServer], background: list[gevent.Greenlet]
+    agent: Agent, servers: Sequence[UdpServer | TcpServer], background: list[gevent.Greenlet]
 ) -> None:
     log.info("stopping", extra={"event": "stopping", "waiting": len(agent.delivery)})
     timeout, journal = agent.settings.shutdown_timeout, agent.journal
