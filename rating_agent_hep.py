@@ -2711,7 +2711,7 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
         name, text = option.name, values[option.name]
         path = values[f"{name}_file"] if option.secret else None
         if path:
-            if text:
+            if text not in (None, "", "[]"):
                 raise ConfigError(f"{name}, {name}_file: both set; allowed: one of them")
             name = f"{name}_file"
         try:

@@ -49,6 +49,8 @@ setup(
             "pytest>=8",
             # Formatting differs between versions, so that this one is the same for all.
             "ruff==0.17.6",
+            # Certificates for the tests of TLS, made anew in each run.
+            "trustme>=1.1",
             "types-PyYAML",
             "types-tqdm",
         ],

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+import trustme
+from cryptography.hazmat.primitives import serialization
 from gevent.pywsgi import WSGIServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +37,25 @@ def expected(folder: Path) -> dict[str, dict[str, Any]]:
     """What a right agent reports for each capture: file name to `expected.json`'s entry."""
     entries: dict[str, dict[str, Any]] = json.loads((folder / "expected.json").read_text())
     return entries
+
+
+def certificates(folder: Path, passphrase: bytes | None = None) -> None:
+    """A new authority in `ca.pem`; of it for this host `server.pem`, `client.pem` with `.key`."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    for name in ("server", "client"):
+        issued = authority.issue_cert("localhost", "127.0.0.1")
+        chain = b"".join(blob.bytes() for blob in issued.cert_chain_pems)
+        (folder / f"{name}.pem").write_bytes(chain)
+        pem = issued.private_key_pem.bytes()
+        if passphrase:
+            key = serialization.load_pem_private_key(pem, None)
+            pem = key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.BestAvailableEncryption(passphrase),
+            )
+        (folder / f"{name}.key").write_bytes(pem)
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLINE) -> None:
@@ -77,7 +98,10 @@ class RatingServer:
 
 
 class AgentProcess:
-    """The agent on ports of its own choice; `lines` are its JSON log lines, parsed."""
+    """The agent on ports of its own choice; `lines` are its JSON log lines, parsed.
+
+    With `--listen-tls=...` among the options it has an address `tls`, too.
+    """
 
     def __init__(self, *options: str, env: dict[str, str] | None = None) -> None:
         self.lines: list[dict[str, Any]] = []
@@ -94,9 +118,14 @@ class AgentProcess:
         )
         self.pid = self._process.pid
         self._reader = gevent.spawn(self._read)
-        wait_until(lambda: len(self.events("listening")) == 2 or self.ended, "the agent listens")
+        tls = any(option.startswith("--listen-tls") for option in options)
+        wait_until(
+            lambda: len(self.events("listening")) == 2 + tls or self.ended, "the agent listens"
+        )
         assert not self.ended, "the agent ended at start"
         self.udp, self.tcp = (self._address(transport) for transport in ("udp", "tcp"))
+        if tls:
+            self.tls = self._address("tls")
 
     def _read(self) -> None:
         assert self._process.stdout is not None
