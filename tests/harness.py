@@ -100,13 +100,18 @@ class RatingServer:
 class AgentProcess:
     """The agent on ports of its own choice; `lines` are its JSON log lines, parsed.
 
-    With `--listen-tls=...` among the options it has an address `tls`, too.
+    With `--listen-tls=...` among the options it has an address `tls`, too. `files` is how many it
+    may open at one time.
     """
 
-    def __init__(self, *options: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *options: str, env: dict[str, str] | None = None, files: int | None = None
+    ) -> None:
         self.lines: list[dict[str, Any]] = []
+        limit = ["prlimit", f"--nofile={files}"] if files else []
         self._process = subprocess.Popen(
             [
+                *limit,
                 sys.executable,
                 str(ROOT / "rating_agent_hep.py"),
                 "--listen-udp=127.0.0.1:0",

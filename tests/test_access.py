@@ -1,21 +1,354 @@
-"""Who may send, how much of it is taken, and what is known of a sender."""
+"""Who may send, how much of it is taken, TLS on both sides, and what is known of a sender."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
+import signal
+import socket
+import ssl
 import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+import gevent
+import gevent.server
 import pytest
-from test_calls import invite
+from test_agent import LOCAL, call, frames, kinds, whole
+from test_calls import ack, bye, invite, reply
+from test_delivery import event
 
+import harness
 import hepbuild
 import rating_agent_hep as agent
+
+KEY = "first key"
 
 
 def make_agent(**options: Any) -> agent.Agent:
     settings = dataclasses.replace(agent.Settings(), **options)
-    return agent.Agent(settings, agent.load_rules(settings), agent.WarningLimiter())
+    return agent.Agent(
+        settings, agent.load_rules(settings), agent.WarningLimiter(), tls=agent.load_tls(settings)
+    )
+
+
+@pytest.fixture
+def api() -> Iterator[harness.RatingServer]:
+    with harness.RatingServer() as server:
+        yield server
+
+
+@pytest.fixture
+def lines() -> Iterator[list[logging.LogRecord]]:
+    """What is logged meanwhile, before any limit of lines a second."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    agent.log.addHandler(handler)
+    yield records
+    agent.log.removeHandler(handler)
+
+
+def send_from(source: str, address: tuple[str, int], datagrams: Iterable[bytes]) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind((source, 0))
+        for datagram in datagrams:
+            sock.sendto(datagram, address)
+
+
+def closed(sock: socket.socket) -> bool:
+    """Whether the agent closes the connection, having said nothing."""
+    sock.settimeout(harness.DEADLINE)
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def with_key(number: int, key: bytes | str | None) -> list[bytes]:
+    return frames(invite(), reply(200), ack(), bye(), number=number, auth_key=key)
+
+
+# hep_allow
+
+
+def test_only_networks_of_hep_allow_may_send(api: harness.RatingServer) -> None:
+    allow = "--hep-allow=127.0.0.2,127.1.0.0/16"
+    with harness.AgentProcess("--rating-api-url", api.url, LOCAL, allow) as process:
+        send_from("127.0.0.1", process.udp, [*call(1), b"junk"] * 20)
+        with socket.create_connection(process.tcp) as refused:
+            assert closed(refused)
+        send_from("127.0.0.2", process.udp, call(2))
+        with socket.create_connection(process.tcp, source_address=("127.1.2.3", 0)) as sock:
+            sock.sendall(b"".join(call(3)))
+            harness.wait_until(lambda: len(api.requests) == 4, "the allowed calls are reported")
+        assert process.stop() == 0
+    assert sorted(kinds(api)) == sorted(whole(2) + whole(3))
+    packets = process.events("dropped_not_allowed")
+    assert {(line["level"], line["sender"]) for line in packets} == {("WARNING", "127.0.0.1")}
+    assert len(packets) < 20
+    (line,) = process.events("connection_not_allowed")
+    assert line["sender"] == "127.0.0.1"
+    assert not [line for line in process.lines if line.get("event", "").startswith("malformed")]
+
+
+def test_what_hep_allow_refuses_is_counted_and_not_parsed() -> None:
+    on = make_agent(hep_allow=("192.0.2.0/24", "2001:db8::/32"))
+    for host, allowed in (
+        ("192.0.2.255", True),
+        ("::ffff:192.0.2.1", True),
+        ("2001:db8:1::1", True),
+        ("192.0.3.1", False),
+        ("::ffff:10.0.0.1", False),
+        ("2001:db9::1", False),
+        ("::1", False),
+    ):
+        sender = on.senders.of(host)
+        assert sender.allowed is allowed, host
+        on.receive(b"junk", "udp", sender)
+        assert sender.dropped == {"hep_magic" if allowed else "not_allowed": 1}
+        assert on.admit(sender) is allowed
+    assert on.metrics.totals["packets.dropped.not_allowed"] == 4
+    assert on.metrics.totals["connections.refused.not_allowed"] == 4
+    assert on.metrics.totals["packets.malformed.hep_magic"] == 3
+
+
+def test_refused_senders_are_forgotten_first() -> None:
+    on = make_agent(hep_allow=("192.0.2.0/24",))
+    quiet = on.senders.of("192.0.2.1")
+    for number in range(2 * agent.MAX_SENDERS):
+        forged = on.senders.of(f"10.0.{number >> 8}.{number & 255}")
+        on.receive(b"junk", "udp", forged)
+    assert len(on.senders) == agent.MAX_SENDERS
+    assert on.senders.of("192.0.2.1") is quiet
+
+
+# hep_auth_key
+
+
+def test_only_packets_with_a_key_are_taken(api: harness.RatingServer, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"{KEY}\nsecond\n")
+    options = ("--rating-api-url", api.url, LOCAL, f"--hep-auth-key-file={keys}")
+    old = [
+        hepbuild.hep1(payload, src=hepbuild.SRC, dst=hepbuild.DST)
+        for payload in (invite(), reply(200), bye())
+    ]
+    with harness.AgentProcess(*options) as process:
+        refused = [*with_key(1, None), *with_key(2, "wrong"), *with_key(3, ""), *old]
+        harness.send_udp(process.udp, refused * 5)
+        harness.send_tcp(process.tcp, with_key(4, KEY[:-1]) + with_key(5, KEY + "x"))
+        harness.send_udp(process.udp, with_key(6, KEY))
+        harness.send_tcp(process.tcp, with_key(7, "second") + with_key(8, KEY.encode() + b"\0"))
+        harness.wait_until(lambda: len(api.requests) == 6, "the calls with a key are reported")
+        assert process.stop() == 0
+    assert sorted(kinds(api)) == sorted(whole(6) + whole(7) + whole(8))
+    for kind in ("no_key", "wrong_key"):
+        assert 1 <= len(process.events(f"dropped_{kind}")) < 20
+    assert not any(key in str(process.lines) for key in (KEY, "second", "wrong'"))
+
+
+def test_packets_without_a_key_are_counted_and_their_sip_is_not_parsed() -> None:
+    on = make_agent(hep_auth_key=(KEY, "second"))
+    sender = on.senders.of("192.0.2.1")
+    for key in (None, "wrong", "second ", b"\0", KEY):
+        on.receive(hepbuild.hep3(b"no SIP at all", auth_key=key), "udp", sender)
+    assert sender.dropped == {"no_key": 1, "wrong_key": 3, "sip_start_line": 1}
+    assert on.metrics.totals["packets.dropped.no_key"] == 1
+    assert on.metrics.totals["packets.dropped.wrong_key"] == 3
+
+
+# hep_rate_limit
+
+
+def test_the_rate_of_a_sender_has_a_burst_of_a_second_and_then_its_share() -> None:
+    sender = agent.Sender("192.0.2.1", True)
+    assert [sender.within(10, 100.0) for _ in range(12)] == [True] * 10 + [False] * 2
+    assert [sender.within(10, 100.25) for _ in range(3)] == [True, True, False]
+    assert sum(sender.within(10, 101.0 + number / 1000) for number in range(1000)) in (17, 18)
+    assert sum(sender.within(10, 1e6) for _ in range(100)) == 10, "silence saves no more than that"
+
+
+def test_packets_over_the_rate_are_dropped_and_those_of_others_are_not() -> None:
+    on = make_agent(hep_rate_limit=100, hep_auth_key=(KEY,))
+    loud, other = on.senders.of("192.0.2.1"), on.senders.of("192.0.2.2")
+    for _ in range(300):
+        on.receive(hepbuild.hep3(b"\r\n"), "udp", other)
+    for _ in range(300):
+        on.receive(hepbuild.hep3(b"\r\n", auth_key=KEY), "udp", loud)
+    on.receive(hepbuild.hep3(b"\r\n", auth_key=KEY), "udp", other)
+    assert 180 <= loud.dropped["rate_limit"] <= 200
+    assert on.metrics.totals["packets.dropped.rate_limit"] == loud.dropped["rate_limit"]
+    assert other.dropped == {"no_key": 300, "empty": 1}, "forged packets take none of its share"
+
+
+# Limits of connections
+
+
+@contextlib.contextmanager
+def listening(on: agent.Agent, kind: type[agent.TcpServer] = agent.TcpServer) -> Iterator[Any]:
+    server = kind(agent.bind("127.0.0.1:0", socket.SOCK_STREAM), on)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop(timeout=0)
+
+
+@contextlib.contextmanager
+def connected(server: agent.TcpServer, count: int, source: str = "127.0.0.1") -> Iterator[Any]:
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                socket.create_connection(server.address, source_address=(source, 0))
+            )
+            for _ in range(count)
+        ]
+
+
+def test_one_sender_does_not_get_all_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "MAX_CONNECTIONS", 10)
+    monkeypatch.setattr(agent, "MAX_CONNECTIONS_PER_SENDER", 7)
+    on = make_agent()
+    refused = "connections.refused.too_many"
+    with listening(on) as server, connected(server, 30) as greedy:
+        harness.wait_until(lambda: on.metrics.totals.get(refused) == 23, "the others are refused")
+        assert all(closed(sock) for sock in greedy[7:])
+        sender = on.senders.of("127.0.0.1")
+        assert (sender.connections, sender.dropped["connection_too_many"]) == (7, 23)
+        with connected(server, 2, "127.0.0.2") as (modest, _):
+            harness.wait_until(lambda: on.connections == 9, "another sender gets its place")
+            modest.sendall(frames(b"\r\n")[0])
+            harness.wait_until(lambda: on.senders.of("127.0.0.2").packets, "and is heard")
+        greedy[0].close()
+        harness.wait_until(lambda: sender.connections == 6, "the place is free again")
+        with connected(server, 1):
+            harness.wait_until(lambda: sender.connections == 7, "and taken")
+    harness.wait_until(lambda: on.connections == sender.connections == 0, "all are closed")
+
+
+def test_a_silent_connection_makes_room_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(agent, "MAX_CONNECTIONS", 3)
+    on = make_agent()
+    with listening(on) as server, connected(server, 3) as old:
+        harness.wait_until(lambda: on.connections == 3, "the listener is full")
+        now = time.monotonic()
+        with connected(server, 1) as (newcomer,):
+            newcomer.sendall(frames(b"\r\n")[0])
+            server.close_overdue(now + 0.9 * agent.STALLED)
+            gevent.sleep(0.05)
+            assert on.connections == 3 and on.metrics.totals.get("packets.received.tcp") is None
+            for connection in server._open:
+                connection.since -= agent.CROWDED_IDLE
+            server.close_overdue(now + 0.91 * agent.STALLED)
+            assert all(closed(sock) for sock in old)
+            wanted = "packets.received.tcp"
+            harness.wait_until(lambda: on.metrics.totals.get(wanted), "the newcomer is heard")
+    assert on.metrics.totals["connections.idle"] == 3
+
+
+def look(server: agent.TcpServer, seconds: float) -> None:
+    """Look at the connections of a server as if so much time had passed since the last look."""
+    for connection in server._open:
+        connection.since -= seconds
+    server.close_overdue(time.monotonic())
+
+
+def test_a_frame_has_its_time_however_its_octets_trickle(lines: list[Any]) -> None:
+    on = make_agent()
+    frame = frames(b"\r\n")[0]
+    with listening(on) as server, connected(server, 2) as (slow, silent):
+        harness.wait_until(lambda: on.connections == 2, "both are open")
+        look(server, 1e6)
+        for index in range(9):
+            slow.sendall(frame[index : index + 1])
+            harness.wait_until(
+                lambda: any(each.inside for each in server._open), "the octet is read"
+            )
+            gevent.sleep(0.02)
+            look(server, agent.FRAME_TIMEOUT / 10)
+        assert on.connections == 2, "90 % of its time is over"
+        slow.sendall(frame[9:10])
+        gevent.sleep(0.02)
+        look(server, agent.FRAME_TIMEOUT / 10 + 0.1)
+        assert closed(slow)
+        silent.sendall(frame)
+        harness.wait_until(lambda: on.metrics.totals.get("packets.received.tcp"), "heard")
+    assert on.metrics.totals["packets.malformed.hep_slow"] == 1
+    sender = on.senders.of("127.0.0.1")
+    assert sender.dropped["hep_slow"] == 1 and "30 s" in sender.fault
+    assert "malformed_hep_slow" in [line.event for line in lines]
+
+
+def test_each_whole_frame_gives_the_next_one_its_own_time() -> None:
+    on = make_agent()
+    stream = b"".join(frames(*[b"\r\n"] * 5))
+    size = len(stream) // 5
+    with listening(on) as server, connected(server, 1) as (sock,):
+        for index in range(5):
+            end = (index + 1) * size + (10 if index < 4 else 0)
+            sock.sendall(stream[index * size + (10 if index else 0) : end])
+            harness.wait_until(
+                lambda: on.metrics.totals.get("packets.received.tcp") == index + 1,  # noqa: B023
+                "a frame is read",
+            )
+            gevent.sleep(0.02)
+            look(server, agent.FRAME_TIMEOUT * 0.9)
+        assert on.connections == 1
+    assert "packets.malformed.hep_slow" not in on.metrics.totals
+
+
+def test_hep_idle_timeout_closes_silent_connections() -> None:
+    on = make_agent(hep_idle_timeout=3600.0)
+    with listening(on) as server, connected(server, 2) as (silent, other):
+        harness.wait_until(lambda: on.connections == 2, "both are open")
+        look(server, 3500)
+        other.sendall(frames(b"\r\n")[0])
+        harness.wait_until(lambda: on.metrics.totals.get("packets.received.tcp"), "heard")
+        gevent.sleep(0.02)
+        look(server, 101)
+        assert closed(silent)
+        harness.wait_until(lambda: on.connections == 1, "it is gone")
+        look(server, 3400)
+        gevent.sleep(0.02)
+        assert on.connections == 1
+    assert on.metrics.totals["connections.idle"] == 1
+
+
+def test_time_in_which_the_agent_did_not_read_is_not_the_senders() -> None:
+    on = make_agent(hep_idle_timeout=10.0)
+    with listening(on) as server, connected(server, 2) as (inside, _):
+        inside.sendall(b"HEP3")
+        harness.wait_until(lambda: any(each.inside for each in server._open), "it is inside")
+        server.close_overdue(time.monotonic() + 1e6)
+        server.close_overdue(time.monotonic() + 1e6 + 1)
+        gevent.sleep(0.02)
+        assert on.connections == 2
+        server.close_overdue(time.monotonic() + 1e6 + 4)
+        server.close_overdue(time.monotonic() + 1e6 + 8)
+        server.close_overdue(time.monotonic() + 1e6 + 12)
+        harness.wait_until(lambda: on.connections == 1, "the silent one is closed")
+        for seconds in (16, 20, 24, 28, 32):
+            server.close_overdue(time.monotonic() + 1e6 + seconds)
+        harness.wait_until(lambda: on.connections == 0, "and then the slow one")
+
+
+def test_connections_leave_files_for_the_rating_api(api: harness.RatingServer) -> None:
+    """With a limit of 64 files each listener takes 16 connections, and calls are delivered."""
+    options = ("--rating-api-url", api.url, LOCAL)
+    with harness.AgentProcess(*options, files=64) as process, contextlib.ExitStack() as stack:
+        for _ in range(100):
+            sock = stack.enter_context(socket.socket())
+            sock.setblocking(False)
+            sock.connect_ex(process.tcp)
+        gevent.sleep(0.2)
+        harness.send_udp(process.udp, call(1))
+        harness.wait_until(lambda: kinds(api) == whole(1), "the call is reported")
+        assert process.stop() == 0
 
 
 # What is known of a sender
