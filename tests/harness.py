@@ -69,25 +69,30 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLIN
 class RatingServer:
     """A rating API over HTTP on loopback that answers ok and keeps each request in order.
 
-    `requests` holds (path, body). `answer` may be replaced to answer otherwise: it takes path and
-    body and returns (status, JSON).
+    `requests` holds (path, body), `headers` the WSGI environment of each. `answer` may be replaced
+    to answer otherwise: it takes path and body and returns (status, JSON); `location` is sent where
+    it is set. With the options of an SSL context it speaks HTTPS.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, **tls: str) -> None:
+        self.headers: list[dict[str, Any]] = []
+        self.location = ""
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.answer: Callable[[str, dict[str, Any]], tuple[str, Any]] = lambda path, body: (
             "200 OK",
             {"ok": True},
         )
-        self._server = WSGIServer(("127.0.0.1", 0), self._serve, log=None)
+        self._server = WSGIServer(("127.0.0.1", 0), self._serve, log=None, **tls)
         self._server.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.server_port}"
 
     def _serve(self, environ: dict[str, Any], start: Any) -> list[bytes]:
+        self.headers.append(environ)
         body = json.loads(environ["wsgi.input"].read())
         self.requests.append((environ["PATH_INFO"], body))
         status, answer = self.answer(environ["PATH_INFO"], body)
-        start(status, [("Content-Type", "application/json")])
+        location = [("Location", self.location)] if self.location else []
+        start(status, [("Content-Type", "application/json"), *location])
         return [json.dumps(answer).encode()]
 
     def __enter__(self) -> RatingServer:

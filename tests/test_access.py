@@ -351,6 +351,309 @@ def test_connections_leave_files_for_the_rating_api(api: harness.RatingServer) -
         assert process.stop() == 0
 
 
+# TLS
+
+
+def client_context(folder: Path, cert: str = "", **more: Any) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
+    if cert:
+        context.load_cert_chain(folder / f"{cert}.pem", folder / f"{cert}.key")
+    for name, value in more.items():
+        setattr(context, name, value)
+    return context
+
+
+@contextlib.contextmanager
+def secured(address: tuple[str, int], context: ssl.SSLContext) -> Iterator[ssl.SSLSocket]:
+    with socket.create_connection(address) as plain:
+        plain.settimeout(harness.DEADLINE)
+        with context.wrap_socket(plain, server_hostname="localhost") as sock:
+            yield sock
+
+
+def tls_options(folder: Path) -> tuple[str, ...]:
+    pair = (f"--tls-cert={folder}/server.pem", f"--tls-key={folder}/server.key")
+    return ("--listen-tls=127.0.0.1:0", *pair)
+
+
+def serial(sock: ssl.SSLSocket) -> str:
+    return str((sock.getpeercert() or {})["serialNumber"])
+
+
+def test_hep_over_tls(api: harness.RatingServer, tmp_path: Path) -> None:
+    harness.certificates(tmp_path)
+    options = ("--rating-api-url", api.url, LOCAL, *tls_options(tmp_path))
+    with harness.AgentProcess(*options) as process:
+        for number, version in ((1, ssl.TLSVersion.TLSv1_2), (2, ssl.TLSVersion.TLSv1_3)):
+            context = client_context(tmp_path, minimum_version=version, maximum_version=version)
+            with secured(process.tls, context) as sock:
+                stream = b"".join(call(number))
+                for start in range(0, len(stream), 700):
+                    sock.sendall(stream[start : start + 700])
+                # A frame larger than a TLS record.
+                sock.sendall(frames(b"OPTIONS sip:a SIP/2.0\r\nX: " + b"x" * 60_000)[0])
+                sock.sendall(b"".join(call(number + 10)))
+        harness.wait_until(lambda: len(api.requests) == 8, "the calls are reported")
+        assert process.stop() == 0
+    assert sorted(kinds(api)) == sorted(whole(1) + whole(2) + whole(11) + whole(12))
+    assert not [line for line in process.lines if line["level"] != "INFO"]
+
+
+def test_handshakes_that_fail_or_hang_cost_only_themselves(
+    api: harness.RatingServer, tmp_path: Path
+) -> None:
+    harness.certificates(tmp_path)
+    options = ("--rating-api-url", api.url, LOCAL, *tls_options(tmp_path))
+    with harness.AgentProcess(*options) as process, contextlib.ExitStack() as stack:
+        hanging = [stack.enter_context(socket.create_connection(process.tls)) for _ in range(20)]
+        hanging[0].sendall(b"\x16\x03\x01\x02\x00\x01")
+        for junk in (b"\x00" * 100, b"GET / HTTP/1.1\r\n\r\n", b"".join(call(1))):
+            with socket.create_connection(process.tls) as sock:
+                sock.sendall(junk)
+                sock.settimeout(harness.DEADLINE)
+                with contextlib.suppress(ConnectionResetError):
+                    while sock.recv(1000):
+                        pass
+        old = client_context(tmp_path)
+        old.set_ciphers("ALL:@SECLEVEL=0")
+        with pytest.warns(DeprecationWarning):
+            old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+        with pytest.raises((ssl.SSLError, ConnectionResetError)), secured(process.tls, old):
+            pass
+        with secured(process.tls, client_context(tmp_path)) as sock:
+            sock.sendall(b"".join(call(2)))
+            harness.wait_until(lambda: len(api.requests) == 2, "the call is reported")
+        assert kinds(api) == whole(2)
+        assert closed(hanging[0]) and closed(hanging[19]), "after HANDSHAKE_TIMEOUT"
+        assert process.stop() == 0
+    failures = process.events("connection_handshake_failed")
+    assert 4 <= len(failures) < 24
+    assert {(line["level"], line["sender"]) for line in failures} == {("WARNING", "127.0.0.1")}
+    assert any("no handshake in time" in line["message"] for line in failures)
+
+
+def test_a_handshake_has_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "HANDSHAKE_TIMEOUT", 0.1)
+    harness.certificates(tmp_path)
+    on = make_agent(
+        listen_tls=":0", tls_cert=f"{tmp_path}/server.pem", tls_key=f"{tmp_path}/server.key"
+    )
+    with listening(on, agent.TlsServer) as server, connected(server, 3) as socks:
+        assert all(closed(sock) for sock in socks)
+    assert on.metrics.totals["connections.handshake_failed"] == 3
+    assert on.connections == on.senders.of("127.0.0.1").connections == 0
+
+
+def test_tls_client_ca_asks_senders_for_a_certificate(
+    api: harness.RatingServer, tmp_path: Path
+) -> None:
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    harness.certificates(stranger)
+    harness.certificates(tmp_path)
+    foreign = client_context(tmp_path)
+    foreign.load_cert_chain(stranger / "client.pem", stranger / "client.key")
+    options = (*tls_options(tmp_path), f"--tls-client-ca={tmp_path}/ca.pem")
+    with harness.AgentProcess("--rating-api-url", api.url, LOCAL, *options) as process:
+        for context in (client_context(tmp_path), foreign):
+            # With TLS 1.3 a client learns of it only when it reads.
+            with pytest.raises((ssl.SSLError, OSError)), secured(process.tls, context) as sock:
+                sock.sendall(b"".join(call(1)))
+                sock.recv(1)
+        with secured(process.tls, client_context(tmp_path, "client")) as sock:
+            sock.sendall(b"".join(call(2)))
+            harness.wait_until(lambda: len(api.requests) == 2, "the call is reported")
+        assert process.stop() == 0
+    assert kinds(api) == whole(2)
+    assert len(process.events("connection_handshake_failed")) == 2
+
+
+def test_sighup_reloads_certificates_whole_or_not_at_all(
+    api: harness.RatingServer, tmp_path: Path
+) -> None:
+    harness.certificates(tmp_path)
+    options = ("--rating-api-url", api.url, LOCAL, *tls_options(tmp_path))
+    with harness.AgentProcess(*options) as process:
+        context = client_context(tmp_path)
+        with secured(process.tls, context) as before:
+            first = serial(before)
+            before.sendall(call(1)[0])
+            (tmp_path / "server.key").write_text("no key")
+            process.kill(signal.SIGHUP)
+            harness.wait_until(lambda: process.events("reload_failed"), "the key is refused")
+            message = process.events("reload_failed")[0]["message"]
+            assert f"tls_key: {tmp_path}/server.key: " in message and "allowed" in message
+            with secured(process.tls, context) as sock:
+                assert serial(sock) == first, "the old one is kept"
+            harness.certificates(tmp_path)
+            process.kill(signal.SIGHUP)
+            harness.wait_until(lambda: process.events("reloaded"), "the new one is taken")
+            with pytest.raises(ssl.SSLCertVerificationError), secured(process.tls, context):
+                pass
+            with secured(process.tls, client_context(tmp_path)) as sock:
+                assert serial(sock) != first
+            before.sendall(b"".join(call(1)[1:]))
+            harness.wait_until(lambda: len(api.requests) == 2, "the old connection lives")
+    assert kinds(api) == whole(1)
+
+
+# The rating API over HTTPS
+
+TOKEN = "hunter2"
+
+
+@contextlib.contextmanager
+def https_api(folder: Path) -> Iterator[harness.RatingServer]:
+    harness.certificates(folder)
+    pair = {"certfile": str(folder / "server.pem"), "keyfile": str(folder / "server.key")}
+    with harness.RatingServer(**pair) as server:
+        yield server
+
+
+def test_events_go_to_an_https_api_whose_certificate_is_trusted(tmp_path: Path) -> None:
+    with https_api(tmp_path) as api:
+        options = ("--rating-api-url", api.url, f"--rating-api-ca-file={tmp_path}/ca.pem", LOCAL)
+        with harness.AgentProcess(*options) as process:
+            harness.send_udp(process.udp, call(1))
+            harness.wait_until(lambda: kinds(api) == whole(1), "the call is reported")
+            assert process.stop() == 0
+
+
+@pytest.mark.parametrize("fault", ["unknown authority", "system's authorities", "other host"])
+def test_an_api_without_the_right_certificate_is_told_nothing(fault: str, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    harness.certificates(other)
+    with https_api(tmp_path) as api:
+        ca = {"unknown authority": other / "ca.pem", "other host": tmp_path / "ca.pem"}.get(fault)
+        # The certificate is for 127.0.0.1 and localhost.
+        url = api.url.replace("127.0.0.1", "127.0.0.2") if fault == "other host" else api.url
+        settings = agent.Settings(rating_api_ca_file=str(ca or ""), rating_api_token=TOKEN)
+        with pytest.raises(agent.DeliveryError) as caught:
+            agent.RatingApi(url, settings).send(event("begin"))
+        assert (caught.value.kind, caught.value.unknown) == ("connection", False)
+        assert "certificate" in str(caught.value).lower()
+        assert api.requests == [] and api.headers == []
+
+
+def test_a_tls_fault_behind_the_request_leaves_its_outcome_unknown(tmp_path: Path) -> None:
+    harness.certificates(tmp_path)
+    read = []
+
+    def answer(sock: ssl.SSLSocket, _: Any) -> None:
+        read.append(sock.recv(10_000))
+        # Past TLS, on the bare connection.
+        socket.socket.send(sock, b"HTTP/1.1 200 OK\r\n\r\n")  # type: ignore[arg-type]
+
+    pair = {"certfile": str(tmp_path / "server.pem"), "keyfile": str(tmp_path / "server.key")}
+    server = gevent.server.StreamServer(("127.0.0.1", 0), answer, **pair)
+    server.start()
+    settings = agent.Settings(rating_api_ca_file=str(tmp_path / "ca.pem"))
+    with pytest.raises(agent.DeliveryError) as caught:
+        agent.RatingApi(f"https://127.0.0.1:{server.server_port}", settings).send(event("end"))
+    server.stop(timeout=1)
+    assert read and caught.value.unknown
+
+
+@pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary", "308 Permanent"])
+def test_a_redirect_never_gets_the_token_nor_the_call(status: str, tmp_path: Path) -> None:
+    with https_api(tmp_path) as api, harness.RatingServer() as elsewhere:
+        api.location = f"{elsewhere.url}/v1/begin_transaction"
+        api.answer = lambda path, body: (status, {"ok": True})
+        settings = agent.Settings(
+            rating_api_ca_file=str(tmp_path / "ca.pem"), rating_api_token=TOKEN
+        )
+        with pytest.raises(agent.DeliveryError) as caught:
+            agent.RatingApi(api.url, settings).send(event("begin"))
+        assert caught.value.kind == f"status_{status[:3]}"
+        assert [headers["HTTP_AUTHORIZATION"] for headers in api.headers] == [f"Bearer {TOKEN}"]
+        assert elsewhere.requests == [] and elsewhere.headers == []
+
+
+# Fairness
+
+
+def flood(address: tuple[str, int], stop: list[bool], sent: list[int]) -> None:
+    """A connection that always has more to read, of what can't matter: at most 400 MB."""
+    block = b"".join(
+        frames(b"OPTIONS sip:a SIP/2.0\r\nCSeq: 1 OPTIONS\r\n" + b"X: y\r\n" * 50) * 100
+    )
+    with socket.create_connection(address) as sock:
+        while not stop and sum(sent) < 400_000_000:
+            sock.sendall(block)
+            sent.append(len(block))
+
+
+def test_a_flood_over_tcp_does_not_starve_udp(api: harness.RatingServer) -> None:
+    """200 calls a second over UDP, at the default receive buffer, beside three TCP floods."""
+    stop: list[bool] = []
+    sent: list[int] = []
+    count = 200
+    with harness.AgentProcess("--rating-api-url", api.url, LOCAL) as process:
+        pool = gevent.get_hub().threadpool
+        floods = [pool.spawn(flood, process.tcp, stop, sent) for _ in range(3)]
+        harness.wait_until(lambda: len(sent) > 10, "the floods have begun")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect(process.udp)
+            for number in range(count):
+                for packet in call(number):
+                    sock.send(packet)
+                gevent.sleep(0.005)
+        harness.wait_until(lambda: len(api.requests) == 2 * count, "all calls are reported")
+        still = len(sent)
+        harness.wait_until(lambda: len(sent) > still, "the floods went on all the time")
+        stop.append(True)
+        gevent.joinall(floods, timeout=harness.DEADLINE)
+        assert process.stop() == 0
+    assert sorted(kinds(api)) == sorted(x for number in range(count) for x in whole(number))
+
+
+def test_a_flood_over_udp_does_not_starve_tcp(api: harness.RatingServer) -> None:
+    stop: list[bool] = []
+    sent: list[int] = []
+    packet = frames(b"OPTIONS sip:a SIP/2.0\r\nCSeq: 1 OPTIONS\r\n")[0]
+
+    def flood_udp(address: tuple[str, int]) -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            while not stop and len(sent) < 3_000_000:
+                sock.sendto(packet, address)
+                sent.append(1)
+
+    with harness.AgentProcess("--rating-api-url", api.url, LOCAL) as process:
+        flooding = gevent.get_hub().threadpool.spawn(flood_udp, process.udp)
+        harness.wait_until(lambda: len(sent) > 10_000, "the flood has begun")
+        for number in range(100):
+            harness.send_tcp(process.tcp, [b"".join(call(number))])
+        harness.wait_until(lambda: len(api.requests) == 200, "all calls are reported")
+        still = len(sent)
+        harness.wait_until(lambda: len(sent) > still, "the flood went on all the time")
+        stop.append(True)
+        flooding.join(timeout=harness.DEADLINE)
+        assert process.stop() == 0
+    assert sorted(kinds(api)) == sorted(x for number in range(100) for x in whole(number))
+
+
+def test_connections_that_have_more_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many they are, the loop comes round after about one budget of frames."""
+    on = make_agent()
+    taken: list[str] = []
+    monkeypatch.setattr(on, "receive", lambda frame, transport, sender: taken.append(transport))
+    block = b"".join(frames(b"\r\n") * 5000)
+    with listening(on) as server, connected(server, 8) as socks:
+        writers = [gevent.spawn(sock.sendall, block) for sock in socks]
+        rounds: list[int] = []
+
+        def count_rounds() -> None:
+            while len(taken) < 8 * 5000:
+                gevent.idle(gevent.get_hub().loop.MAXPRI)
+                rounds.append(len(taken))
+
+        gevent.spawn(count_rounds).get(timeout=harness.DEADLINE)
+        gevent.joinall(writers, timeout=harness.DEADLINE)
+    steps = [after - before for before, after in zip(rounds, rounds[1:], strict=False)]
+    assert max(steps) <= 3 * agent.TCP_BUDGET and len(taken) == 8 * 5000
+
+
 # What is known of a sender
 
 
