@@ -2833,6 +2833,9 @@ def load_tls(settings: Settings) -> ssl.SSLContext | None:
         raise ConfigError("tls_cert: empty; allowed: with listen_tls, a certificate's file, PEM")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # A sender that never reads would find tickets in its buffer when it closes, and TCP then resets
+    # the connection and throws away what was sent last.
+    context.num_tickets = 0
 
     def load_pair() -> None:
         # Without a password OpenSSL would ask for it at the terminal.

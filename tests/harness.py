@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -39,12 +40,12 @@ def expected(folder: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def certificates(folder: Path, passphrase: bytes | None = None) -> None:
-    """A new authority in `ca.pem`; of it for this host `server.pem`, `client.pem` with `.key`."""
+def certificates(folder: Path, *hosts: str, passphrase: bytes | None = None) -> None:
+    """A new authority in `ca.pem`; for this host or others `server.pem`, `client.pem`, `.key`."""
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     for name in ("server", "client"):
-        issued = authority.issue_cert("localhost", "127.0.0.1")
+        issued = authority.issue_cert(*(hosts or ("localhost", "127.0.0.1")))
         chain = b"".join(blob.bytes() for blob in issued.cert_chain_pems)
         (folder / f"{name}.pem").write_bytes(chain)
         pem = issued.private_key_pem.bytes()
@@ -71,10 +72,10 @@ class RatingServer:
 
     `requests` holds (path, body), `headers` the WSGI environment of each. `answer` may be replaced
     to answer otherwise: it takes path and body and returns (status, JSON); `location` is sent where
-    it is set. With the options of an SSL context it speaks HTTPS.
+    it is set. With an SSL context it speaks HTTPS.
     """
 
-    def __init__(self, **tls: str) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.headers: list[dict[str, Any]] = []
         self.location = ""
         self.requests: list[tuple[str, dict[str, Any]]] = []
@@ -82,7 +83,8 @@ class RatingServer:
             "200 OK",
             {"ok": True},
         )
-        self._server = WSGIServer(("127.0.0.1", 0), self._serve, log=None, **tls)
+        more = {"ssl_context": tls} if tls else {}
+        self._server = WSGIServer(("127.0.0.1", 0), self._serve, log=None, **more)
         self._server.start()
         self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.server_port}"
 
