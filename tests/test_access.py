@@ -160,6 +160,20 @@ def test_packets_without_a_key_are_counted_and_their_sip_is_not_parsed() -> None
     assert on.metrics.totals["packets.dropped.wrong_key"] == 3
 
 
+def test_the_key_as_kamailio_sends_it() -> None:
+    folder = harness.captures_folder() / "kamailio-5.6" / "core-udp"
+    packets = [data for path in folder.glob("*.hepl") for _, data in agent._read_packets(str(path))]
+    for key, dropped in (("s3cret-key", 0), ("s3cret-ke", len(packets))):
+        on = make_agent(hep_auth_key=(key,), rating_api_url="http://127.0.0.1:1")
+        sender = on.senders.of("192.0.2.1")
+        for packet in packets:
+            on.receive(packet, "udp", sender)
+        assert sender.packets == len(packets) > 0
+        assert sender.dropped.get("wrong_key", 0) == dropped
+        assert "no_key" not in sender.dropped
+        on.delivery.kill()
+
+
 # hep_rate_limit
 
 
