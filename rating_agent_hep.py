@@ -2918,6 +2918,16 @@ class WarningLimiter(logging.Filter):
             record.held_back = self._held.pop(event)
         return True
 
+    def holds(self, event: str, now: float) -> bool:
+        """Whether a warning would be held back at this UNIX time; it is counted so, then.
+
+        To make a line takes ten times as long as to drop the packet that it tells of.
+        """
+        if int(now) != self._second or self._seen.get(event, 0) < MAX_WARNINGS_PER_SECOND:
+            return False
+        self._held[event] = self._held.get(event, 0) + 1
+        return True
+
     def take_held(self) -> dict[str, int]:
         """How many lines of each event were held back and not told of yet."""
         held, self._held = self._held, {}
@@ -4188,8 +4198,7 @@ class Agent:
             return True
         sender.drop(f"connection_{kind}")
         self.metrics.count(f"connections.refused.{kind}")
-        extra = {"event": f"connection_{kind}", "sender": sender.address}
-        log.warning("%s, closed", text, extra=extra)
+        self._warn(f"{text}, closed", f"connection_{kind}", sender)
         return False
 
     def receive(self, data: bytes, transport: str, sender: Sender) -> None:
@@ -4213,8 +4222,7 @@ class Agent:
             rate = self.settings.hep_rate_limit
             if rate and not sender.within(rate, now):
                 self._drop("rate_limit", sender)
-                extra = {"event": "dropped_rate_limit", "sender": sender.address}
-                log.warning("more packets than hep_rate_limit", extra=extra)
+                self._warn("more packets than hep_rate_limit", "dropped_rate_limit", sender)
                 return
             # Without a time stamp the packet has the arrival's.
             if packet.time != arrival:
@@ -4246,7 +4254,11 @@ class Agent:
     def _refuse(self, kind: str, text: str, sender: Sender) -> None:
         self._drop(kind, sender)
         self.senders.demote(sender)
-        log.warning(text, extra={"event": f"dropped_{kind}", "sender": sender.address})
+        self._warn(text, f"dropped_{kind}", sender)
+
+    def _warn(self, text: str, event: str, sender: Sender | None) -> None:
+        if not self._limiter.holds(event, time.time()):
+            log.warning(text, extra={"event": event, "sender": sender.address if sender else ""})
 
     def _drop(self, kind: str, sender: Sender) -> None:
         self.metrics.count(f"packets.dropped.{kind}")
@@ -4256,11 +4268,10 @@ class Agent:
         """Count a fault of a peer, None where unknown, by its kind; log it at a limited rate."""
         kind = kind.replace("-", "_")
         self.metrics.count(f"packets.malformed.{kind}")
-        extra = {"event": f"malformed_{kind}", "sender": sender.address if sender else ""}
         if sender:
             sender.drop(kind)
             sender.fault = text[:MAX_FAULT]
-        log.warning("malformed packet: %s", text, extra=extra)
+        self._warn(f"malformed packet: {text}", f"malformed_{kind}", sender)
 
     def tick(self, ahead: float = 0.0) -> None:
         """Look at deadlines, up to ``ahead`` seconds early, and send what has waited."""
@@ -4572,6 +4583,8 @@ class TcpServer(gevent.server.StreamServer):
         finally:
             sock.close()
             self._open.discard(connection)
+            # Seen just now, so that it is not the first to be forgotten.
+            agent.senders.of(sender.address)
             agent.connections -= 1
             sender.connections -= 1
 

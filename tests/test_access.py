@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import json
 import logging
 import signal
 import socket
@@ -331,6 +333,15 @@ def test_hep_idle_timeout_closes_silent_connections() -> None:
         gevent.sleep(0.02)
         assert on.connections == 1
     assert on.metrics.totals["connections.idle"] == 1
+
+
+def test_the_agent_looks_at_its_connections(api: harness.RatingServer) -> None:
+    options = ("--rating-api-url", api.url, "--hep-idle-timeout=0.3")
+    with harness.AgentProcess(*options) as process, socket.create_connection(process.tcp) as sock:
+        assert closed(sock)
+        harness.wait_until(lambda: process.events("connection_idle"), "it is logged")
+        (line,) = process.events("connection_idle")
+        assert (line["level"], line["sender"]) == ("INFO", "127.0.0.1")
 
 
 def test_time_in_which_the_agent_did_not_read_is_not_the_senders() -> None:
@@ -689,6 +700,26 @@ def test_a_sender_is_counted_by_what_became_of_its_packets() -> None:
     assert before[1] <= sender.seen <= time.monotonic()
     assert on.metrics.totals["packets.dropped.not_sip"] == 1
     assert on.metrics.totals["packets.malformed.hep_magic"] == 1
+
+
+def test_a_flood_of_faults_makes_few_lines_and_all_are_told_of() -> None:
+    stream = io.StringIO()
+    limiter = agent.set_up_logging(agent.Settings(), stream)
+    try:
+        settings = agent.Settings(hep_allow=("192.0.2.1",))
+        on = agent.Agent(settings, agent.load_rules(settings), limiter)
+        for _ in range(1000):
+            on.receive(b"junk", "udp", on.senders.of("192.0.2.1"))
+            on.receive(b"junk", "udp", on.senders.of("192.0.2.2"))
+        on.flush(0.0)
+    finally:
+        agent.log.handlers.clear()
+    told = [json.loads(line) for line in stream.getvalue().splitlines()]
+    for event in ("malformed_hep_magic", "dropped_not_allowed"):
+        made = [line for line in told if line["event"] == event]
+        held = [line for line in told if event in (line["event"], line.get("kind"))]
+        assert 3 <= len(made) <= 9
+        assert len(made) + sum(line.get("held_back", 0) for line in held) == 1000
 
 
 def test_the_clock_skew_of_a_sender_is_smoothed() -> None:
