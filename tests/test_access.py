@@ -715,9 +715,9 @@ def test_a_flood_of_faults_makes_few_lines_and_all_are_told_of() -> None:
     finally:
         agent.log.handlers.clear()
     told = [json.loads(line) for line in stream.getvalue().splitlines()]
-    for event in ("malformed_hep_magic", "dropped_not_allowed"):
-        made = [line for line in told if line["event"] == event]
-        held = [line for line in told if event in (line["event"], line.get("kind"))]
+    for name in ("malformed_hep_magic", "dropped_not_allowed"):
+        made = [line for line in told if line["event"] == name]
+        held = [line for line in told if name in (line["event"], line.get("kind"))]
         assert 3 <= len(made) <= 9
         assert len(made) + sum(line.get("held_back", 0) for line in held) == 1000
 
