@@ -3497,6 +3497,19 @@ class Journal:
         self._lock.close()
 
 
+class _TlsConnection(urllib3.connection.HTTPSConnection):
+    """One whose handshake fails as any connect does: nothing was sent.
+
+    urllib3 has the same error for a fault of TLS behind the request, whose outcome is unknown.
+    """
+
+    def connect(self) -> None:
+        try:
+            super().connect()
+        except ssl.SSLError as error:
+            raise urllib3.exceptions.NewConnectionError(self, str(error)) from None
+
+
 class RatingApi:
     """A client of one rating API: one synchronous POST for each event, never retried in here."""
 
@@ -3515,12 +3528,13 @@ class RatingApi:
             pair = f"{settings.rating_api_username}:{settings.rating_api_password}"
             self._headers["Authorization"] = "Basic " + b64encode(pair.encode()).decode()
         # The defaults keep one connection and throw the others away.
-        more: dict[str, Any] = {}
-        if url.startswith("https:"):
-            more["ssl_context"] = api_tls(settings.rating_api_ca_file)
+        https = url.startswith("https:")
+        more = {"ssl_context": api_tls(settings.rating_api_ca_file)} if https else {}
         self._pool = urllib3.connection_from_url(
             url, maxsize=settings.rating_api_concurrency, block=True, timeout=self._timeout, **more
         )
+        if https:
+            self._pool.ConnectionCls = _TlsConnection
 
     def send(self, event: RatingEvent) -> str:
         """Tell the API one event: DELIVERED, REFUSED_BY_API (``ok: false``) or REJECTED (4xx).
@@ -3543,10 +3557,6 @@ class RatingApi:
             urllib3.exceptions.ConnectTimeoutError,
         ) as error:
             raise DeliveryError("connection", str(error), False) from None
-        except urllib3.exceptions.SSLError as error:
-            # Also what breaks off behind the request is one.
-            unsent = isinstance(error.args[0], ssl.SSLCertVerificationError)
-            raise DeliveryError("connection", str(error), not unsent) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise DeliveryError("connection", str(error), True) from None
         if 200 <= status < 300:
