@@ -449,15 +449,15 @@ def test_handshakes_that_fail_or_hang_cost_only_themselves(
             sock.sendall(b"".join(call(2)))
             harness.wait_until(lambda: len(api.requests) == 2, "the call is reported")
         assert kinds(api) == whole(2)
-        assert closed(hanging[0]) and closed(hanging[19]), "after HANDSHAKE_TIMEOUT"
         assert process.stop() == 0
     failures = process.events("connection_handshake_failed")
-    assert 4 <= len(failures) < 24
+    assert 3 <= len(failures) <= 4
     assert {(line["level"], line["sender"]) for line in failures} == {("WARNING", "127.0.0.1")}
-    assert any("no handshake in time" in line["message"] for line in failures)
 
 
-def test_a_handshake_has_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_handshake_has_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[Any]
+) -> None:
     monkeypatch.setattr(agent, "HANDSHAKE_TIMEOUT", 0.1)
     harness.certificates(tmp_path)
     on = make_agent(
@@ -466,6 +466,7 @@ def test_a_handshake_has_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with listening(on, agent.TlsServer) as server, connected(server, 3) as socks:
         assert all(closed(sock) for sock in socks)
     assert on.metrics.totals["connections.handshake_failed"] == 3
+    assert [line.getMessage() for line in lines] == ["connection failed: no handshake in time"] * 3
     assert on.connections == on.senders.of("127.0.0.1").connections == 0
 
 
