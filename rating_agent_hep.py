@@ -4053,10 +4053,10 @@ class Sender:
 
     ``seen`` is when its last packet came, in seconds of a monotonic clock, ``seen_at`` the same in
     UNIX time, microseconds. ``dropped`` counts by kind, as the metrics ``packets.dropped.*`` and
-    ``packets.malformed.*`` do, and as ``connection_*`` what ``connections.refused.*`` does; kinds are
-    words of this module, so they are few. ``skew`` is arrival
-    less HEP time stamp in milliseconds, smoothed, None before the first stamp: the sender's clock,
-    its queue and ours. ``fault`` is the text of its last malformed packet.
+    ``packets.malformed.*`` do, and refused connections as ``connection_*``; kinds are words of this
+    module, so they are few. ``skew`` is arrival less HEP time stamp in milliseconds, smoothed, None
+    before the first stamp: the sender's clock, its queue and ours. ``fault`` is the text of its last
+    malformed packet.
     """
 
     __slots__ = (
