@@ -4055,8 +4055,8 @@ class Sender:
     UNIX time, microseconds. ``dropped`` counts by kind, as the metrics ``packets.dropped.*`` and
     ``packets.malformed.*`` do, and refused connections as ``connection_*``; kinds are words of this
     module, so they are few. ``skew`` is arrival less HEP time stamp in milliseconds, smoothed, None
-    before the first stamp: the sender's clock, its queue and ours. ``fault`` is the text of its last
-    malformed packet.
+    before the first stamp: the sender's clock, its queue and ours. ``fault`` is the text of its
+    last malformed packet.
     """
 
     __slots__ = (
