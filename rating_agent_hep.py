@@ -39,8 +39,10 @@ monkey.patch_all()
 import difflib
 import errno
 import fcntl
+import hashlib
 import heapq
 import hmac
+import http.client
 import io
 import ipaddress
 import json
@@ -69,11 +71,12 @@ from itertools import islice
 from math import inf
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import configargparse
 import gevent
 import gevent.event
+import gevent.lock
 import gevent.pool
 import gevent.server
 import gevent.threadpool
@@ -188,6 +191,23 @@ JOURNAL_BUSY = 5.0
 JOURNAL_WAL = 64 * 1024 * 1024
 # Rejected events that are kept for an operator; older ones are in the log, ready for replay.
 MAX_REJECTED = 100_000
+# Requests for the status at one time: some browsers, a monitor and a health check.
+MAX_STATUS_CONNECTIONS = 32
+# Octets of one such request, start line and headers; a browser's has about 1,000.
+MAX_STATUS_REQUEST = 8_192
+# Seconds for one such request, from its first octet to the last of the answer.
+STATUS_TIMEOUT = 10.0
+# Senders that the status shows, those with most packets first: some 3 ms of work.
+MAX_STATUS_SENDERS = 500
+# Calls on one page, calls looked at in one go for it (about 1 ms), and seconds to look for them.
+MAX_CALLS_PAGE = 1_000
+CALLS_SLICE = 2_000
+CALLS_SECONDS = 5.0
+# Kinds of warnings and errors of which the last is shown, and characters of each.
+MAX_LAST_ERRORS = 50
+MAX_ERROR_TEXT = 300
+# Seconds that a rating API may be down before the agent calls itself unhealthy; restarts take less.
+API_DOWN_UNHEALTHY = 60.0
 
 # Room 4: errors, types
 
@@ -246,6 +266,8 @@ class Settings:
     hep_auth_key_file: str = ""
     hep_rate_limit: int = 0
     hep_idle_timeout: float = 0.0
+    listen_status: str = ""
+    status_max_silence: float = 0.0
     rating_api_url: str = "http://localhost:8080"
     rating_api_timeout: float = 5.0
     rating_api_concurrency: int = 16
@@ -1989,6 +2011,13 @@ class CallTable:
         """The number of calls in each state."""
         return {state: len(calls) for state, calls in self._states.items()}
 
+    def look(self) -> Iterator[list[Call]]:
+        """All calls, newest first, in lists of some CALLS_SLICE; calls may change between two."""
+        groups = list(self._calls.values())
+        for end in range(len(groups), 0, -CALLS_SLICE):
+            part = groups[max(end - CALLS_SLICE, 0) : end]
+            yield [call for group in reversed(part) for call in reversed(group)]
+
     def handle(self, sighting: Sighting, now: float) -> list[RatingEvent]:
         """Take in one message; return the events that it brings about."""
         self._now = now
@@ -2056,10 +2085,10 @@ class CallTable:
                 self.changed[row] = None
             else:
                 calls.append(call)
+                self._calls.setdefault(call.call_id, []).append(call)
         for call in sorted(calls, key=attrgetter("entered")):
             # The clock may have been set back.
             call.entered = min(call.entered, now)
-            self._calls.setdefault(call.call_id, []).append(call)
             self._states[call.state][call] = None
             for message in call.held:
                 self._wait(call.call_id, call, message)
@@ -2579,6 +2608,13 @@ OPTIONS = (
         number(0, 604_800),
         "seconds after which a silent connection is closed; 0: never",
     ),
+    Option("listen_status", "Status", listener, "address for the status over HTTP; empty: off"),
+    Option(
+        "status_max_silence",
+        "Status",
+        number(0, 86_400),
+        "seconds without a packet that make the agent unhealthy; 0: off",
+    ),
     Option("rating_api_url", "Rating API", api_url, "base URL of the rating API"),
     Option("rating_api_timeout", "Rating API", number(0.1, 300), "seconds for one request"),
     Option("rating_api_concurrency", "Rating API", number(1, 1000, int), "requests at one time"),
@@ -2894,17 +2930,54 @@ def effective(configuration: Configuration) -> Iterator[str]:
 log = logging.getLogger("rating_agent_hep")
 
 
+class LastErrors:
+    """The last warning or error of each ``event``, and how many there were.
+
+    By event, so that a storm of one kind does not push out what explains it.
+    """
+
+    def __init__(self) -> None:
+        self._last: OrderedDict[str, dict[str, Any]] = OrderedDict()
+
+    def note(self, event: str, record: logging.LogRecord) -> None:
+        """Take in a record of level WARNING or above."""
+        before = self._last.pop(event, None)
+        facts = {name: getattr(record, name, None) for name in ("api", "sender", "call_id")}
+        text = " ".join([record.getMessage(), *(f"{k}={v}" for k, v in facts.items() if v)])
+        if record.exc_info and record.exc_info[0]:
+            text += f": {record.exc_info[0].__name__}"
+        self._last[event] = {
+            "event": event,
+            "level": record.levelname.lower(),
+            "time": record.created,
+            "count": (before["count"] if before else 0) + 1,
+            "text": text[:MAX_ERROR_TEXT],
+        }
+        if len(self._last) > MAX_LAST_ERRORS:
+            self._last.popitem(last=False)
+
+    def newest_first(self) -> list[dict[str, Any]]:
+        """``event``, ``level``, ``time`` (UNIX time, seconds), ``count`` and ``text`` of each."""
+        return list(reversed(self._last.values()))
+
+
 class WarningLimiter(logging.Filter):
-    """Let only a few warnings of one ``event`` through each second, and say how many were held."""
+    """Let only a few warnings of one ``event`` through each second, and say how many were held.
+
+    ``last`` keeps the last of each, held back or not.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.last = LastErrors()
         self._second = 0
         self._seen: dict[str, int] = {}
         self._held: dict[str, int] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         event = getattr(record, "event", None)
+        if record.levelno >= logging.WARNING and event != "held_back":
+            self.last.note(event or "", record)
         if record.levelno != logging.WARNING or event is None:
             return True
         if int(record.created) != self._second:
@@ -2970,15 +3043,66 @@ class _TextFormatter(logging.Formatter):
         return printable(f"{super().format(record)} {text}".rstrip())
 
 
+# Metrics whose last part is a label at Prometheus; conf/statsd/mapping.yaml says the same.
+LABELS = {
+    "calls.evicted": ("calls_evicted", "state"),
+    "calls.expired": ("calls_expired", "state"),
+    "calls.state": ("calls", "state"),
+    "calls.unrated": ("calls_unrated", "reason"),
+    "api.answers": ("api_answers", "answer"),
+    "api.errors": ("api_errors", "error"),
+    "packets.dropped": ("packets_dropped", "reason"),
+    "packets.malformed": ("packets_malformed", "reason"),
+    "packets.received": ("packets_received", "transport"),
+}
+
+
+def prometheus_name(name: str) -> tuple[str, str]:
+    """The family of a metric at Prometheus, without prefix, and its labels in braces or ""."""
+    head, _, last = name.rpartition(".")
+    family, label = LABELS.get(head, ("", ""))
+    if not family:
+        return re.sub(r"\W", "_", name, flags=re.A), ""
+    value = last.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return family, f'{{{label}="{value}"}}'
+
+
+def prometheus_text(
+    counters: dict[str, int],
+    gauges: dict[str, float],
+    timers: dict[str, tuple[int, float]],
+    prefix: str = "rating_agent_hep",
+) -> str:
+    """Metrics in the text format 0.0.4 of Prometheus; timers are (count, sum of seconds).
+
+    A family's lines stand together, as the format asks for.
+    """
+    families: dict[tuple[str, str], list[str]] = {}
+    for kind, values in (("counter", counters), ("gauge", gauges)):
+        for name, value in values.items():
+            family, labels = prometheus_name(name)
+            family = f"{prefix}_{family}" + ("_total" if kind == "counter" else "")
+            families.setdefault((family, kind), []).append(f"{family}{labels} {value}")
+    for name, (count, total) in timers.items():
+        family = f"{prefix}_{prometheus_name(name)[0]}_seconds"
+        lines = [f"{family}_count {count}", f"{family}_sum {total:.6f}"]
+        families[family, "summary"] = lines
+    return "".join(
+        f"# TYPE {family} {kind}\n" + "".join(f"{line}\n" for line in sorted(lines))
+        for (family, kind), lines in sorted(families.items())
+    )
+
+
 class Metrics:
     """Counters and timers, added up here and sent to statsd by `flush` only.
 
-    ``totals`` maps names to counts since the start. A statsd server that is gone, or whose name
+    ``totals`` maps names to counts since the start, ``timer_totals`` to (count, seconds). A statsd server that is gone, or whose name
     does not resolve, disturbs nothing: sending is tried anew at each flush.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.totals: dict[str, int] = {}
+        self.timer_totals: dict[str, tuple[int, float]] = {}
         self._settings = settings
         self._sent: dict[str, int] = {}
         self._timers: dict[str, list[float]] = {}
@@ -2991,6 +3115,8 @@ class Metrics:
 
     def time(self, name: str, seconds: float) -> None:
         """Add a sample to a timer; of many in one flush only the first are kept."""
+        count, total = self.timer_totals.get(name, (0, 0.0))
+        self.timer_totals[name] = (count + 1, total + seconds)
         samples = self._timers.setdefault(name, [])
         if len(samples) < MAX_TIMER_SAMPLES:
             samples.append(seconds)
@@ -3820,6 +3946,10 @@ class _Lane:
         self.outbox = Outbox()
         self.idle: list[gevent.event.Event] = []
         self.was_down = False
+        # Seconds of a monotonic clock: when it went down or came up, and when it last failed.
+        self.since = time.monotonic()
+        self.failed = 0.0
+        self.fault = ""
         self.behind = 0
         self.reached = 0
         self.unwritten: deque[RatingEvent] = deque()
@@ -3887,6 +4017,23 @@ class Delivery:
             lane.outbox.busy or (lane.behind and not lane.outbox.down)
             for lane in self._lanes.values()
         )
+
+    def apis(self) -> list[dict[str, Any]]:
+        """Each API: URL, state ("up" or "down"), what waits, the last error (all times monotonic).
+
+        ``since`` is when it went down or came up, ``failed`` when the last error was, 0 for never.
+        """
+        return [
+            {
+                "url": url,
+                "state": "down" if lane.was_down else "up",
+                "since": lane.since,
+                "waiting": lane.waiting,
+                "failed": lane.failed,
+                "last_error": lane.fault[:MAX_ERROR_TEXT],
+            }
+            for url, lane in self._lanes.items()
+        ]
 
     def take_settled(self) -> list[tuple[_Lane, CallKey]]:
         """The calls of which an event was answered, for `release` once that is on disk."""
@@ -3999,13 +4146,14 @@ class Delivery:
             self._settle(lane, event, outcome)
         self._metrics.time("api.time", time.monotonic() - started)
         if lane.outbox.down != lane.was_down:
-            lane.was_down = lane.outbox.down
+            lane.was_down, lane.since = lane.outbox.down, time.monotonic()
             extra = {"event": "api_down" if lane.was_down else "api_up", "api": lane.api.url}
             extra["waiting"] = lane.waiting
             log.warning("rating API is %s", "down" if lane.was_down else "up again", extra=extra)
 
     def _failed(self, lane: _Lane, event: RatingEvent, error: DeliveryError) -> None:
-        lane.outbox.fail(event, error, time.monotonic())
+        lane.failed, lane.fault = time.monotonic(), str(error)
+        lane.outbox.fail(event, error, lane.failed)
         self._metrics.count(f"api.errors.{error.kind}")
         if self._journal:
             self._journal.attempted(event)
@@ -4170,6 +4318,10 @@ class Agent:
         self.senders = Senders(settings.hep_allow)
         self.connections = 0
         self.rejected = 0
+        # What listens, as the log says it, for the status.
+        self.listeners: list[dict[str, Any]] = []
+        self.started = self._heard = time.monotonic()
+        self._taken_in = 0
         self._limiter = limiter
         self._keys = [key.encode() for key in settings.hep_auth_key]
         # Events that the journal has to write before they are delivered.
@@ -4307,12 +4459,10 @@ class Agent:
         counts, self.table.counts = self.table.counts, {}
         for name, number in counts.items():
             self.metrics.count(name, number)
-        gauges = {f"calls.state.{state}": size for state, size in self.table.sizes().items()}
-        gauges["events.waiting"] = self.waiting
-        if self.journal:
-            gauges["events.rejected_kept"] = self.rejected
-            gauges["journal.failing"] = int(bool(self.journal.failure))
-        gauges["connections"] = self.connections
+        taken_in = self._count_taken_in()
+        if taken_in != self._taken_in:
+            self._taken_in, self._heard = taken_in, now
+        gauges = self.gauges()
         for event, held in self._limiter.take_held().items():
             extra = {"event": "held_back", "kind": event, "held_back": held}
             log.warning("more warnings of one kind were held back", extra=extra)
@@ -4320,6 +4470,90 @@ class Agent:
             self.metrics.flush(gauges, now)
         except Exception:
             log.warning("metrics not sent", exc_info=True, extra={"event": "internal_error"})
+
+    def gauges(self) -> dict[str, int]:
+        """How things stand now, by metric name."""
+        gauges = {f"calls.state.{state}": size for state, size in self.table.sizes().items()}
+        gauges["events.waiting"] = self.waiting
+        if self.journal:
+            gauges["events.rejected_kept"] = self.rejected
+            gauges["journal.failing"] = int(bool(self.journal.failure))
+        gauges["connections"] = self.connections
+        return gauges
+
+    def _count_taken_in(self) -> int:
+        """Packets so far that were SIP over HEP of somebody who may send: a port scan is none."""
+        received = bad = 0
+        for name, total in self.metrics.totals.items():
+            if name.startswith("packets.received."):
+                received += total
+            elif name.startswith(("packets.dropped.", "packets.malformed.")):
+                bad += total
+        return received - bad
+
+    def faults(self, now: float) -> list[str]:
+        """Why the agent is not healthy, each a line for a person; empty where it is."""
+        found = [
+            f"rating API {api['url']} is down for {now - api['since']:.0f} s: {api['last_error']}"
+            for api in self.delivery.apis()
+            if api["state"] == "down" and now - api["since"] >= API_DOWN_UNHEALTHY
+        ]
+        if self.journal and self.journal.failure:
+            found.append(f"the journal cannot be written: {self.journal.failure}")
+        longest = self.settings.status_max_silence
+        if longest and now - self._heard >= longest:
+            found.append(f"no SIP over HEP came for {now - self._heard:.0f} s")
+        return found
+
+    def status(self, now: float, senders: int, errors: int) -> dict[str, Any]:
+        """What ``/status`` shows, with so many senders and last errors at most.
+
+        Times are UNIX time in seconds; ``now`` is on the monotonic clock.
+        """
+        offset = self._offset()
+
+        def api_status(api: dict[str, Any]) -> dict[str, Any]:
+            failed = round(api.pop("failed") + offset, 3) if api["failed"] else None
+            return {**api, "since": round(api["since"] + offset, 3), "last_error_at": failed}
+
+        def sender_status(sender: Sender) -> dict[str, Any]:
+            return {
+                "address": sender.address,
+                "connections": sender.connections,
+                "packets": sender.packets,
+                "dropped": sender.dropped,
+                "last_seen": sender.seen_at / 1_000_000,
+                "clock_skew_ms": None if sender.skew is None else round(sender.skew, 1),
+                "last_fault": sender.fault,
+            }
+
+        faults = self.faults(now)
+        return {
+            "version": __version__,
+            "healthy": not faults,
+            "faults": faults,
+            "time": round(now + offset, 3),
+            "uptime": round(now - self.started, 1),
+            "heard": round(self._heard + offset, 3),
+            "listeners": self.listeners,
+            "calls": self.table.sizes(),
+            "waiting": self.waiting,
+            "rejected_kept": self.rejected,
+            "journal": None if self.journal is None else self.journal.failure or "ok",
+            "apis": [api_status(api) for api in self.delivery.apis()],
+            "known_senders": len(self.senders),
+            "senders": [
+                sender_status(sender)
+                for sender in heapq.nlargest(senders, self.senders, key=attrgetter("packets"))
+            ],
+            "last_errors": self._limiter.last.newest_first()[:errors],
+            "counters": dict(sorted(self.metrics.totals.items())),
+        }
+
+    def log_status(self) -> None:
+        """One line with what ``/status`` shows, cut to a few senders and errors."""
+        status = self.status(time.monotonic(), senders=10, errors=5)
+        log.info("status", extra={"event": "status", "status": status})
 
     def flush_forever(self) -> None:
         """Flush once a second, in a greenlet of its own: a name server may take its time."""
@@ -4630,6 +4864,364 @@ class TlsServer(TcpServer):
         return secured
 
 
+# What comes from the network goes into it as text only, and its policy allows no other script.
+PAGE = r"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>rating agent</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --bg: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #5c6670;
+  --line: #e1e4e8; --good: #18713a; --bad: #b3261e; --warn: #8a5a00 }
+@media (prefers-color-scheme: dark) { :root { --bg: #101418; --card: #1a2026; --text: #e6e9ec;
+  --dim: #98a3ad; --line: #2b333b; --good: #57c785; --bad: #ff8a80; --warn: #f0b95b } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 16px; max-width: 1100px; background: var(--bg);
+  color: var(--text); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
+header, section { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: 12px 16px; margin-bottom: 12px }
+header { border-left: 6px solid var(--dim) }
+header.good { border-left-color: var(--good) } header.bad { border-left-color: var(--bad) }
+h1 { margin: 0; font-size: 28px; line-height: 1.2 } h2 { margin: 0 0 6px; font-size: 15px }
+.good h1, td.good { color: var(--good) } .bad h1, td.bad { color: var(--bad) }
+td.warn { color: var(--warn) } td.good, td.bad { font-weight: 600 }
+ul { margin: 6px 0 0; padding: 0; list-style: none; font-size: 17px }
+.dim, h2 span { color: var(--dim); font-weight: 400; font-size: 13px }
+#tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: 12px;
+  margin-bottom: 12px }
+#tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: 8px 12px; color: var(--dim); font-size: 13px }
+#tiles b { display: block; color: var(--text); font-size: 22px; font-variant-numeric: tabular-nums }
+#tiles .warn b { color: var(--warn) }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums }
+th { text-align: left; color: var(--dim); font-size: 13px; font-weight: 400 }
+th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top }
+tr:last-child td { border-bottom: 0 } td:empty::after { content: "–"; color: var(--dim) }
+input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px; color: inherit;
+  background: var(--bg); border: 1px solid var(--line); border-radius: 6px }
+@media (max-width: 640px) { body { padding: 8px } thead { display: none }
+  tr { display: block; padding: 6px 0; border-bottom: 1px solid var(--line) }
+  tr:last-child { border: 0 }
+  td { display: flex; gap: 8px; padding: 1px 0; border: 0 }
+  td::before { content: attr(data-name); flex: 0 0 92px; color: var(--dim); font-weight: 400 } }
+</style></head><body>
+<header id="health"><h1 id="word">…</h1><ul id="faults"></ul><div class="dim" id="facts"></div>
+</header>
+<div id="tiles"></div>
+<section><h2>Rating APIs</h2><table id="apis"></table></section>
+<section><h2>Last warnings and errors <span>the last of each kind</span></h2>
+<table id="errors"></table></section>
+<section><h2>Senders <span id="known"></span></h2><table id="senders"></table></section>
+<section><h2>Dropped and failed <span>since the start</span></h2>
+<table id="drops"></table></section>
+<section><h2>Live calls <span>the newest 50</span></h2>
+<input id="find" placeholder="part of a Call-ID" aria-label="part of a Call-ID">
+<table id="calls"></table></section>
+<script>
+"use strict";
+const $ = id => document.getElementById(id);
+let shown = null, before = null, answered = 0, run = 0;
+
+function add(parent, tag, text, kind) {
+  const node = document.createElement(tag);
+  node.textContent = text ?? "";
+  if (kind) node.className = kind;
+  parent.append(node);
+  return node;
+}
+
+// Rows are lists of cells; a cell is a text, or [text, class].
+function fill(id, names, rows) {
+  const table = document.createElement("table");
+  table.id = id;
+  const head = add(add(table, "thead"), "tr"), body = add(table, "tbody");
+  names.forEach(name => add(head, "th", name));
+  for (const row of rows.length ? rows : [["none"]]) {
+    const line = add(body, "tr");
+    row.forEach((cell, at) => {
+      const [text, kind] = Array.isArray(cell) ? cell : [cell];
+      add(line, "td", text, kind).dataset.name = rows.length ? names[at] : "";
+    });
+  }
+  $(id).replaceWith(table);
+}
+
+function span(seconds) {
+  for (const [unit, size] of [["d", 86400], ["h", 3600], ["min", 60]])
+    if (seconds >= 2 * size) return Math.floor(seconds / size) + " " + unit;
+  return Math.max(Math.round(seconds), 0) + " s";
+}
+const ago = time => time ? span(shown.time - time) + " ago" : "";
+const count = number => number.toLocaleString("en");
+
+function perSecond(pattern) {
+  if (!before || shown.uptime <= before.uptime) return "–";
+  let sum = 0;
+  for (const [name, total] of Object.entries(shown.counters))
+    if (pattern.test(name)) sum += total - (before.counters[name] ?? 0);
+  return count(Math.round(sum / (shown.uptime - before.uptime)));
+}
+
+function show() {
+  $("health").className = shown.healthy ? "good" : "bad";
+  $("word").textContent = shown.healthy ? "Healthy" : "Unhealthy";
+  document.title = (shown.healthy ? "" : "✖ ") + "rating agent";
+  $("faults").replaceChildren();
+  shown.faults.forEach(fault => add($("faults"), "li", fault));
+  const journal = shown.journal === null ? "no journal"
+    : shown.journal === "ok" ? "journal ok" : "journal failing";
+  $("facts").textContent = "up " + span(shown.uptime) + " · " + journal + " · last packet "
+    + (shown.counters["packets.received.udp"] || shown.counters["packets.received.tcp"]
+      ? ago(shown.heard) : "never")
+    + " · " + shown.listeners.map(x => x.transport + " " + x.address).join(" · ")
+    + " · version " + shown.version;
+  $("tiles").replaceChildren();
+  for (const [name, value, warn] of [
+    ["running calls", count(shown.calls.answered)], ["ringing", count(shown.calls.trying)],
+    ["begun / s", perSecond(/^calls.begun$/)], ["packets / s", perSecond(/^packets.received/)],
+    ["dropped / s", perSecond(/^packets.(dropped|malformed)/)],
+    ["events waiting", count(shown.waiting), shown.waiting > 100],
+    ["events rejected", count(shown.counters["events.rejected"] ?? 0),
+      shown.counters["events.rejected"]],
+    ["events lost", count(shown.counters["events.lost"] ?? 0), shown.counters["events.lost"]]]) {
+    const tile = add($("tiles"), "div", "", warn ? "warn" : "");
+    add(tile, "b", value);
+    add(tile, "span", name);
+  }
+  fill("apis", ["URL", "state", "since", "waiting", "last error"], shown.apis.map(api => [
+    api.url, [api.state, api.state === "up" ? "good" : "bad"], ago(api.since), count(api.waiting),
+    api.last_error ? api.last_error + " (" + ago(api.last_error_at) + ")" : ""]));
+  fill("errors", ["last", "event", "times", "text"], shown.last_errors.slice(0, 12).map(x => [
+    ago(x.time), [x.event, x.level === "error" ? "bad" : "warn"], count(x.count), x.text]));
+  $("known").textContent = count(shown.known_senders) + " known";
+  fill("senders", ["address", "last seen", "packets", "dropped", "clock", "last fault"],
+    shown.senders.slice(0, 50).map(x => {
+      const dropped = Object.entries(x.dropped).map(([kind, n]) => count(n) + " " + kind);
+      const skew = x.clock_skew_ms;
+      return [x.address, ago(x.last_seen), count(x.packets), dropped.join(", "),
+        [skew === null ? "" : (skew > 0 ? "+" : "") + (skew / 1000).toFixed(1) + " s",
+          Math.abs(skew) > 2000 ? "warn" : ""], x.last_fault];
+    }));
+  fill("drops", ["what", "times"], Object.entries(shown.counters)
+    .filter(([name]) => /dropped|malformed|evicted|orphan|lost|rejected|errors|failed$/.test(name))
+    .map(([name, total]) => [name, count(total)]));
+}
+
+function showCalls(calls) {
+  fill("calls", ["Call-ID", "state", "for", "tenant", "caller", "callee"], calls.map(x => [
+    x.call_id, x.state + (x.rated ? "" : ", not rated"), span(shown.time - x.since), x.tenant,
+    x.account_tag, x.destination_account_tag]));
+}
+
+async function load(path) {
+  const answer = await fetch(path, { cache: "no-store", signal: AbortSignal.timeout(8000) });
+  if (!answer.ok) throw new Error("status " + answer.status);
+  return answer.json();
+}
+
+async function refresh() {
+  const mine = ++run;
+  try {
+    const find = $("find").value.trim();
+    const query = "calls?limit=50" + (find ? "&call_id=" + encodeURIComponent(find)
+      : "&state=trying,answered");
+    const [next, page] = [await load("status"), await load(query)];
+    if (mine !== run) return;
+    [before, shown, answered] = [shown, next, Date.now()];
+    show();
+    showCalls(page.calls);
+  } catch (error) {
+    if (mine !== run) return;
+    $("health").className = "bad";
+    $("word").textContent = "No answer";
+    document.title = "✖ rating agent";
+    const since = answered ? " What is below is " + span((Date.now() - answered) / 1000) + " old."
+      : "";
+    $("faults").replaceChildren();
+    add($("faults"), "li", "The agent does not answer this page: " + error.message + "." + since);
+  }
+  setTimeout(() => mine === run && refresh(), 2000);
+}
+$("find").addEventListener("input", refresh);
+refresh();
+</script></body></html>
+"""
+
+
+class BadRequest(Exception):
+    """A reader asked for something that is not there; the text says what is."""
+
+
+class StatusServer(gevent.server.StreamServer):
+    """The status over HTTP/1.1: GET and HEAD, one request a connection, all within STATUS_TIMEOUT.
+
+    gevent.pywsgi keeps idle connections for ever, takes 100 header lines of 64 KiB and writes to
+    stderr; all that is wanted of it are these few lines.
+    """
+
+    kind = socket.SOCK_STREAM
+
+    def __init__(self, sock: socket.socket, agent: Agent) -> None:
+        super().__init__(sock, handle=self._converse, spawn=MAX_STATUS_CONNECTIONS)
+        self._agent = agent
+        # One reader at a time looks through the calls; the others wait.
+        self._looking = gevent.lock.BoundedSemaphore(1)
+        style, script = (
+            b64encode(hashlib.sha256(re.findall(tag, PAGE, re.S)[0].encode()).digest()).decode()
+            for tag in ("<style>(.*)</style>", "<script>(.*)</script>")
+        )
+        self._policy = (
+            f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'"
+        )
+
+    def _converse(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        with suppress(OSError), gevent.Timeout(STATUS_TIMEOUT, False):
+            request = b""
+            while not (ended := re.search(rb"\r?\n\r?\n", request)):
+                data = sock.recv(4096) if len(request) < MAX_STATUS_REQUEST else b""
+                if not data:
+                    break
+                request += data
+            if request:
+                sock.sendall(self._answer(request if ended else b""))
+            # Closed with something unread, the answer may be lost on its way.
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(65_536):
+                gevent.sleep(0)
+
+    def _answer(self, request: bytes) -> bytes:
+        """The whole answer to a request, b"" for one that is none; never raises."""
+        line = re.match(rb"([A-Z]+) (/[^\s?]*)(?:\?(\S*))? HTTP/1\.[01]\r?\n", request)
+        kind, more = "text/plain; charset=utf-8", ""
+        try:
+            if line is None:
+                raise BadRequest(f"no HTTP request of less than {MAX_STATUS_REQUEST} octets")
+            method, path, query = (part.decode("latin-1") for part in (line.groups(b"")))
+            if method not in ("GET", "HEAD"):
+                status, body, more = 405, "allowed: GET, HEAD\n", "Allow: GET, HEAD\r\n"
+            elif path not in self._PATHS:
+                status, body = 404, f"allowed: {' '.join(self._PATHS)}\n"
+            else:
+                handler, kind = self._PATHS[path]
+                status, body = handler(self, query)
+        except BadRequest as error:
+            status, body = 400, f"{error}\n"
+        except Exception:
+            extra = {"event": "internal_error"}
+            log.warning("a status request failed", exc_info=True, extra=extra)
+            status, body, kind = 500, "the log says why\n", "text/plain"
+        content = body.encode()
+        head = (
+            f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
+            f"Content-Type: {kind}\r\nContent-Length: {len(content)}\r\n{more}"
+            f"Content-Security-Policy: {self._policy}\r\nX-Content-Type-Options: nosniff\r\n"
+            "Referrer-Policy: no-referrer\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
+        )
+        head_only = line is not None and line[1] == b"HEAD"
+        return head.encode("latin-1") + (b"" if head_only else content)
+
+    def _health(self, query: str) -> tuple[int, str]:
+        faults = self._agent.faults(time.monotonic())
+        answer = {"healthy": not faults, "faults": faults}
+        return 503 if faults else 200, json.dumps(answer) + "\n"
+
+    def _status(self, query: str) -> tuple[int, str]:
+        status = self._agent.status(time.monotonic(), MAX_STATUS_SENDERS, MAX_LAST_ERRORS)
+        return 200, json.dumps(status) + "\n"
+
+    def _metrics(self, query: str) -> tuple[int, str]:
+        agent = self._agent
+        gauges: dict[str, float] = {
+            **agent.gauges(),
+            "healthy": int(not agent.faults(time.monotonic())),
+            "start_time_seconds": round(time.time() - time.monotonic() + agent.started, 3),
+        }
+        metrics = agent.metrics
+        return 200, prometheus_text(metrics.totals, gauges, metrics.timer_totals)
+
+    def _page(self, query: str) -> tuple[int, str]:
+        return 200, PAGE
+
+    def _calls(self, query: str) -> tuple[int, str]:
+        """Calls that match, newest first; ``next`` is what ``after`` is to be for those behind."""
+        wanted = self._filter(query)
+        limit, after = wanted.pop("limit"), wanted.pop("after")
+        deadline = time.monotonic() + CALLS_SECONDS
+        offset = time.time() - time.monotonic()
+        found: list[dict[str, Any]] = []
+        row = after
+        with self._looking:
+            for calls in self._agent.table.look():
+                for call in calls:
+                    if (after and call.row >= after) or not self._matches(call, wanted):
+                        continue
+                    if len(found) == limit:
+                        return 200, json.dumps({"calls": found, "next": row}) + "\n"
+                    row = call.row
+                    found.append(self._call_facts(call, offset))
+                if time.monotonic() >= deadline:
+                    return 200, json.dumps({"calls": found, "next": calls[-1].row}) + "\n"
+                gevent.sleep(0)
+        return 200, json.dumps({"calls": found, "next": None}) + "\n"
+
+    @staticmethod
+    def _filter(query: str) -> dict[str, Any]:
+        """What ``/calls`` is to show. Raises BadRequest."""
+        wanted: dict[str, Any] = {"limit": 100, "after": 0}
+        for name, text in parse_qsl(query, keep_blank_values=True, max_num_fields=20):
+            if name == "state" and set(text.split(",")) <= set(STATES):
+                wanted[name] = frozenset(text.split(","))
+            elif name in ("limit", "after") and re.fullmatch("[0-9]{1,18}", text, re.A):
+                wanted[name] = int(text)
+            elif name in ("tenant", "account", "call_id"):
+                wanted[name] = text
+            else:
+                raise BadRequest(
+                    f"{ascii(name)[:40]}; allowed: state={','.join(STATES)} tenant=TEXT "
+                    f"account=TEXT call_id=PART limit=1..{MAX_CALLS_PAGE} after=ROW"
+                )
+        wanted["limit"] = min(max(wanted["limit"], 1), MAX_CALLS_PAGE)
+        return wanted
+
+    @staticmethod
+    def _matches(call: Call, wanted: dict[str, Any]) -> bool:
+        return (
+            ("state" not in wanted or call.state in wanted["state"])
+            and ("tenant" not in wanted or call.route.tenant == wanted["tenant"])
+            and (
+                "account" not in wanted
+                or wanted["account"] in (call.account_tag, call.destination_account_tag)
+            )
+            and ("call_id" not in wanted or wanted["call_id"] in printable_id(call.call_id))
+        )
+
+    @staticmethod
+    def _call_facts(call: Call, offset: float) -> dict[str, Any]:
+        return {
+            "row": call.row,
+            "call_id": printable_id(call.call_id),
+            "state": call.state,
+            "since": round(call.entered + offset, 3),
+            "tenant": call.route.tenant,
+            "route": call.route.name,
+            "account_tag": call.account_tag,
+            "destination_account_tag": call.destination_account_tag,
+            "transaction_tag": call.transaction_tag,
+            "rated": call.rated,
+            "answered": call.answered / 1_000_000 if call.state == ANSWERED else None,
+            "capture_id": call.capture_id,
+        }
+
+    _PATHS: ClassVar[dict[str, tuple[Callable[..., tuple[int, str]], str]]] = {
+        "/": (_page, "text/html; charset=utf-8"),
+        "/healthz": (_health, "application/json"),
+        "/status": (_status, "application/json"),
+        "/calls": (_calls, "application/json"),
+        "/metrics": (_metrics, "text/plain; version=0.0.4; charset=utf-8"),
+    }
+
+
 # Room 15: command line
 
 
@@ -4652,7 +5244,14 @@ def run(configuration: Configuration) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     for server_class in (UdpServer, TcpServer, TlsServer):
         option = f"listen_{server_class.transport}"
+    agent = Agent(settings, configuration.rules, limiter, journal)
+    servers: list[gevent.server.BaseServer] = []
+    classes = {"listen_udp": UdpServer, "listen_tcp": TcpServer, "listen_status": StatusServer}
+    for option, server_class in classes.items():
         address = getattr(settings, option)
+        # Unlike HEP, the status is for this machine unless told otherwise.
+        if option == "listen_status" and address.startswith(":"):
+            address = f"127.0.0.1{address}"
         if address:
             try:
                 servers.append(server_class(bind(address, server_class.kind), agent))
@@ -4669,6 +5268,7 @@ def run(configuration: Configuration) -> int:
     gevent.signal_handler(signal.SIGTERM, on_signal)
     gevent.signal_handler(signal.SIGINT, on_signal)
     gevent.signal_handler(signal.SIGHUP, agent.reload)
+    gevent.signal_handler(signal.SIGUSR1, agent.log_status)
     for server in servers:
         server.start()
         host, port = server.socket.getsockname()[:2]
