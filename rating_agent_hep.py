@@ -3096,8 +3096,9 @@ def prometheus_text(
 class Metrics:
     """Counters and timers, added up here and sent to statsd by `flush` only.
 
-    ``totals`` maps names to counts since the start, ``timer_totals`` to (count, seconds). A statsd server that is gone, or whose name
-    does not resolve, disturbs nothing: sending is tried anew at each flush.
+    ``totals`` maps names to counts since the start, ``timer_totals`` to (count, seconds). A statsd
+    server that is gone, or whose name does not resolve, disturbs nothing: sending is tried anew at
+    each flush.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -4460,8 +4461,9 @@ class Agent:
         for name, number in counts.items():
             self.metrics.count(name, number)
         taken_in = self._count_taken_in()
-        if taken_in != self._taken_in:
-            self._taken_in, self._heard = taken_in, now
+        if taken_in > self._taken_in:
+            self._heard = now
+        self._taken_in = taken_in
         gauges = self.gauges()
         for event, held in self._limiter.take_held().items():
             extra = {"event": "held_back", "kind": event, "held_back": held}
@@ -5059,6 +5061,7 @@ class StatusServer(gevent.server.StreamServer):
     """
 
     kind = socket.SOCK_STREAM
+    transport = "status"
 
     def __init__(self, sock: socket.socket, agent: Agent) -> None:
         super().__init__(sock, handle=self._converse, spawn=MAX_STATUS_CONNECTIONS)
@@ -5236,18 +5239,14 @@ def run(configuration: Configuration) -> int:
     except ConfigError as error:
         return _fail(str(error))
     agent = Agent(settings, configuration.rules, limiter, journal, configuration.tls)
-    servers: list[UdpServer | TcpServer] = []
+    servers: list[UdpServer | TcpServer | StatusServer] = []
     # The soft limit is 1,024 on most systems, for programs that use select().
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft < files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    for server_class in (UdpServer, TcpServer, TlsServer):
+    for server_class in (UdpServer, TcpServer, TlsServer, StatusServer):
         option = f"listen_{server_class.transport}"
-    agent = Agent(settings, configuration.rules, limiter, journal)
-    servers: list[gevent.server.BaseServer] = []
-    classes = {"listen_udp": UdpServer, "listen_tcp": TcpServer, "listen_status": StatusServer}
-    for option, server_class in classes.items():
         address = getattr(settings, option)
         # Unlike HEP, the status is for this machine unless told otherwise.
         if option == "listen_status" and address.startswith(":"):
@@ -5278,6 +5277,7 @@ def run(configuration: Configuration) -> int:
         }
         extra["transport"] = server.transport
         extra["receive_buffer"] = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        agent.listeners.append({name: extra[name] for name in ("transport", "address")})
         log.info("listening", extra=extra)
     background = [gevent.spawn(agent.flush_forever)]
     if journal:

@@ -131,8 +131,9 @@ class AgentProcess:
         self.pid = self._process.pid
         self._reader = gevent.spawn(self._read)
         tls = any(option.startswith("--listen-tls") for option in options)
+        count = 2 + tls + any(option.startswith("--listen-status") for option in options)
         wait_until(
-            lambda: len(self.events("listening")) == 2 + tls or self.ended, "the agent listens"
+            lambda: len(self.events("listening")) == count or self.ended, "the agent listens"
         )
         assert not self.ended, "the agent ended at start"
         self.udp, self.tcp = (self._address(transport) for transport in ("udp", "tcp"))
@@ -148,6 +149,11 @@ class AgentProcess:
         line = next(x for x in self.events("listening") if x["transport"] == transport)
         host, _, port = line["address"].rpartition(":")
         return host, int(port)
+
+    @property
+    def status(self) -> str:
+        """The base URL of the status, where --listen-status is among the options."""
+        return "http://{}:{}".format(*self._address("status"))
 
     @property
     def ended(self) -> bool:
