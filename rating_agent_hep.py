@@ -4515,8 +4515,9 @@ class Agent:
         offset = self._offset()
 
         def api_status(api: dict[str, Any]) -> dict[str, Any]:
-            failed = round(api.pop("failed") + offset, 3) if api["failed"] else None
-            return {**api, "since": round(api["since"] + offset, 3), "last_error_at": failed}
+            failed = api.pop("failed")
+            api["last_error_at"] = round(failed + offset, 3) if failed else None
+            return {**api, "since": round(api["since"] + offset, 3)}
 
         def sender_status(sender: Sender) -> dict[str, Any]:
             return {
@@ -5010,7 +5011,7 @@ function show() {
 
 function showCalls(calls) {
   fill("calls", ["Call-ID", "state", "for", "tenant", "caller", "callee"], calls.map(x => [
-    x.call_id, x.state + (x.rated ? "" : ", not rated"), span(shown.time - x.since), x.tenant,
+    x.call_id, x.state + (x.rated === false ? ", not rated" : ""), span(shown.time - x.since), x.tenant,
     x.account_tag, x.destination_account_tag]));
 }
 
@@ -5211,7 +5212,8 @@ class StatusServer(gevent.server.StreamServer):
             "account_tag": call.account_tag,
             "destination_account_tag": call.destination_account_tag,
             "transaction_tag": call.transaction_tag,
-            "rated": call.rated,
+            # What is over has forgotten whom it was charged to.
+            "rated": None if call.state == ENDED else call.rated,
             "answered": call.answered / 1_000_000 if call.state == ANSWERED else None,
             "capture_id": call.capture_id,
         }
