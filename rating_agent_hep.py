@@ -62,7 +62,7 @@ import traceback
 import zlib
 from base64 import b64decode, b64encode
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
@@ -208,6 +208,8 @@ MAX_LAST_ERRORS = 50
 MAX_ERROR_TEXT = 300
 # Seconds that a rating API may be down before the agent calls itself unhealthy; restarts take less.
 API_DOWN_UNHEALTHY = 60.0
+# Seconds between two lines for `systemctl status`, more often only where the watchdog asks for it.
+NOTIFY_INTERVAL = 10.0
 
 # Room 4: errors, types
 
@@ -4883,14 +4885,14 @@ body { margin: 0 auto; padding: 16px; max-width: 1100px; background: var(--bg);
 header, section { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: 12px 16px; margin-bottom: 12px }
 header { border-left: 6px solid var(--dim) }
-header.good { border-left-color: var(--good) } header.bad { border-left-color: var(--bad) }
+.good { border-left-color: var(--good) } .bad { border-left-color: var(--bad) }
+header.warn { border-left-color: var(--warn) }
 h1 { margin: 0; font-size: 28px; line-height: 1.2 } h2 { margin: 0 0 6px; font-size: 15px }
 .good h1, td.good { color: var(--good) } .bad h1, td.bad { color: var(--bad) }
-td.warn { color: var(--warn) } td.good, td.bad { font-weight: 600 }
+td.warn, .warn h1 { color: var(--warn) } td.good, td.bad { font-weight: 600 }
 ul { margin: 6px 0 0; padding: 0; list-style: none; font-size: 17px }
 .dim, h2 span { color: var(--dim); font-weight: 400; font-size: 13px }
-#tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: 12px;
-  margin-bottom: 12px }
+#tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; margin-bottom: 12px }
 #tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: 8px 12px; color: var(--dim); font-size: 13px }
 #tiles b { display: block; color: var(--text); font-size: 22px; font-variant-numeric: tabular-nums }
@@ -4902,6 +4904,7 @@ tr:last-child td { border-bottom: 0 } td:empty::after { content: "–"; color: v
 input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px; color: inherit;
   background: var(--bg); border: 1px solid var(--line); border-radius: 6px }
 @media (max-width: 640px) { body { padding: 8px } thead { display: none }
+  #tiles { grid-template-columns: 1fr 1fr; gap: 8px }
   tr { display: block; padding: 6px 0; border-bottom: 1px solid var(--line) }
   tr:last-child { border: 0 }
   td { display: flex; gap: 8px; padding: 1px 0; border: 0 }
@@ -4965,11 +4968,15 @@ function perSecond(pattern) {
 }
 
 function show() {
-  $("health").className = shown.healthy ? "good" : "bad";
-  $("word").textContent = shown.healthy ? "Healthy" : "Unhealthy";
-  document.title = (shown.healthy ? "" : "✖ ") + "rating agent";
+  // An API that has just gone down does not make the agent unhealthy yet.
+  const down = shown.apis.filter(api => api.state === "down");
+  const faults = shown.healthy ? down.map(api => "rating API " + api.url + " is down")
+    : shown.faults;
+  $("health").className = shown.healthy ? down.length ? "warn" : "good" : "bad";
+  $("word").textContent = shown.healthy ? down.length ? "Degraded" : "Healthy" : "Unhealthy";
+  document.title = (faults.length ? "✖ " : "") + "rating agent";
   $("faults").replaceChildren();
-  shown.faults.forEach(fault => add($("faults"), "li", fault));
+  faults.forEach(fault => add($("faults"), "li", fault));
   const journal = shown.journal === null ? "no journal"
     : shown.journal === "ok" ? "journal ok" : "journal failing";
   $("facts").textContent = "up " + span(shown.uptime) + " · " + journal + " · last packet "
@@ -5268,7 +5275,8 @@ def run(configuration: Configuration) -> int:
 
     gevent.signal_handler(signal.SIGTERM, on_signal)
     gevent.signal_handler(signal.SIGINT, on_signal)
-    gevent.signal_handler(signal.SIGHUP, agent.reload)
+    notifier = Notifier(os.environ)
+    gevent.signal_handler(signal.SIGHUP, notifier.reload, agent)
     gevent.signal_handler(signal.SIGUSR1, agent.log_status)
     for server in servers:
         server.start()
@@ -5285,13 +5293,57 @@ def run(configuration: Configuration) -> int:
     if journal:
         _tell_restored(agent, journal)
         background.append(gevent.spawn(agent.journal_forever))
+    notifier.say("READY=1")
     while not stop.wait(TICK):
         agent.tick()
+        notifier.alive(agent, time.monotonic())
         for server in servers:
             if isinstance(server, TcpServer):
                 server.close_overdue(time.monotonic())
+    notifier.say("STOPPING=1")
     _shut_down(agent, servers, background)
     return 0
+
+
+class Notifier:
+    """Tells systemd how the agent is, as sd_notify(3) does; without NOTIFY_SOCKET it does nothing.
+
+    ``interval`` is the seconds between two calls of `alive`: half of what the watchdog allows, and
+    NOTIFY_INTERVAL at most.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        path = environ.get("NOTIFY_SOCKET", "")
+        # An @ stands for the NUL of an abstract address.
+        self._address = f"\0{path[1:]}" if path.startswith("@") else path
+        self.interval, self._next = NOTIFY_INTERVAL, 0.0
+        limit = environ.get("WATCHDOG_USEC", "")
+        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self._watched = ours and limit.isascii() and limit.isdigit() and int(limit) > 0
+        if self._watched:
+            self.interval = min(int(limit) / 2_000_000, NOTIFY_INTERVAL)
+
+    def say(self, *lines: str) -> None:
+        """Send assignments such as ``READY=1``; never raises, never waits."""
+        if self._address:
+            with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)
+                sock.sendto("\n".join(lines).encode(), self._address)
+
+    def alive(self, agent: Agent, now: float) -> None:
+        """Pet the watchdog and renew the line of ``systemctl status``, when it is time."""
+        if not self._address or now < self._next:
+            return
+        self._next = now + self.interval
+        running, faults = agent.table.sizes()[ANSWERED], "; ".join(agent.faults(now))
+        text = printable(f"{faults or 'healthy'}: {running} calls, {agent.waiting} events wait")
+        self.say(*["WATCHDOG=1"] * self._watched, f"STATUS={text[:MAX_ERROR_TEXT]}")
+
+    def reload(self, agent: Agent) -> None:
+        """Reload what the agent reads again, and say so before and after."""
+        self.say("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        agent.reload()
+        self.say("READY=1")
 
 
 def _tell_restored(agent: Agent, journal: Journal) -> None:

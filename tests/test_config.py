@@ -34,6 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "tls_key": "",
     "tls_client_ca": "",
     "listen_status": "",
+    "status_max_silence": 0.0,
     "hep_allow": (),
     "hep_auth_key": (),
     "hep_auth_key_file": "",
@@ -80,6 +81,8 @@ DEFAULTS: dict[str, Any] = {
 SAMPLES: dict[str, tuple[str, Any]] = {
     "listen_udp": ("127.0.0.1:9061", "127.0.0.1:9061"),
     "listen_tcp": ("[::1]:9062", "[::1]:9062"),
+    "listen_status": (":9064", ":9064"),
+    "status_max_silence": ("60", 60.0),
     "listen_tls": ("127.0.0.1:9063", "127.0.0.1:9063"),
     "tls_cert": ("{server.pem}", ...),
     "tls_key": ("{server.key}", ...),
@@ -142,6 +145,8 @@ COUNTS = ["0", "-1", "1.5", "1e3", "x", ""]
 BAD: dict[str, list[str]] = {
     "listen_udp": ADDRESSES,
     "listen_tcp": ADDRESSES,
+    "listen_status": ADDRESSES,
+    "status_max_silence": ["-1", "86401", "nan", "x", ""],
     "listen_tls": ADDRESSES,
     "hep_allow": ["10.0.0.0/33", "host", "10.0.0.0/8/8", "1.2.3", '["10.0.0.0/8"'],
     # An empty key would be that of a packet without one.
