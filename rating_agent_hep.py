@@ -5018,8 +5018,8 @@ function show() {
 
 function showCalls(calls) {
   fill("calls", ["Call-ID", "state", "for", "tenant", "caller", "callee"], calls.map(x => [
-    x.call_id, x.state + (x.rated === false ? ", not rated" : ""), span(shown.time - x.since), x.tenant,
-    x.account_tag, x.destination_account_tag]));
+    x.call_id, x.state + (x.rated === false ? ", not rated" : ""), span(shown.time - x.since),
+    x.tenant, x.account_tag, x.destination_account_tag]));
 }
 
 async function load(path) {

