@@ -2958,6 +2958,12 @@ class LastErrors:
         if len(self._last) > MAX_LAST_ERRORS:
             self._last.popitem(last=False)
 
+    def again(self, event: str, now: float) -> None:
+        """Count one more of an event, at this UNIX time; its text stays."""
+        if event in self._last:
+            self._last[event]["count"] += 1
+            self._last[event]["time"] = now
+
     def newest_first(self) -> list[dict[str, Any]]:
         """``event``, ``level``, ``time`` (UNIX time, seconds), ``count`` and ``text`` of each."""
         return list(reversed(self._last.values()))
@@ -3001,6 +3007,7 @@ class WarningLimiter(logging.Filter):
         if int(now) != self._second or self._seen.get(event, 0) < MAX_WARNINGS_PER_SECOND:
             return False
         self._held[event] = self._held.get(event, 0) + 1
+        self.last.again(event, now)
         return True
 
     def take_held(self) -> dict[str, int]:

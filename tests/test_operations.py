@@ -84,7 +84,7 @@ def first_texts(*wanted: str) -> set[str]:
 
 
 def events_of_the_code() -> set[str]:
-    found = argument_texts(1, "_log_whole")
+    found = argument_texts(1, "_log_whole", "_warn")
     for function, names in functions():
         for node in ast.walk(function):
             if isinstance(node, ast.Dict):

@@ -227,6 +227,60 @@ def test_healthz_says_503_and_why(api: harness.RatingServer) -> None:
         assert (code, json.loads(text)) == (200, {"healthy": True, "faults": []})
 
 
+def test_a_journal_that_fails_is_a_fault(tmp_path: Path) -> None:
+    settings = agent.Settings(state_dir=str(tmp_path))
+    journal = agent.Journal(settings.state_dir)
+    whole = agent.Agent(settings, agent.load_rules(settings), agent.WarningLimiter(), journal)
+    now = time.monotonic()
+    assert whole.faults(now) == [] and whole.status(now, 1, 1)["journal"] == "ok"
+    journal.failure = "database or disk is full"
+    assert whole.faults(now) == ["the journal cannot be written: database or disk is full"]
+    assert whole.status(now, 1, 1)["journal"] == "database or disk is full"
+    journal.close(1.0)
+
+
+def test_calls_that_change_while_they_are_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "CALLS_SLICE", 10)
+    table = agent.CallTable(agent.Settings(), agent.load_rules(agent.Settings()))
+
+    def take(payload: bytes, number: int) -> None:
+        packet = agent.decode_hep(hepbuild.hep3(numbered(payload, number)), 0)
+        message = agent.parse_sip(packet.payload, packet.time)
+        assert message is not None
+        table.handle(agent.Sighting(packet, message), 0.0)
+
+    for number in range(1, 31):
+        take(invite(), number)
+    looking = table.look()
+    rows = [call.row for call in next(looking)]
+    assert rows == list(range(30, 20, -1))
+    # The oldest go, and others come.
+    for call in list(table._states[agent.TRYING])[:15]:
+        table._expire_call(call, "deadline")
+    take(invite(), 31)
+    rows += [call.row for part in looking for call in part]
+    assert rows == list(range(30, 15, -1))
+
+
+def test_calls_are_newest_first_after_a_restart_too() -> None:
+    settings = agent.Settings()
+    tables = [agent.CallTable(settings, agent.load_rules(settings)) for _ in range(2)]
+    for now, payload, number in (
+        (0.0, invite(), 1),
+        (1.0, invite(), 2),
+        (2.0, invite(), 3),
+        (3.0, reply(200), 1),
+    ):
+        packet = agent.decode_hep(hepbuild.hep3(numbered(payload, number)), 0)
+        message = agent.parse_sip(packet.payload, packet.time)
+        assert message is not None
+        tables[0].handle(agent.Sighting(packet, message), now)
+    kept = [(call.row, agent.pack_call(call, 0.0)) for part in tables[0].look() for call in part]
+    tables[1].restore(sorted(kept), 100, 4.0, 0.0)
+    seen = [[call.call_id for part in table.look() for call in part] for table in tables]
+    assert seen[0] == seen[1] == ["call-3@host", "call-2@host", "call-1@host"]
+
+
 # The server
 
 
@@ -326,8 +380,10 @@ def test_last_errors_are_bounded_and_a_storm_pushes_nothing_out() -> None:
     limiter.filter(record("started", logging.INFO))
     for _ in range(10_000):
         limiter.filter(record("malformed_hep_magic", text="y" * 5_000, sender="192.0.2.1"))
+    now = float(limiter._second)
+    assert limiter.holds("malformed_hep_magic", now)
     storm, first = limiter.last.newest_first()
-    assert (storm["event"], storm["count"]) == ("malformed_hep_magic", 10_000)
+    assert (storm["event"], storm["count"]) == ("malformed_hep_magic", 10_001)
     assert len(storm["text"]) == agent.MAX_ERROR_TEXT
     assert (first["event"], first["level"]) == ("journal_failed", "error")
     assert first["text"] == "disk full api=http://a"
