@@ -255,8 +255,8 @@ def test_calls_that_change_while_they_are_looked_through(monkeypatch: pytest.Mon
     rows = [call.row for call in next(looking)]
     assert rows == list(range(30, 20, -1))
     # The oldest go, and others come.
-    for call in list(table._states[agent.TRYING])[:15]:
-        table._expire_call(call, "deadline")
+    for old in list(table._states[agent.TRYING])[:15]:
+        table._expire_call(old, "deadline")
     take(invite(), 31)
     rows += [call.row for part in looking for call in part]
     assert rows == list(range(30, 15, -1))
