@@ -1,9 +1,9 @@
 """HEALTHCHECK of the Docker image: does the agent serve, and is it well?
 
-With `listen_status` it is asked for `/healthz`, which also minds the rating APIs and the journal. An
-orchestrator that restarts what is unhealthy wins nothing while an API is down, and loses nothing
-where there is a journal. Without `listen_status`, TCP is asked by a connect; with `listen_tcp` off,
-Linux is asked whether somebody has the UDP port. Reads the environment only, not a configuration file.
+With `listen_status` it is asked for `/healthz`, which minds APIs and the journal, too. (An
+orchestrator that restarts what is unhealthy wins nothing by it while an API is down, and loses
+nothing where there is a journal.) Without it, TCP is asked by a connect; with `listen_tcp` off,
+Linux is asked whether somebody has the UDP port. Reads the environment, not a configuration file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def healthy(environ: Mapping[str, str], proc: Path = Path("/proc/net")) -> bool:
 def local(address: str) -> tuple[str, str]:
     """Host and port to ask for a listener; an address that means all is asked at loopback."""
     host, _, port = address.rpartition(":")
-    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]")), port
+    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(
+        host, host.strip("[]")
+    ), port
 
 
 def asked(host: str, port: int) -> bool:
