@@ -315,16 +315,22 @@ def test_what_is_no_request_is_answered_and_costs_nothing_else(
     assert running.events("internal_error") == []
 
 
-def test_readers_that_say_nothing_hold_no_place_for_long(running: harness.AgentProcess) -> None:
-    host, _, port = running.status.removeprefix("http://").partition(":")
+def test_readers_that_say_nothing_hold_no_place_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "STATUS_TIMEOUT", 0.5)
+    server = agent.StatusServer(agent.bind("127.0.0.1:0", socket.SOCK_STREAM), a_whole_agent())
+    server.start()
+    port = server.socket.getsockname()[1]
     idle = [
-        socket.create_connection((host, int(port))) for _ in range(agent.MAX_STATUS_CONNECTIONS)
+        socket.create_connection(("127.0.0.1", port)) for _ in range(agent.MAX_STATUS_CONNECTIONS)
     ]
-    started = time.monotonic()
-    assert get(f"{running.status}/healthz")[0] == 200
-    assert time.monotonic() - started < agent.STATUS_TIMEOUT + 5
+    harness.wait_until(server.full, "all places are taken")
+    # An octet now and then does not help.
+    idle[0].sendall(b"G")
+    assert get(f"http://127.0.0.1:{port}/healthz")[0] == 200
+    assert idle[0].recv(1) == b"", "closed"
     for sock in idle:
         sock.close()
+    server.stop()
 
 
 def test_a_fault_of_ours_is_a_500(caplog: pytest.LogCaptureFixture) -> None:
