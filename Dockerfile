@@ -57,7 +57,8 @@ RUN useradd --system --user-group --uid 10001 --no-create-home rating \
 COPY --from=build /opt/agent /opt/agent
 COPY scripts/healthcheck.py /opt/agent/
 USER 10001
-ENV RATING_AGENT_HEP_STATE_DIR=/var/lib/rating-agent-hep
+ENV RATING_AGENT_HEP_STATE_DIR=/var/lib/rating-agent-hep \
+    RATING_AGENT_HEP_LISTEN_STATUS=127.0.0.1:9061
 VOLUME /var/lib/rating-agent-hep
 EXPOSE 9060/tcp 9060/udp
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10s CMD \

@@ -10,7 +10,7 @@ COMPOSE := docker compose
 ALL_PROFILES := --profile opensips --profile kamailio --profile tester --profile canyan --profile statsd
 SCENARIO := /scenarios/test_
 
-.PHONY: demo run test chaos lint format docs clean sip-servers test-opensips test-kamailio \
+.PHONY: demo run test chaos lint format docs clean sip-servers browser test-opensips test-kamailio \
   docker-build docker-pull docker-start docker-start-opensips docker-start-kamailio \
   docker-start-canyan docker-start-statsd docker-test-opensips docker-test-kamailio docker-test \
   docker-logs docker-stop docker-clean
@@ -21,7 +21,7 @@ demo: $(VENV)/.runs
 run: $(VENV)/.runs
 	@$(BIN)/python scripts/demo.py --stay
 
-test: lint sip-servers
+test: lint sip-servers browser
 	$(BIN)/python -m pytest --durations=5
 
 # The kills and restarts of tests/test_crash.py, ten times as many: some ten minutes.
@@ -31,6 +31,10 @@ chaos: $(VENV)/.tests
 # Kamailio and SIPp, where packages can be installed; elsewhere the tests say what they skip.
 sip-servers:
 	@sh scripts/install_sip_servers.sh
+
+# Chromium, for the test of the status page; likewise.
+browser:
+	@sh scripts/install_chromium.sh
 
 # The OpenSIPS scenario with OpenSIPS' recorded mirror, all scenarios with a real Kamailio.
 test-opensips: $(VENV)/.tests

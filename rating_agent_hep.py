@@ -39,7 +39,10 @@ monkey.patch_all()
 import difflib
 import errno
 import fcntl
+import hashlib
 import heapq
+import hmac
+import http.client
 import io
 import ipaddress
 import json
@@ -47,9 +50,11 @@ import logging
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import sqlite3
+import ssl
 import struct
 import sys
 import time
@@ -57,19 +62,21 @@ import traceback
 import zlib
 from base64 import b64decode, b64encode
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
+from math import inf
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import configargparse
 import gevent
 import gevent.event
+import gevent.lock
 import gevent.pool
 import gevent.server
 import gevent.threadpool
@@ -127,12 +134,36 @@ DOWN_AFTER = 3
 MAX_API_ANSWER = 65_536
 # Datagrams handled in one go before other greenlets get the loop (about 10 ms of work).
 UDP_BUDGET = 256
-# Frames of one TCP connection handled in one go, for the same reason.
+# Frames of TCP handled in one go, for the same reason; the connections that have more share it.
 TCP_BUDGET = 256
 # Octets asked for as socket receive buffer; the kernel grants up to net.core.rmem_max.
 RECEIVE_BUFFER = 16 * 1024 * 1024
-# TCP connections at one time; OpenSIPS opens one for each of its workers.
+# Connections of the TCP listener at one time, and of the TLS listener. OpenSIPS opens one for each
+# of its workers; each may hold MAX_HEP_FRAME octets, that is 64 MB.
 MAX_CONNECTIONS = 1_024
+# Connections of one sender at one time, over both: it must not take all places.
+MAX_CONNECTIONS_PER_SENDER = 256
+# Files that the process asks to open at one time, connections included, where it may.
+MAX_FILES = 65_536
+# Share of the files that the process may open that each of the two listeners may take: a sender
+# must not keep the agent from opening a connection to the rating API.
+FILES_PER_LISTENER = 1 / 4
+# Seconds. A TLS handshake is three packets.
+HANDSHAKE_TIMEOUT = 10.0
+# Seconds from the first octet of a frame to its last: a frame has at most 64 kB.
+FRAME_TIMEOUT = 30.0
+# Seconds. While there is no place for a new connection, one that is silent for so long is closed.
+CROWDED_IDLE = 60.0
+# Seconds without a look at the connections after which their time is not counted: the process was
+# stopped, and what they sent meanwhile is still unread.
+STALLED = 5.0
+# Senders of which something is known. Forged source addresses must not take memory; more than the
+# connections of both listeners, for one with an open connection is not forgotten.
+MAX_SENDERS = 4_096
+# Characters of the last fault of a sender that are kept.
+MAX_FAULT = 200
+# Share of a new packet in the smoothed clock skew of a sender.
+SKEW_WEIGHT = 1 / 16
 # Log lines a second for one kind of warning; what is held back is counted on the next line.
 MAX_WARNINGS_PER_SECOND = 3
 # Samples of one timer kept for one flush; a statsd server computes percentiles from them.
@@ -160,6 +191,25 @@ JOURNAL_BUSY = 5.0
 JOURNAL_WAL = 64 * 1024 * 1024
 # Rejected events that are kept for an operator; older ones are in the log, ready for replay.
 MAX_REJECTED = 100_000
+# Requests for the status at one time: some browsers, a monitor and a health check.
+MAX_STATUS_CONNECTIONS = 32
+# Octets of one such request, start line and headers; a browser's has about 1,000.
+MAX_STATUS_REQUEST = 8_192
+# Seconds for one such request, from its first octet to the last of the answer.
+STATUS_TIMEOUT = 10.0
+# Senders that the status shows, those with most packets first: some 3 ms of work.
+MAX_STATUS_SENDERS = 500
+# Calls on one page, calls looked at in one go for it (about 1 ms), and seconds to look for them.
+MAX_CALLS_PAGE = 1_000
+CALLS_SLICE = 2_000
+CALLS_SECONDS = 5.0
+# Kinds of warnings and errors of which the last is shown, and characters of each.
+MAX_LAST_ERRORS = 50
+MAX_ERROR_TEXT = 300
+# Seconds that a rating API may be down before the agent calls itself unhealthy; restarts take less.
+API_DOWN_UNHEALTHY = 60.0
+# Seconds between two lines for `systemctl status`, more often only where the watchdog asks for it.
+NOTIFY_INTERVAL = 10.0
 
 # Room 4: errors, types
 
@@ -209,12 +259,26 @@ class Settings:
 
     listen_udp: str = ":9060"
     listen_tcp: str = ":9060"
+    listen_tls: str = ""
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    hep_allow: tuple[str, ...] = ()
+    hep_auth_key: tuple[str, ...] = field(default=(), repr=False)
+    hep_auth_key_file: str = ""
+    hep_rate_limit: int = 0
+    hep_idle_timeout: float = 0.0
+    listen_status: str = ""
+    status_max_silence: float = 0.0
     rating_api_url: str = "http://localhost:8080"
     rating_api_timeout: float = 5.0
     rating_api_concurrency: int = 16
-    rating_api_token: str = ""
+    rating_api_ca_file: str = ""
+    rating_api_token: str = field(default="", repr=False)
+    rating_api_token_file: str = ""
     rating_api_username: str = ""
-    rating_api_password: str = ""
+    rating_api_password: str = field(default="", repr=False)
+    rating_api_password_file: str = ""
     tenant: str = "default"
     product_tag: str = "VOICE"
     transaction_tags: tuple[str, ...] = ()
@@ -1949,6 +2013,13 @@ class CallTable:
         """The number of calls in each state."""
         return {state: len(calls) for state, calls in self._states.items()}
 
+    def look(self) -> Iterator[list[Call]]:
+        """All calls, newest first, in lists of some CALLS_SLICE; calls may change between two."""
+        groups = list(self._calls.values())
+        for end in range(len(groups), 0, -CALLS_SLICE):
+            part = groups[max(end - CALLS_SLICE, 0) : end]
+            yield [call for group in reversed(part) for call in reversed(group)]
+
     def handle(self, sighting: Sighting, now: float) -> list[RatingEvent]:
         """Take in one message; return the events that it brings about."""
         self._now = now
@@ -2016,10 +2087,10 @@ class CallTable:
                 self.changed[row] = None
             else:
                 calls.append(call)
+                self._calls.setdefault(call.call_id, []).append(call)
         for call in sorted(calls, key=attrgetter("entered")):
             # The clock may have been set back.
             call.entered = min(call.entered, now)
-            self._calls.setdefault(call.call_id, []).append(call)
             self._states[call.state][call] = None
             for message in call.held:
                 self._wait(call.call_id, call, message)
@@ -2470,6 +2541,24 @@ def domains(text: str) -> tuple[str, ...]:
     return as_domains(words(text))
 
 
+def networks(text: str) -> tuple[str, ...]:
+    """A list of IPv4 and IPv6 networks. Raises ConfigError."""
+    return tuple(str(_network(word)) for word in words(text))
+
+
+def keys(text: str) -> tuple[str, ...]:
+    """A list of keys, none of them empty. Raises ConfigError, which quotes none."""
+    with suppress(ConfigError):
+        found = words(text)
+        if all(key and key.isprintable() for key in found):
+            return found
+    raise ConfigError("not a list of keys; allowed: words, or a JSON list of texts on one line")
+
+
+# Options that the file may give as a YAML list.
+_LISTS = (words, domains, networks, keys)
+
+
 def _regexp(text: str) -> str:
     account_regexp(text)
     return text
@@ -2500,12 +2589,43 @@ class Option(NamedTuple):
 OPTIONS = (
     Option("listen_udp", "Listening", listener, "address for HEP over UDP; empty: off"),
     Option("listen_tcp", "Listening", listener, "address for HEP over TCP; empty: off"),
+    Option("listen_tls", "Listening", listener, "address for HEP over TLS; empty: off"),
+    Option("tls_cert", "Listening", str, "file of its certificate and those above it, PEM"),
+    Option("tls_key", "Listening", str, "file of its key, PEM; empty: in tls_cert"),
+    Option("tls_client_ca", "Listening", str, "file of CAs; senders need a certificate of one"),
+    Option("hep_allow", "Listening", networks, "list of networks that may send; empty: all"),
+    Option(
+        "hep_auth_key", "Listening", keys, "list of keys, of which a packet needs one", secret=True
+    ),
+    Option("hep_auth_key_file", "Listening", str, "file of such keys, one a line"),
+    Option(
+        "hep_rate_limit",
+        "Listening",
+        number(0, 10_000_000, int),
+        "packets a second taken from one sender; 0: all",
+    ),
+    Option(
+        "hep_idle_timeout",
+        "Listening",
+        number(0, 604_800),
+        "seconds after which a silent connection is closed; 0: never",
+    ),
+    Option("listen_status", "Status", listener, "address for the status over HTTP; empty: off"),
+    Option(
+        "status_max_silence",
+        "Status",
+        number(0, 86_400),
+        "seconds without a packet that make the agent unhealthy; 0: off",
+    ),
     Option("rating_api_url", "Rating API", api_url, "base URL of the rating API"),
     Option("rating_api_timeout", "Rating API", number(0.1, 300), "seconds for one request"),
     Option("rating_api_concurrency", "Rating API", number(1, 1000, int), "requests at one time"),
+    Option("rating_api_ca_file", "Rating API", str, "file of CAs trusted, not the system's; PEM"),
     Option("rating_api_token", "Rating API", _token, "bearer token of each request", secret=True),
+    Option("rating_api_token_file", "Rating API", str, "file of that token"),
     Option("rating_api_username", "Rating API", str, "user of basic authentication"),
     Option("rating_api_password", "Rating API", str, "password of that user", secret=True),
+    Option("rating_api_password_file", "Rating API", str, "file of that password"),
     Option("tenant", "Calls", _one_text, "tenant of the calls"),
     Option("product_tag", "Calls", str, "product tag of the transactions"),
     Option("transaction_tags", "Calls", words, "list of tags of the transactions"),
@@ -2567,7 +2687,7 @@ class _ConfigFile(configargparse.ConfigFileParser):
 
     @staticmethod
     def _text(name: str, option: Option, node: yaml.Node) -> str:
-        many = isinstance(node, yaml.SequenceNode) and option.convert in (words, domains)
+        many = isinstance(node, yaml.SequenceNode) and option.convert in _LISTS
         items = node.value if many else [node]
         for item in items:
             if not isinstance(item, yaml.ScalarNode) or not item.tag.startswith("tag:yaml.org"):
@@ -2591,19 +2711,31 @@ def _open_text(path: str) -> io.StringIO:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; allowed: a file that can be read") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8; allowed: YAML in UTF-8") from None
+        raise ConfigError(f"{path}: not UTF-8; allowed: text in UTF-8") from None
     stream.name = path
     return stream
 
 
+def _read_secret(option: Option, path: str) -> str:
+    """The text of an option from its file: one line, or a list's lines. Raises ConfigError."""
+    lines = [line for line in re.split(r"[\r\n]+", _open_text(path).read()) if line]
+    if option.convert in _LISTS and lines:
+        return json.dumps(lines)
+    if len(lines) != 1:
+        what = "several lines" if lines else "empty"
+        raise ConfigError(f"{path}: {what}; allowed: one line")
+    return lines[0]
+
+
 class Configuration(NamedTuple):
-    """What the command line, environment and file say together."""
+    """What the command line, environment and files say together."""
 
     command: str
     arguments: list[str]
     settings: Settings
     rules: tuple[Rule, ...]
     warnings: list[str]
+    tls: ssl.SSLContext | None
 
 
 def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configuration:
@@ -2614,23 +2746,34 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
     defaults = Settings()
     converted: dict[str, Any] = {}
     for option in OPTIONS:
-        text = values[option.name]
-        if text is None:
-            converted[option.name] = getattr(defaults, option.name)
-            continue
+        name, text = option.name, values[option.name]
+        path = values[f"{name}_file"] if option.secret else None
+        if path:
+            if text not in (None, "", "[]"):
+                raise ConfigError(f"{name}, {name}_file: both set; allowed: one of them")
+            name = f"{name}_file"
         try:
-            converted[option.name] = option.convert(text)
+            if path:
+                text = _read_secret(option, path)
+            converted[option.name] = (
+                getattr(defaults, option.name) if text is None else option.convert(text)
+            )
         except ConfigError as error:
-            raise ConfigError(f"{option.name}: {error}") from None
+            raise ConfigError(f"{name}: {error}") from None
     settings = Settings(**converted)
-    if not settings.listen_udp and not settings.listen_tcp:
-        raise ConfigError("listen_udp, listen_tcp: all empty; allowed: at least one address")
+    if not any((settings.listen_udp, settings.listen_tcp, settings.listen_tls)):
+        raise ConfigError(
+            "listen_udp, listen_tcp, listen_tls: all empty; allowed: at least one address"
+        )
+    if settings.rating_api_ca_file:
+        api_tls(settings.rating_api_ca_file)
     former += [name for name in _FORMER if _PREFIX + name.upper() in environ]
     warnings = []
     if former:
         names = ", ".join(sorted(set(former)))
         warnings.append(f"options of the former agent that have no effect yet: {names}")
-    return Configuration(command, arguments, settings, load_rules(settings), warnings)
+    rules, tls = load_rules(settings), load_tls(settings)
+    return Configuration(command, arguments, settings, rules, warnings, tls)
 
 
 def _read_options(
@@ -2709,12 +2852,71 @@ def load_rules(settings: Settings) -> tuple[Rule, ...]:
     return parse_routes(stream.read(), settings.routes, settings)
 
 
+def _load_pem(option: str, path: str, load: Callable[[], Any], allowed: str) -> None:
+    """Load a file of certificates or keys. Raises ConfigError."""
+    try:
+        with open(path, "rb"):  # OpenSSL does not say which file it could not open.
+            load()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise ConfigError(f"{option}: {path}: {reason}; allowed: {allowed}") from None
+
+
+def load_tls(settings: Settings) -> ssl.SSLContext | None:
+    """How the TLS listener speaks, TLS 1.2 or later; None where it is off. Raises ConfigError."""
+    if not settings.listen_tls:
+        return None
+    cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+    if not cert:
+        raise ConfigError("tls_cert: empty; allowed: with listen_tls, a certificate's file, PEM")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # A sender that never reads would find tickets in its buffer when it closes, and TCP then resets
+    # the connection and throws away what was sent last.
+    context.num_tickets = 0
+
+    def load_pair() -> None:
+        # Without a password OpenSSL would ask for it at the terminal.
+        context.load_cert_chain(cert, key or None, password="")
+
+    other = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    _load_pem("tls_cert", cert, lambda: other.load_verify_locations(cert), "certificates, PEM")
+    _load_pem("tls_key", key or cert, load_pair, "the certificate's key, PEM, without passphrase")
+    if client_ca:
+        _load_pem(
+            "tls_client_ca",
+            client_ca,
+            lambda: context.load_verify_locations(client_ca),
+            "certificates of CAs, PEM",
+        )
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+@cache
+def api_tls(ca_file: str) -> ssl.SSLContext:
+    """How rating APIs are spoken to: by certificates of the CAs in a file, else of the system's.
+
+    One for all, for loading takes some 20 ms. Raises ConfigError.
+    """
+    if not ca_file:
+        return ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    allowed = "certificates of CAs, PEM"
+    _load_pem(
+        "rating_api_ca_file", ca_file, lambda: context.load_verify_locations(ca_file), allowed
+    )
+    return context
+
+
 def effective(configuration: Configuration) -> Iterator[str]:
     """The options in force, a line each in the file's own form, without secrets."""
     for option in OPTIONS:
         value = getattr(configuration.settings, option.name)
         if option.secret and value:
-            value = "***"
+            # What a file gave is not to be set once more.
+            from_file = getattr(configuration.settings, f"{option.name}_file")
+            value = type(value)() if from_file else "***"
         shown = list(value) if isinstance(value, tuple) else value
         # YAML does not join the two halves of JSON's escape for what lies beyond 16 bits.
         yield f"{option.name}: {json.dumps(shown, ensure_ascii=not str(shown).isprintable())}"
@@ -2730,17 +2932,60 @@ def effective(configuration: Configuration) -> Iterator[str]:
 log = logging.getLogger("rating_agent_hep")
 
 
+class LastErrors:
+    """The last warning or error of each ``event``, and how many there were.
+
+    By event, so that a storm of one kind does not push out what explains it.
+    """
+
+    def __init__(self) -> None:
+        self._last: OrderedDict[str, dict[str, Any]] = OrderedDict()
+
+    def note(self, event: str, record: logging.LogRecord) -> None:
+        """Take in a record of level WARNING or above."""
+        before = self._last.pop(event, None)
+        facts = {name: getattr(record, name, None) for name in ("api", "sender", "call_id")}
+        text = " ".join([record.getMessage(), *(f"{k}={v}" for k, v in facts.items() if v)])
+        if record.exc_info and record.exc_info[0]:
+            text += f": {record.exc_info[0].__name__}"
+        self._last[event] = {
+            "event": event,
+            "level": record.levelname.lower(),
+            "time": record.created,
+            "count": (before["count"] if before else 0) + 1,
+            "text": text[:MAX_ERROR_TEXT],
+        }
+        if len(self._last) > MAX_LAST_ERRORS:
+            self._last.popitem(last=False)
+
+    def again(self, event: str, now: float) -> None:
+        """Count one more of an event, at this UNIX time; its text stays."""
+        if event in self._last:
+            self._last[event]["count"] += 1
+            self._last[event]["time"] = now
+
+    def newest_first(self) -> list[dict[str, Any]]:
+        """``event``, ``level``, ``time`` (UNIX time, seconds), ``count`` and ``text`` of each."""
+        return list(reversed(self._last.values()))
+
+
 class WarningLimiter(logging.Filter):
-    """Let only a few warnings of one ``event`` through each second, and say how many were held."""
+    """Let only a few warnings of one ``event`` through each second, and say how many were held.
+
+    ``last`` keeps the last of each, held back or not.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.last = LastErrors()
         self._second = 0
         self._seen: dict[str, int] = {}
         self._held: dict[str, int] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         event = getattr(record, "event", None)
+        if record.levelno >= logging.WARNING and event != "held_back":
+            self.last.note(event or "", record)
         if record.levelno != logging.WARNING or event is None:
             return True
         if int(record.created) != self._second:
@@ -2752,6 +2997,17 @@ class WarningLimiter(logging.Filter):
             return False
         if event in self._held:
             record.held_back = self._held.pop(event)
+        return True
+
+    def holds(self, event: str, now: float) -> bool:
+        """Whether a warning would be held back at this UNIX time; it is counted so, then.
+
+        To make a line takes ten times as long as to drop the packet that it tells of.
+        """
+        if int(now) != self._second or self._seen.get(event, 0) < MAX_WARNINGS_PER_SECOND:
+            return False
+        self._held[event] = self._held.get(event, 0) + 1
+        self.last.again(event, now)
         return True
 
     def take_held(self) -> dict[str, int]:
@@ -2796,15 +3052,67 @@ class _TextFormatter(logging.Formatter):
         return printable(f"{super().format(record)} {text}".rstrip())
 
 
+# Metrics whose last part is a label at Prometheus; conf/statsd/mapping.yaml says the same.
+LABELS = {
+    "calls.evicted": ("calls_evicted", "state"),
+    "calls.expired": ("calls_expired", "state"),
+    "calls.state": ("calls", "state"),
+    "calls.unrated": ("calls_unrated", "reason"),
+    "api.answers": ("api_answers", "answer"),
+    "api.errors": ("api_errors", "error"),
+    "packets.dropped": ("packets_dropped", "reason"),
+    "packets.malformed": ("packets_malformed", "reason"),
+    "packets.received": ("packets_received", "transport"),
+}
+
+
+def prometheus_name(name: str) -> tuple[str, str]:
+    """The family of a metric at Prometheus, without prefix, and its labels in braces or ""."""
+    head, _, last = name.rpartition(".")
+    family, label = LABELS.get(head, ("", ""))
+    if not family:
+        return re.sub(r"\W", "_", name, flags=re.A), ""
+    value = last.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    return family, f'{{{label}="{value}"}}'
+
+
+def prometheus_text(
+    counters: dict[str, int],
+    gauges: dict[str, float],
+    timers: dict[str, tuple[int, float]],
+    prefix: str = "rating_agent_hep",
+) -> str:
+    """Metrics in the text format 0.0.4 of Prometheus; timers are (count, sum of seconds).
+
+    A family's lines stand together, as the format asks for.
+    """
+    families: dict[tuple[str, str], list[str]] = {}
+    for kind, values in (("counter", counters), ("gauge", gauges)):
+        for name, value in values.items():
+            family, labels = prometheus_name(name)
+            family = f"{prefix}_{family}" + ("_total" if kind == "counter" else "")
+            families.setdefault((family, kind), []).append(f"{family}{labels} {value}")
+    for name, (count, total) in timers.items():
+        family = f"{prefix}_{prometheus_name(name)[0]}_seconds"
+        lines = [f"{family}_count {count}", f"{family}_sum {total:.6f}"]
+        families[family, "summary"] = lines
+    return "".join(
+        f"# TYPE {family} {kind}\n" + "".join(f"{line}\n" for line in sorted(lines))
+        for (family, kind), lines in sorted(families.items())
+    )
+
+
 class Metrics:
     """Counters and timers, added up here and sent to statsd by `flush` only.
 
-    ``totals`` maps names to counts since the start. A statsd server that is gone, or whose name
-    does not resolve, disturbs nothing: sending is tried anew at each flush.
+    ``totals`` maps names to counts since the start, ``timer_totals`` to (count, seconds). A statsd
+    server that is gone, or whose name does not resolve, disturbs nothing: sending is tried anew at
+    each flush.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.totals: dict[str, int] = {}
+        self.timer_totals: dict[str, tuple[int, float]] = {}
         self._settings = settings
         self._sent: dict[str, int] = {}
         self._timers: dict[str, list[float]] = {}
@@ -2817,6 +3125,8 @@ class Metrics:
 
     def time(self, name: str, seconds: float) -> None:
         """Add a sample to a timer; of many in one flush only the first are kept."""
+        count, total = self.timer_totals.get(name, (0, 0.0))
+        self.timer_totals[name] = (count + 1, total + seconds)
         samples = self._timers.setdefault(name, [])
         if len(samples) < MAX_TIMER_SAMPLES:
             samples.append(seconds)
@@ -3323,6 +3633,19 @@ class Journal:
         self._lock.close()
 
 
+class _TlsConnection(urllib3.connection.HTTPSConnection):
+    """One whose handshake fails as any connect does: nothing was sent.
+
+    urllib3 has the same error for a fault of TLS behind the request, whose outcome is unknown.
+    """
+
+    def connect(self) -> None:
+        try:
+            super().connect()
+        except ssl.SSLError as error:
+            raise urllib3.exceptions.NewConnectionError(self, str(error)) from None
+
+
 class RatingApi:
     """A client of one rating API: one synchronous POST for each event, never retried in here."""
 
@@ -3341,9 +3664,13 @@ class RatingApi:
             pair = f"{settings.rating_api_username}:{settings.rating_api_password}"
             self._headers["Authorization"] = "Basic " + b64encode(pair.encode()).decode()
         # The defaults keep one connection and throw the others away.
+        https = url.startswith("https:")
+        more = {"ssl_context": api_tls(settings.rating_api_ca_file)} if https else {}
         self._pool = urllib3.connection_from_url(
-            url, maxsize=settings.rating_api_concurrency, block=True, timeout=self._timeout
+            url, maxsize=settings.rating_api_concurrency, block=True, timeout=self._timeout, **more
         )
+        if https:
+            self._pool.ConnectionCls = _TlsConnection
 
     def send(self, event: RatingEvent) -> str:
         """Tell the API one event: DELIVERED, REFUSED_BY_API (``ok: false``) or REJECTED (4xx).
@@ -3364,7 +3691,6 @@ class RatingApi:
         except (
             urllib3.exceptions.NewConnectionError,
             urllib3.exceptions.ConnectTimeoutError,
-            urllib3.exceptions.SSLError,
         ) as error:
             raise DeliveryError("connection", str(error), False) from None
         except (urllib3.exceptions.HTTPError, OSError) as error:
@@ -3630,6 +3956,10 @@ class _Lane:
         self.outbox = Outbox()
         self.idle: list[gevent.event.Event] = []
         self.was_down = False
+        # Seconds of a monotonic clock: when it went down or came up, and when it last failed.
+        self.since = time.monotonic()
+        self.failed = 0.0
+        self.fault = ""
         self.behind = 0
         self.reached = 0
         self.unwritten: deque[RatingEvent] = deque()
@@ -3697,6 +4027,23 @@ class Delivery:
             lane.outbox.busy or (lane.behind and not lane.outbox.down)
             for lane in self._lanes.values()
         )
+
+    def apis(self) -> list[dict[str, Any]]:
+        """Each API: URL, state ("up" or "down"), what waits, the last error (all times monotonic).
+
+        ``since`` is when it went down or came up, ``failed`` when the last error was, 0 for never.
+        """
+        return [
+            {
+                "url": url,
+                "state": "down" if lane.was_down else "up",
+                "since": lane.since,
+                "waiting": lane.waiting,
+                "failed": lane.failed,
+                "last_error": lane.fault[:MAX_ERROR_TEXT],
+            }
+            for url, lane in self._lanes.items()
+        ]
 
     def take_settled(self) -> list[tuple[_Lane, CallKey]]:
         """The calls of which an event was answered, for `release` once that is on disk."""
@@ -3809,13 +4156,14 @@ class Delivery:
             self._settle(lane, event, outcome)
         self._metrics.time("api.time", time.monotonic() - started)
         if lane.outbox.down != lane.was_down:
-            lane.was_down = lane.outbox.down
+            lane.was_down, lane.since = lane.outbox.down, time.monotonic()
             extra = {"event": "api_down" if lane.was_down else "api_up", "api": lane.api.url}
             extra["waiting"] = lane.waiting
             log.warning("rating API is %s", "down" if lane.was_down else "up again", extra=extra)
 
     def _failed(self, lane: _Lane, event: RatingEvent, error: DeliveryError) -> None:
-        lane.outbox.fail(event, error, time.monotonic())
+        lane.failed, lane.fault = time.monotonic(), str(error)
+        lane.outbox.fail(event, error, lane.failed)
         self._metrics.count(f"api.errors.{error.kind}")
         if self._journal:
             self._journal.attempted(event)
@@ -3858,6 +4206,108 @@ class Delivery:
 # Room 13: agent
 
 
+class Sender:
+    """What is known of one IP address that sends HEP; ``allowed`` is what hep_allow says of it.
+
+    ``seen`` is when its last packet came, in seconds of a monotonic clock, ``seen_at`` the same in
+    UNIX time, microseconds. ``dropped`` counts by kind, as the metrics ``packets.dropped.*`` and
+    ``packets.malformed.*`` do, and refused connections as ``connection_*``; kinds are words of this
+    module, so they are few. ``skew`` is arrival less HEP time stamp in milliseconds, smoothed, None
+    before the first stamp: the sender's clock, its queue and ours. ``fault`` is the text of its
+    last malformed packet.
+    """
+
+    __slots__ = (
+        "_filled",
+        "_tokens",
+        "address",
+        "allowed",
+        "connections",
+        "dropped",
+        "fault",
+        "packets",
+        "seen",
+        "seen_at",
+        "skew",
+    )
+
+    def __init__(self, address: str, allowed: bool) -> None:
+        self.address = address
+        self.allowed = allowed
+        self.packets = 0
+        self.dropped: dict[str, int] = {}
+        self.seen = 0.0
+        self.seen_at = 0
+        self.connections = 0
+        self.skew: float | None = None
+        self.fault = ""
+        self._tokens, self._filled = 0.0, -inf
+
+    def drop(self, kind: str) -> None:
+        """Count a packet that was not taken in."""
+        self.dropped[kind] = self.dropped.get(kind, 0) + 1
+
+    def within(self, rate: int, now: float) -> bool:
+        """Whether one more packet keeps to ``rate`` a second, with a burst of one second."""
+        self._tokens = min(self._tokens + (now - self._filled) * rate, rate)
+        self._filled = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+    def note_skew(self, milliseconds: float) -> None:
+        """Take in the skew of one packet."""
+        if self.skew is None:
+            self.skew = milliseconds
+        else:
+            self.skew += (milliseconds - self.skew) * SKEW_WEIGHT
+
+
+class Senders:
+    """The senders by address, at most MAX_SENDERS.
+
+    Over that those go first that were refused last, then those unseen for longest; one with open
+    connections stays.
+    """
+
+    def __init__(self, networks: Sequence[str] = ()) -> None:
+        self._networks = [_network(text) for text in networks]
+        self._known: OrderedDict[str, Sender] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Sender]:
+        return iter(self._known.values())
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def of(self, host: str) -> Sender:
+        """The sender with an address as a socket gives it; it counts as seen just now."""
+        # IPv4 on a socket of IPv6.
+        if host.startswith("::ffff:"):
+            host = host[7:]
+        sender = self._known.get(host)
+        if sender is None:
+            sender = self._meet(host)
+        else:
+            self._known.move_to_end(host)
+        return sender
+
+    def demote(self, sender: Sender) -> None:
+        """A packet of it was refused: it goes before those that may send."""
+        if sender.address in self._known:
+            self._known.move_to_end(sender.address, last=False)
+
+    def _meet(self, address: str) -> Sender:
+        while len(self._known) >= MAX_SENDERS:
+            oldest, sender = self._known.popitem(last=False)
+            if sender.connections:
+                self._known[oldest] = sender
+        allowed = not self._networks or _in_networks(address, self._networks)
+        sender = self._known[address] = Sender(address, allowed)
+        return sender
+
+
 class Agent:
     """The glue: a packet in, events out to delivery. Its methods never raise."""
 
@@ -3867,15 +4317,23 @@ class Agent:
         rules: Sequence[Rule],
         limiter: WarningLimiter,
         journal: Journal | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.settings = settings
+        self.tls = tls
         self.metrics = Metrics(settings)
         self.table = CallTable(settings, rules)
         self.journal = journal
         self.delivery = Delivery(settings, self.metrics, journal)
+        self.senders = Senders(settings.hep_allow)
         self.connections = 0
         self.rejected = 0
+        # What listens, as the log says it, for the status.
+        self.listeners: list[dict[str, Any]] = []
+        self.started = self._heard = time.monotonic()
+        self._taken_in = 0
         self._limiter = limiter
+        self._keys = [key.encode() for key in settings.hep_auth_key]
         # Events that the journal has to write before they are delivered.
         self._fresh: list[RatingEvent] = []
         self._polled = 0.0
@@ -3902,37 +4360,91 @@ class Agent:
         """Whether something can be written or sent at once."""
         return bool(self._fresh) or self.delivery.busy
 
-    def receive(self, data: bytes, transport: str, sender: str) -> None:
-        """Take in one HEP packet; ``transport`` is "udp" or "tcp", ``sender`` an IP address."""
+    def admit(self, sender: Sender) -> bool:
+        """Whether a sender may open one more connection; counted and logged where not."""
+        if not sender.allowed:
+            kind, text = "not_allowed", "a connection from outside hep_allow"
+            self.senders.demote(sender)
+        elif sender.connections >= MAX_CONNECTIONS_PER_SENDER:
+            kind, text = "too_many", "too many connections of one sender"
+        else:
+            return True
+        sender.drop(f"connection_{kind}")
+        self.metrics.count(f"connections.refused.{kind}")
+        self._warn(f"{text}, closed", f"connection_{kind}", sender)
+        return False
+
+    def receive(self, data: bytes, transport: str, sender: Sender) -> None:
+        """Take in one HEP packet; ``transport`` is "udp", "tcp" or "tls"."""
         count = self.metrics.count
         count(f"packets.received.{transport}")
+        arrival = round(time.time() * 1_000_000)
+        now = time.monotonic()
+        sender.packets += 1
+        sender.seen, sender.seen_at = now, arrival
+        if not sender.allowed:
+            self._refuse("not_allowed", "a packet from outside hep_allow", sender)
+            return
         try:
-            packet = decode_hep(data, round(time.time() * 1_000_000))
+            packet = decode_hep(data, arrival)
+            if self._keys and not self._has_key(packet):
+                kind = "wrong_key" if packet.auth_key else "no_key"
+                self._refuse(kind, "a packet without a key of hep_auth_key", sender)
+                return
+            # Behind the key, or packets with a forged address would use up the sender's share.
+            rate = self.settings.hep_rate_limit
+            if rate and not sender.within(rate, now):
+                self._drop("rate_limit", sender)
+                self._warn("more packets than hep_rate_limit", "dropped_rate_limit", sender)
+                return
+            # Without a time stamp the packet has the arrival's.
+            if packet.time != arrival:
+                sender.note_skew((arrival - packet.time) / 1000)
             if packet.protocol_type != SIP_PROTOCOL_TYPE:
-                count("packets.dropped.not_sip")
+                self._drop("not_sip", sender)
                 return
             if not packet.payload.strip(b"\r\n\0 "):
-                count("packets.dropped.empty")
+                self._drop("empty", sender)
                 return
             message = parse_sip(packet.payload, packet.time)
             if message is None:
                 count("packets.ignored")
                 return
-            self._report(self.table.handle(Sighting(packet, message, sender), time.monotonic()))
+            self._report(self.table.handle(Sighting(packet, message, sender.address), now))
         except (HepError, SipError) as error:
             layer = "hep" if isinstance(error, HepError) else "sip"
             self.malformed(f"{layer}_{error.kind}", str(error), sender)
         except Exception:
             count("packets.internal_error")
-            extra = {"event": "internal_error", "sender": sender}
+            extra = {"event": "internal_error", "sender": sender.address}
             log.warning("a packet could not be handled", exc_info=True, extra=extra)
 
-    def malformed(self, kind: str, text: str, sender: str) -> None:
-        """Count a fault of a peer by its kind, and log it at a limited rate."""
+    def _has_key(self, packet: HepPacket) -> bool:
+        # Some senders end a string chunk with a NUL. All keys are compared, in constant time each.
+        key = packet.auth_key.rstrip(b"\0")
+        return sum(hmac.compare_digest(key, known) for known in self._keys) > 0
+
+    def _refuse(self, kind: str, text: str, sender: Sender) -> None:
+        self._drop(kind, sender)
+        self.senders.demote(sender)
+        self._warn(text, f"dropped_{kind}", sender)
+
+    def _warn(self, text: str, event: str, sender: Sender | None) -> None:
+        if not self._limiter.holds(event, time.time()):
+            log.warning(text, extra={"event": event, "sender": sender.address if sender else ""})
+
+    def _drop(self, kind: str, sender: Sender) -> None:
+        self.metrics.count(f"packets.dropped.{kind}")
+        sender.drop(kind)
+
+    def malformed(self, kind: str, text: str, sender: Sender | None) -> None:
+        """Count a fault of a peer, None where unknown, by its kind; log it at a limited rate."""
         kind = kind.replace("-", "_")
         self.metrics.count(f"packets.malformed.{kind}")
-        extra = {"event": f"malformed_{kind}", "sender": sender}
-        log.warning("malformed packet: %s", text, extra=extra)
+        if sender:
+            sender.drop(kind)
+            sender.fault = text[:MAX_FAULT]
+        self._warn(f"malformed packet: {text}", f"malformed_{kind}", sender)
 
     def tick(self, ahead: float = 0.0) -> None:
         """Look at deadlines, up to ``ahead`` seconds early, and send what has waited."""
@@ -3957,12 +4469,11 @@ class Agent:
         counts, self.table.counts = self.table.counts, {}
         for name, number in counts.items():
             self.metrics.count(name, number)
-        gauges = {f"calls.state.{state}": size for state, size in self.table.sizes().items()}
-        gauges["events.waiting"] = self.waiting
-        if self.journal:
-            gauges["events.rejected_kept"] = self.rejected
-            gauges["journal.failing"] = int(bool(self.journal.failure))
-        gauges["connections"] = self.connections
+        taken_in = self._count_taken_in()
+        if taken_in > self._taken_in:
+            self._heard = now
+        self._taken_in = taken_in
+        gauges = self.gauges()
         for event, held in self._limiter.take_held().items():
             extra = {"event": "held_back", "kind": event, "held_back": held}
             log.warning("more warnings of one kind were held back", extra=extra)
@@ -3971,6 +4482,91 @@ class Agent:
         except Exception:
             log.warning("metrics not sent", exc_info=True, extra={"event": "internal_error"})
 
+    def gauges(self) -> dict[str, int]:
+        """How things stand now, by metric name."""
+        gauges = {f"calls.state.{state}": size for state, size in self.table.sizes().items()}
+        gauges["events.waiting"] = self.waiting
+        if self.journal:
+            gauges["events.rejected_kept"] = self.rejected
+            gauges["journal.failing"] = int(bool(self.journal.failure))
+        gauges["connections"] = self.connections
+        return gauges
+
+    def _count_taken_in(self) -> int:
+        """Packets so far that were SIP over HEP of somebody who may send: a port scan is none."""
+        received = bad = 0
+        for name, total in self.metrics.totals.items():
+            if name.startswith("packets.received."):
+                received += total
+            elif name.startswith(("packets.dropped.", "packets.malformed.")):
+                bad += total
+        return received - bad
+
+    def faults(self, now: float) -> list[str]:
+        """Why the agent is not healthy, each a line for a person; empty where it is."""
+        found = [
+            f"rating API {api['url']} is down for {now - api['since']:.0f} s: {api['last_error']}"
+            for api in self.delivery.apis()
+            if api["state"] == "down" and now - api["since"] >= API_DOWN_UNHEALTHY
+        ]
+        if self.journal and self.journal.failure:
+            found.append(f"the journal cannot be written: {self.journal.failure}")
+        longest = self.settings.status_max_silence
+        if longest and now - self._heard >= longest:
+            found.append(f"no SIP over HEP came for {now - self._heard:.0f} s")
+        return found
+
+    def status(self, now: float, senders: int, errors: int) -> dict[str, Any]:
+        """What ``/status`` shows, with so many senders and last errors at most.
+
+        Times are UNIX time in seconds; ``now`` is on the monotonic clock.
+        """
+        offset = self._offset()
+
+        def api_status(api: dict[str, Any]) -> dict[str, Any]:
+            failed = api.pop("failed")
+            api["last_error_at"] = round(failed + offset, 3) if failed else None
+            return {**api, "since": round(api["since"] + offset, 3)}
+
+        def sender_status(sender: Sender) -> dict[str, Any]:
+            return {
+                "address": sender.address,
+                "connections": sender.connections,
+                "packets": sender.packets,
+                "dropped": sender.dropped,
+                "last_seen": sender.seen_at / 1_000_000,
+                "clock_skew_ms": None if sender.skew is None else round(sender.skew, 1),
+                "last_fault": sender.fault,
+            }
+
+        faults = self.faults(now)
+        return {
+            "version": __version__,
+            "healthy": not faults,
+            "faults": faults,
+            "time": round(now + offset, 3),
+            "uptime": round(now - self.started, 1),
+            "heard": round(self._heard + offset, 3),
+            "listeners": self.listeners,
+            "calls": self.table.sizes(),
+            "waiting": self.waiting,
+            "rejected_kept": self.rejected,
+            "journal": None if self.journal is None else self.journal.failure or "ok",
+            "apis": [api_status(api) for api in self.delivery.apis()],
+            "known_senders": len(self.senders),
+            "senders": [
+                sender_status(sender)
+                for sender in heapq.nlargest(senders, self.senders, key=attrgetter("packets"))
+            ],
+            "last_errors": self._limiter.last.newest_first()[:errors],
+            "counters": dict(sorted(self.metrics.totals.items())),
+        }
+
+    def log_status(self) -> None:
+        """One line with what ``/status`` shows, cut to a few senders and errors."""
+        status = self.status(time.monotonic(), senders=10, errors=5)
+        log.info("status", extra={"event": "status", "status": status})
+
     def flush_forever(self) -> None:
         """Flush once a second, in a greenlet of its own: a name server may take its time."""
         while True:
@@ -3978,14 +4574,17 @@ class Agent:
             self.flush(time.monotonic())
 
     def reload(self) -> None:
-        """Read the routes again, whole or not at all; calls keep the route they have."""
+        """Read the routes and certificates again, all or nothing.
+
+        Calls keep the route they have, connections the certificate that they began with.
+        """
         try:
-            self.table.rules = load_rules(self.settings)
+            self.table.rules, self.tls = load_rules(self.settings), load_tls(self.settings)
         except ConfigError as error:
-            log.error("routes not reloaded: %s", error, extra={"event": "reload_failed"})
+            log.error("not reloaded: %s", error, extra={"event": "reload_failed"})
         else:
             extra = {"event": "reloaded", "rules": len(self.table.rules) - 1}
-            log.info("routes reloaded", extra=extra)
+            log.info("routes and certificates reloaded", extra=extra)
 
     def _report(self, events: list[RatingEvent]) -> None:
         if self.journal is None:
@@ -4106,11 +4705,6 @@ def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
     return sock
 
 
-def _sender(address: tuple[Any, ...]) -> str:
-    host = str(address[0])
-    return host[7:] if host.startswith("::ffff:") else host
-
-
 class UdpServer(gevent.server.DatagramServer):
     """HEP over UDP: each wake-up drains the socket, up to a budget, without a greenlet a packet.
 
@@ -4118,6 +4712,7 @@ class UdpServer(gevent.server.DatagramServer):
     """
 
     kind = socket.SOCK_DGRAM
+    transport = "udp"
 
     def __init__(self, sock: socket.socket, agent: Agent) -> None:
         super().__init__(sock, handle=lambda *_: None)
@@ -4132,47 +4727,518 @@ class UdpServer(gevent.server.DatagramServer):
                 return
             except OSError as error:
                 # Such as an ICMP error that a former packet brought about.
-                self._agent.malformed("udp_receive", str(error), "")
+                self._agent.malformed("udp_receive", str(error), None)
                 return
-            self._agent.receive(data, "udp", _sender(address))
+            self._agent.receive(data, "udp", self._agent.senders.of(address[0]))
+
+
+class Connection:
+    """What is waited for on a connection: the rest of a frame where ``inside``, else a next one.
+
+    ``since`` is when the waiting began, seconds of a monotonic clock.
+    """
+
+    __slots__ = ("greenlet", "inside", "sender", "since")
+
+    def __init__(self, sender: Sender, now: float) -> None:
+        self.sender = sender
+        self.greenlet = gevent.getcurrent()
+        self.inside = False
+        self.since = now
 
 
 class TcpServer(gevent.server.StreamServer):
     """HEP over TCP: a greenlet a connection; one that loses framing is closed, others go on."""
 
     kind = socket.SOCK_STREAM
+    transport = "tcp"
 
     def __init__(self, sock: socket.socket, agent: Agent) -> None:
-        super().__init__(sock, handle=self._converse, spawn=MAX_CONNECTIONS)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        places = min(MAX_CONNECTIONS, int(files * FILES_PER_LISTENER))
+        super().__init__(sock, handle=self._converse, spawn=places)
         self._agent = agent
+        self._open: set[Connection] = set()
+        self._yielding = 0
+        self._looked = time.monotonic()
 
-    def _converse(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
-        agent, sender, splitter = self._agent, _sender(address), HepSplitter()
-        # A sender that is gone without a word would keep its place for ever.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    def do_handle(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        # Here and not in the greenlet, so that what is refused takes no place.
+        sender = self._agent.senders.of(address[0])
+        if not self._agent.admit(sender):
+            sock.close()
+            return
+        sender.connections += 1
+        super().do_handle(sock, sender)
+
+    def close_overdue(self, now: float) -> None:
+        """Close the connections that took too long for a frame, or are silent for too long."""
+        waited = now - self._looked < STALLED and not self._agent.behind
+        self._looked = now
+        crowded = CROWDED_IDLE if self.pool.full() else inf
+        idle = min(self._agent.settings.hep_idle_timeout or inf, crowded)
+        for connection in list(self._open):
+            if not waited:
+                connection.since = now
+            elif now - connection.since < (FRAME_TIMEOUT if connection.inside else idle):
+                continue
+            elif connection.inside:
+                text = f"connection closed: a frame not whole after {FRAME_TIMEOUT:g} s"
+                self._agent.malformed("hep_slow", text, connection.sender)
+                self._close(connection)
+            else:
+                self._agent.metrics.count("connections.idle")
+                extra = {"event": "connection_idle", "sender": connection.sender.address}
+                log.info("connection closed: it was silent", extra=extra)
+                self._close(connection)
+
+    def _close(self, connection: Connection) -> None:
+        self._open.discard(connection)
+        connection.greenlet.kill(block=False)
+
+    def _secure(self, sock: socket.socket) -> socket.socket:
+        return sock
+
+    def _converse(self, sock: socket.socket, sender: Sender) -> None:
+        agent, splitter = self._agent, HepSplitter()
+        connection = Connection(sender, time.monotonic())
         agent.connections += 1
         agent.metrics.count("connections.opened")
-        frames = 0
+        handled = 0
         try:
+            # A sender that is gone without a word would keep its place for ever.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock = self._secure(sock)
+            self._open.add(connection)
             while data := sock.recv(splitter.room):
+                whole = False
                 for frame in splitter.feed(data):
-                    agent.receive(frame, "tcp", sender)
-                    frames += 1
-                    if frames % TCP_BUDGET == 0:
-                        gevent.sleep(0)
-                # recv does not yield while there is something to read.
-                gevent.sleep(0)
+                    agent.receive(frame, self.transport, sender)
+                    whole = True
+                    handled += 1
+                    if handled * (1 + self._yielding) >= TCP_BUDGET:
+                        handled = 0
+                        connection.since = time.monotonic()
+                        self._yield()
+                if whole or not connection.inside:
+                    connection.since = time.monotonic()
+                connection.inside = splitter.room < MAX_HEP_FRAME
+                if not whole:
+                    self._yield()
                 while agent.behind:
                     gevent.sleep(JOURNAL_INTERVAL)
-            log.debug("connection closed", extra={"event": "connection_closed", "sender": sender})
+            log.debug(
+                "connection closed", extra={"event": "connection_closed", "sender": sender.address}
+            )
         except HepError as error:
             agent.malformed(f"hep_{error.kind}", f"connection closed: {error}", sender)
         except OSError as error:
-            agent.metrics.count("connections.failed")
-            extra = {"event": "connection_failed", "sender": sender}
+            failed = "failed" if connection in self._open else "handshake_failed"
+            agent.metrics.count(f"connections.{failed}")
+            extra = {"event": f"connection_{failed}", "sender": sender.address}
             log.warning("connection failed: %s", error, extra=extra)
         finally:
+            sock.close()
+            self._open.discard(connection)
+            # Seen just now, so that it is not the first to be forgotten.
+            agent.senders.of(sender.address)
             agent.connections -= 1
+            sender.connections -= 1
+
+    def _yield(self) -> None:
+        """Let everything else go first that has something to do.
+
+        `gevent.sleep(0)` lets the loop look at its sockets only each 50 times: three connections
+        that always have more kept UDP waiting for 50 ms. An idle watcher of the highest priority
+        comes once in each round of the loop.
+        """
+        self._yielding += 1
+        try:
+            gevent.idle(gevent.get_hub().loop.MAXPRI)
+        finally:
+            self._yielding -= 1
+
+
+class TlsServer(TcpServer):
+    """HEP over TLS 1.2 or later; a handshake that fails costs its connection only."""
+
+    transport = "tls"
+
+    def _secure(self, sock: socket.socket) -> socket.socket:
+        assert self._agent.tls is not None
+        secured = self._agent.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        try:
+            with gevent.Timeout(HANDSHAKE_TIMEOUT, TimeoutError("no handshake in time")):
+                secured.do_handshake()
+        except BaseException:
+            secured.close()
+            raise
+        return secured
+
+
+# What comes from the network goes into it as text only, and its policy allows no other script.
+PAGE = r"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>rating agent</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --bg: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #5c6670;
+  --line: #e1e4e8; --good: #18713a; --bad: #b3261e; --warn: #8a5a00 }
+@media (prefers-color-scheme: dark) { :root { --bg: #101418; --card: #1a2026; --text: #e6e9ec;
+  --dim: #98a3ad; --line: #2b333b; --good: #57c785; --bad: #ff8a80; --warn: #f0b95b } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 16px; max-width: 1100px; background: var(--bg);
+  color: var(--text); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
+header, section { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: 12px 16px; margin-bottom: 12px }
+header { border-left: 6px solid var(--dim) }
+.good { border-left-color: var(--good) } .bad { border-left-color: var(--bad) }
+header.warn { border-left-color: var(--warn) }
+h1 { margin: 0; font-size: 28px; line-height: 1.2 } h2 { margin: 0 0 6px; font-size: 15px }
+.good h1, td.good { color: var(--good) } .bad h1, td.bad { color: var(--bad) }
+td.warn, .warn h1 { color: var(--warn) } td.good, td.bad { font-weight: 600 }
+ul { margin: 6px 0 0; padding: 0; list-style: none; font-size: 17px }
+.dim, h2 span { color: var(--dim); font-weight: 400; font-size: 13px }
+#tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; margin-bottom: 12px }
+#tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: 8px 12px; color: var(--dim); font-size: 13px }
+#tiles b { display: block; color: var(--text); font-size: 22px; font-variant-numeric: tabular-nums }
+#tiles .warn b { color: var(--warn) }
+table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums }
+th { text-align: left; color: var(--dim); font-size: 13px; font-weight: 400 }
+th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top }
+tr:last-child td { border-bottom: 0 } td:empty::after { content: "–"; color: var(--dim) }
+input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px; color: inherit;
+  background: var(--bg); border: 1px solid var(--line); border-radius: 6px }
+@media (max-width: 640px) { body { padding: 8px } thead { display: none }
+  #tiles { grid-template-columns: 1fr 1fr; gap: 8px }
+  tr { display: block; padding: 6px 0; border-bottom: 1px solid var(--line) }
+  tr:last-child { border: 0 }
+  td { display: flex; gap: 8px; padding: 1px 0; border: 0 }
+  td::before { content: attr(data-name); flex: 0 0 92px; color: var(--dim); font-weight: 400 } }
+</style></head><body>
+<header id="health"><h1 id="word">…</h1><ul id="faults"></ul><div class="dim" id="facts"></div>
+</header>
+<div id="tiles"></div>
+<section><h2>Rating APIs</h2><table id="apis"></table></section>
+<section><h2>Last warnings and errors <span>the last of each kind</span></h2>
+<table id="errors"></table></section>
+<section><h2>Senders <span id="known"></span></h2><table id="senders"></table></section>
+<section><h2>Dropped and failed <span>since the start</span></h2>
+<table id="drops"></table></section>
+<section><h2>Live calls <span>the newest 50</span></h2>
+<input id="find" placeholder="part of a Call-ID" aria-label="part of a Call-ID">
+<table id="calls"></table></section>
+<script>
+"use strict";
+const $ = id => document.getElementById(id);
+let shown = null, before = null, answered = 0, run = 0;
+
+function add(parent, tag, text, kind) {
+  const node = document.createElement(tag);
+  node.textContent = text ?? "";
+  if (kind) node.className = kind;
+  parent.append(node);
+  return node;
+}
+
+// Rows are lists of cells; a cell is a text, or [text, class].
+function fill(id, names, rows) {
+  const table = document.createElement("table");
+  table.id = id;
+  const head = add(add(table, "thead"), "tr"), body = add(table, "tbody");
+  names.forEach(name => add(head, "th", name));
+  for (const row of rows.length ? rows : [["none"]]) {
+    const line = add(body, "tr");
+    row.forEach((cell, at) => {
+      const [text, kind] = Array.isArray(cell) ? cell : [cell];
+      add(line, "td", text, kind).dataset.name = rows.length ? names[at] : "";
+    });
+  }
+  $(id).replaceWith(table);
+}
+
+function span(seconds) {
+  for (const [unit, size] of [["d", 86400], ["h", 3600], ["min", 60]])
+    if (seconds >= 2 * size) return Math.floor(seconds / size) + " " + unit;
+  return Math.max(Math.round(seconds), 0) + " s";
+}
+const ago = time => time ? span(shown.time - time) + " ago" : "";
+const count = number => number.toLocaleString("en");
+
+function perSecond(pattern) {
+  if (!before || shown.uptime <= before.uptime) return "–";
+  let sum = 0;
+  for (const [name, total] of Object.entries(shown.counters))
+    if (pattern.test(name)) sum += total - (before.counters[name] ?? 0);
+  return count(Math.round(sum / (shown.uptime - before.uptime)));
+}
+
+function show() {
+  // An API that has just gone down does not make the agent unhealthy yet.
+  const down = shown.apis.filter(api => api.state === "down");
+  const faults = shown.healthy ? down.map(api => "rating API " + api.url + " is down")
+    : shown.faults;
+  $("health").className = shown.healthy ? down.length ? "warn" : "good" : "bad";
+  $("word").textContent = shown.healthy ? down.length ? "Degraded" : "Healthy" : "Unhealthy";
+  document.title = (faults.length ? "✖ " : "") + "rating agent";
+  $("faults").replaceChildren();
+  faults.forEach(fault => add($("faults"), "li", fault));
+  const journal = shown.journal === null ? "no journal"
+    : shown.journal === "ok" ? "journal ok" : "journal failing";
+  $("facts").textContent = "up " + span(shown.uptime) + " · " + journal + " · last packet "
+    + (shown.counters["packets.received.udp"] || shown.counters["packets.received.tcp"]
+      ? ago(shown.heard) : "never")
+    + " · " + shown.listeners.map(x => x.transport + " " + x.address).join(" · ")
+    + " · version " + shown.version;
+  $("tiles").replaceChildren();
+  for (const [name, value, warn] of [
+    ["running calls", count(shown.calls.answered)], ["ringing", count(shown.calls.trying)],
+    ["begun / s", perSecond(/^calls.begun$/)], ["packets / s", perSecond(/^packets.received/)],
+    ["dropped / s", perSecond(/^packets.(dropped|malformed)/)],
+    ["events waiting", count(shown.waiting), shown.waiting > 100],
+    ["events rejected", count(shown.counters["events.rejected"] ?? 0),
+      shown.counters["events.rejected"]],
+    ["events lost", count(shown.counters["events.lost"] ?? 0), shown.counters["events.lost"]]]) {
+    const tile = add($("tiles"), "div", "", warn ? "warn" : "");
+    add(tile, "b", value);
+    add(tile, "span", name);
+  }
+  fill("apis", ["URL", "state", "since", "waiting", "last error"], shown.apis.map(api => [
+    api.url, [api.state, api.state === "up" ? "good" : "bad"], ago(api.since), count(api.waiting),
+    api.last_error ? api.last_error + " (" + ago(api.last_error_at) + ")" : ""]));
+  fill("errors", ["last", "event", "times", "text"], shown.last_errors.slice(0, 12).map(x => [
+    ago(x.time), [x.event, x.level === "error" ? "bad" : "warn"], count(x.count), x.text]));
+  $("known").textContent = count(shown.known_senders) + " known";
+  fill("senders", ["address", "last seen", "packets", "dropped", "clock", "last fault"],
+    shown.senders.slice(0, 50).map(x => {
+      const dropped = Object.entries(x.dropped).map(([kind, n]) => count(n) + " " + kind);
+      const skew = x.clock_skew_ms;
+      return [x.address, ago(x.last_seen), count(x.packets), dropped.join(", "),
+        [skew === null ? "" : (skew > 0 ? "+" : "") + (skew / 1000).toFixed(1) + " s",
+          Math.abs(skew) > 2000 ? "warn" : ""], x.last_fault];
+    }));
+  fill("drops", ["what", "times"], Object.entries(shown.counters)
+    .filter(([name]) => /dropped|malformed|evicted|orphan|lost|rejected|errors|failed$/.test(name))
+    .map(([name, total]) => [name, count(total)]));
+}
+
+function showCalls(calls) {
+  fill("calls", ["Call-ID", "state", "for", "tenant", "caller", "callee"], calls.map(x => [
+    x.call_id, x.state + (x.rated === false ? ", not rated" : ""), span(shown.time - x.since),
+    x.tenant, x.account_tag, x.destination_account_tag]));
+}
+
+async function load(path) {
+  const answer = await fetch(path, { cache: "no-store", signal: AbortSignal.timeout(8000) });
+  if (!answer.ok) throw new Error("status " + answer.status);
+  return answer.json();
+}
+
+async function refresh() {
+  const mine = ++run;
+  try {
+    const find = $("find").value.trim();
+    const query = "calls?limit=50" + (find ? "&call_id=" + encodeURIComponent(find)
+      : "&state=trying,answered");
+    const [next, page] = [await load("status"), await load(query)];
+    if (mine !== run) return;
+    [before, shown, answered] = [shown, next, Date.now()];
+    show();
+    showCalls(page.calls);
+  } catch (error) {
+    if (mine !== run) return;
+    $("health").className = "bad";
+    $("word").textContent = "No answer";
+    document.title = "✖ rating agent";
+    const since = answered ? " What is below is " + span((Date.now() - answered) / 1000) + " old."
+      : "";
+    $("faults").replaceChildren();
+    add($("faults"), "li", "The agent does not answer this page: " + error.message + "." + since);
+  }
+  setTimeout(() => mine === run && refresh(), 2000);
+}
+$("find").addEventListener("input", refresh);
+refresh();
+</script></body></html>
+"""
+
+
+class BadRequest(Exception):
+    """A reader asked for something that is not there; the text says what is."""
+
+
+class StatusServer(gevent.server.StreamServer):
+    """The status over HTTP/1.1: GET and HEAD, one request a connection, all within STATUS_TIMEOUT.
+
+    gevent.pywsgi keeps idle connections for ever, takes 100 header lines of 64 KiB and writes to
+    stderr; all that is wanted of it are these few lines.
+    """
+
+    kind = socket.SOCK_STREAM
+    transport = "status"
+
+    def __init__(self, sock: socket.socket, agent: Agent) -> None:
+        super().__init__(sock, handle=self._converse, spawn=MAX_STATUS_CONNECTIONS)
+        self._agent = agent
+        # One reader at a time looks through the calls; the others wait.
+        self._looking = gevent.lock.BoundedSemaphore(1)
+        style, script = (
+            b64encode(hashlib.sha256(re.findall(tag, PAGE, re.S)[0].encode()).digest()).decode()
+            for tag in ("<style>(.*)</style>", "<script>(.*)</script>")
+        )
+        self._policy = (
+            f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'"
+        )
+
+    def _converse(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
+        with suppress(OSError), gevent.Timeout(STATUS_TIMEOUT, False):
+            request = b""
+            while not (ended := re.search(rb"\r?\n\r?\n", request)):
+                data = sock.recv(4096) if len(request) < MAX_STATUS_REQUEST else b""
+                if not data:
+                    break
+                request += data
+            if request:
+                sock.sendall(self._answer(request if ended else b""))
+            # Closed with something unread, the answer may be lost on its way.
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(65_536):
+                gevent.sleep(0)
+
+    def _answer(self, request: bytes) -> bytes:
+        """The whole answer to a request, b"" for one that is none; never raises."""
+        line = re.match(rb"([A-Z]+) (/[^\s?]*)(?:\?(\S*))? HTTP/1\.[01]\r?\n", request)
+        kind, more = "text/plain; charset=utf-8", ""
+        try:
+            if line is None:
+                raise BadRequest(f"no HTTP request of less than {MAX_STATUS_REQUEST} octets")
+            method, path, query = (part.decode("latin-1") for part in (line.groups(b"")))
+            if method not in ("GET", "HEAD"):
+                status, body, more = 405, "allowed: GET, HEAD\n", "Allow: GET, HEAD\r\n"
+            elif path not in self._PATHS:
+                status, body = 404, f"allowed: {' '.join(self._PATHS)}\n"
+            else:
+                handler, kind = self._PATHS[path]
+                status, body = handler(self, query)
+        except BadRequest as error:
+            status, body = 400, f"{error}\n"
+        except Exception:
+            extra = {"event": "internal_error"}
+            log.warning("a status request failed", exc_info=True, extra=extra)
+            status, body, kind = 500, "the log says why\n", "text/plain"
+        content = body.encode()
+        head = (
+            f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
+            f"Content-Type: {kind}\r\nContent-Length: {len(content)}\r\n{more}"
+            f"Content-Security-Policy: {self._policy}\r\nX-Content-Type-Options: nosniff\r\n"
+            "Referrer-Policy: no-referrer\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
+        )
+        head_only = line is not None and line[1] == b"HEAD"
+        return head.encode("latin-1") + (b"" if head_only else content)
+
+    def _health(self, query: str) -> tuple[int, str]:
+        faults = self._agent.faults(time.monotonic())
+        answer = {"healthy": not faults, "faults": faults}
+        return 503 if faults else 200, json.dumps(answer) + "\n"
+
+    def _status(self, query: str) -> tuple[int, str]:
+        status = self._agent.status(time.monotonic(), MAX_STATUS_SENDERS, MAX_LAST_ERRORS)
+        return 200, json.dumps(status) + "\n"
+
+    def _metrics(self, query: str) -> tuple[int, str]:
+        agent = self._agent
+        gauges: dict[str, float] = {
+            **agent.gauges(),
+            "healthy": int(not agent.faults(time.monotonic())),
+            "start_time_seconds": round(time.time() - time.monotonic() + agent.started, 3),
+        }
+        metrics = agent.metrics
+        return 200, prometheus_text(metrics.totals, gauges, metrics.timer_totals)
+
+    def _page(self, query: str) -> tuple[int, str]:
+        return 200, PAGE
+
+    def _calls(self, query: str) -> tuple[int, str]:
+        """Calls that match, newest first; ``next`` is what ``after`` is to be for those behind."""
+        wanted = self._filter(query)
+        limit, after = wanted.pop("limit"), wanted.pop("after")
+        deadline = time.monotonic() + CALLS_SECONDS
+        offset = time.time() - time.monotonic()
+        found: list[dict[str, Any]] = []
+        row = after
+        with self._looking:
+            for calls in self._agent.table.look():
+                for call in calls:
+                    if (after and call.row >= after) or not self._matches(call, wanted):
+                        continue
+                    if len(found) == limit:
+                        return 200, json.dumps({"calls": found, "next": row}) + "\n"
+                    row = call.row
+                    found.append(self._call_facts(call, offset))
+                if time.monotonic() >= deadline:
+                    return 200, json.dumps({"calls": found, "next": calls[-1].row}) + "\n"
+                gevent.sleep(0)
+        return 200, json.dumps({"calls": found, "next": None}) + "\n"
+
+    @staticmethod
+    def _filter(query: str) -> dict[str, Any]:
+        """What ``/calls`` is to show. Raises BadRequest."""
+        wanted: dict[str, Any] = {"limit": 100, "after": 0}
+        for name, text in parse_qsl(query, keep_blank_values=True, max_num_fields=20):
+            if name == "state" and set(text.split(",")) <= set(STATES):
+                wanted[name] = frozenset(text.split(","))
+            elif name in ("limit", "after") and re.fullmatch("[0-9]{1,18}", text, re.A):
+                wanted[name] = int(text)
+            elif name in ("tenant", "account", "call_id"):
+                wanted[name] = text
+            else:
+                raise BadRequest(
+                    f"{ascii(name)[:40]}; allowed: state={','.join(STATES)} tenant=TEXT "
+                    f"account=TEXT call_id=PART limit=1..{MAX_CALLS_PAGE} after=ROW"
+                )
+        wanted["limit"] = min(max(wanted["limit"], 1), MAX_CALLS_PAGE)
+        return wanted
+
+    @staticmethod
+    def _matches(call: Call, wanted: dict[str, Any]) -> bool:
+        return (
+            ("state" not in wanted or call.state in wanted["state"])
+            and ("tenant" not in wanted or call.route.tenant == wanted["tenant"])
+            and (
+                "account" not in wanted
+                or wanted["account"] in (call.account_tag, call.destination_account_tag)
+            )
+            and ("call_id" not in wanted or wanted["call_id"] in printable_id(call.call_id))
+        )
+
+    @staticmethod
+    def _call_facts(call: Call, offset: float) -> dict[str, Any]:
+        return {
+            "row": call.row,
+            "call_id": printable_id(call.call_id),
+            "state": call.state,
+            "since": round(call.entered + offset, 3),
+            "tenant": call.route.tenant,
+            "route": call.route.name,
+            "account_tag": call.account_tag,
+            "destination_account_tag": call.destination_account_tag,
+            "transaction_tag": call.transaction_tag,
+            # What is over has forgotten whom it was charged to.
+            "rated": None if call.state == ENDED else call.rated,
+            "answered": call.answered / 1_000_000 if call.state == ANSWERED else None,
+            "capture_id": call.capture_id,
+        }
+
+    _PATHS: ClassVar[dict[str, tuple[Callable[..., tuple[int, str]], str]]] = {
+        "/": (_page, "text/html; charset=utf-8"),
+        "/healthz": (_health, "application/json"),
+        "/status": (_status, "application/json"),
+        "/calls": (_calls, "application/json"),
+        "/metrics": (_metrics, "text/plain; version=0.0.4; charset=utf-8"),
+    }
 
 
 # Room 15: command line
@@ -4188,10 +5254,19 @@ def run(configuration: Configuration) -> int:
         journal = Journal(settings.state_dir) if settings.state_dir else None
     except ConfigError as error:
         return _fail(str(error))
-    agent = Agent(settings, configuration.rules, limiter, journal)
-    servers: list[gevent.server.BaseServer] = []
-    for option, server_class in (("listen_udp", UdpServer), ("listen_tcp", TcpServer)):
+    agent = Agent(settings, configuration.rules, limiter, journal, configuration.tls)
+    servers: list[UdpServer | TcpServer | StatusServer] = []
+    # The soft limit is 1,024 on most systems, for programs that use select().
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    for server_class in (UdpServer, TcpServer, TlsServer, StatusServer):
+        option = f"listen_{server_class.transport}"
         address = getattr(settings, option)
+        # Unlike HEP, the status is for this machine unless told otherwise.
+        if option == "listen_status" and address.startswith(":"):
+            address = f"127.0.0.1{address}"
         if address:
             try:
                 servers.append(server_class(bind(address, server_class.kind), agent))
@@ -4207,7 +5282,9 @@ def run(configuration: Configuration) -> int:
 
     gevent.signal_handler(signal.SIGTERM, on_signal)
     gevent.signal_handler(signal.SIGINT, on_signal)
-    gevent.signal_handler(signal.SIGHUP, agent.reload)
+    notifier = Notifier(os.environ)
+    gevent.signal_handler(signal.SIGHUP, notifier.reload, agent)
+    gevent.signal_handler(signal.SIGUSR1, agent.log_status)
     for server in servers:
         server.start()
         host, port = server.socket.getsockname()[:2]
@@ -4215,17 +5292,65 @@ def run(configuration: Configuration) -> int:
             "event": "listening",
             "address": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
         }
-        extra["transport"] = "udp" if isinstance(server, UdpServer) else "tcp"
+        extra["transport"] = server.transport
         extra["receive_buffer"] = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+        agent.listeners.append({name: extra[name] for name in ("transport", "address")})
         log.info("listening", extra=extra)
     background = [gevent.spawn(agent.flush_forever)]
     if journal:
         _tell_restored(agent, journal)
         background.append(gevent.spawn(agent.journal_forever))
+    notifier.say("READY=1")
     while not stop.wait(TICK):
         agent.tick()
+        notifier.alive(agent, time.monotonic())
+        for server in servers:
+            if isinstance(server, TcpServer):
+                server.close_overdue(time.monotonic())
+    notifier.say("STOPPING=1")
     _shut_down(agent, servers, background)
     return 0
+
+
+class Notifier:
+    """Tells systemd how the agent is, as sd_notify(3) does; without NOTIFY_SOCKET it does nothing.
+
+    ``interval`` is the seconds between two calls of `alive`: half of what the watchdog allows, and
+    NOTIFY_INTERVAL at most.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        path = environ.get("NOTIFY_SOCKET", "")
+        # An @ stands for the NUL of an abstract address.
+        self._address = f"\0{path[1:]}" if path.startswith("@") else path
+        self.interval, self._next = NOTIFY_INTERVAL, 0.0
+        limit = environ.get("WATCHDOG_USEC", "")
+        ours = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self._watched = ours and limit.isascii() and limit.isdigit() and int(limit) > 0
+        if self._watched:
+            self.interval = min(int(limit) / 2_000_000, NOTIFY_INTERVAL)
+
+    def say(self, *lines: str) -> None:
+        """Send assignments such as ``READY=1``; never raises, never waits."""
+        if self._address:
+            with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)
+                sock.sendto("\n".join(lines).encode(), self._address)
+
+    def alive(self, agent: Agent, now: float) -> None:
+        """Pet the watchdog and renew the line of ``systemctl status``, when it is time."""
+        if not self._address or now < self._next:
+            return
+        self._next = now + self.interval
+        running, faults = agent.table.sizes()[ANSWERED], "; ".join(agent.faults(now))
+        text = printable(f"{faults or 'healthy'}: {running} calls, {agent.waiting} events wait")
+        self.say(*["WATCHDOG=1"] * self._watched, f"STATUS={text[:MAX_ERROR_TEXT]}")
+
+    def reload(self, agent: Agent) -> None:
+        """Reload what the agent reads again, and say so before and after."""
+        self.say("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        agent.reload()
+        self.say("READY=1")
 
 
 def _tell_restored(agent: Agent, journal: Journal) -> None:
@@ -4240,7 +5365,7 @@ def _tell_restored(agent: Agent, journal: Journal) -> None:
 
 
 def _shut_down(
-    agent: Agent, servers: Sequence[gevent.server.BaseServer], background: list[gevent.Greenlet]
+    agent: Agent, servers: Sequence[UdpServer | TcpServer], background: list[gevent.Greenlet]
 ) -> None:
     log.info("stopping", extra={"event": "stopping", "waiting": len(agent.delivery)})
     timeout, journal = agent.settings.shutdown_timeout, agent.journal

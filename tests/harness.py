@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import gevent
+import trustme
+from cryptography.hazmat.primitives import serialization
 from gevent.pywsgi import WSGIServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +40,25 @@ def expected(folder: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def certificates(folder: Path, *hosts: str, passphrase: bytes | None = None) -> None:
+    """A new authority in `ca.pem`; for this host or others `server.pem`, `client.pem`, `.key`."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    for name in ("server", "client"):
+        issued = authority.issue_cert(*(hosts or ("localhost", "127.0.0.1")))
+        chain = b"".join(blob.bytes() for blob in issued.cert_chain_pems)
+        (folder / f"{name}.pem").write_bytes(chain)
+        pem = issued.private_key_pem.bytes()
+        if passphrase:
+            key = serialization.load_pem_private_key(pem, None)
+            pem = key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.BestAvailableEncryption(passphrase),
+            )
+        (folder / f"{name}.key").write_bytes(pem)
+
+
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLINE) -> None:
     """Poll until the condition holds; fails the test with `what` when the time is over."""
     deadline = time.monotonic() + seconds
@@ -48,25 +70,31 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLIN
 class RatingServer:
     """A rating API over HTTP on loopback that answers ok and keeps each request in order.
 
-    `requests` holds (path, body). `answer` may be replaced to answer otherwise: it takes path and
-    body and returns (status, JSON).
+    `requests` holds (path, body), `headers` the WSGI environment of each. `answer` may be replaced
+    to answer otherwise: it takes path and body and returns (status, JSON); `location` is sent where
+    it is set. With an SSL context it speaks HTTPS.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self.headers: list[dict[str, Any]] = []
+        self.location = ""
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.answer: Callable[[str, dict[str, Any]], tuple[str, Any]] = lambda path, body: (
             "200 OK",
             {"ok": True},
         )
-        self._server = WSGIServer(("127.0.0.1", 0), self._serve, log=None)
+        more = {"ssl_context": tls} if tls else {}
+        self._server = WSGIServer(("127.0.0.1", 0), self._serve, log=None, **more)
         self._server.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.url = f"http{'s' if tls else ''}://127.0.0.1:{self._server.server_port}"
 
     def _serve(self, environ: dict[str, Any], start: Any) -> list[bytes]:
+        self.headers.append(environ)
         body = json.loads(environ["wsgi.input"].read())
         self.requests.append((environ["PATH_INFO"], body))
         status, answer = self.answer(environ["PATH_INFO"], body)
-        start(status, [("Content-Type", "application/json")])
+        location = [("Location", self.location)] if self.location else []
+        start(status, [("Content-Type", "application/json"), *location])
         return [json.dumps(answer).encode()]
 
     def __enter__(self) -> RatingServer:
@@ -77,12 +105,20 @@ class RatingServer:
 
 
 class AgentProcess:
-    """The agent on ports of its own choice; `lines` are its JSON log lines, parsed."""
+    """The agent on ports of its own choice; `lines` are its JSON log lines, parsed.
 
-    def __init__(self, *options: str, env: dict[str, str] | None = None) -> None:
+    With `--listen-tls=...` among the options it has an address `tls`, too. `files` is how many it
+    may open at one time.
+    """
+
+    def __init__(
+        self, *options: str, env: dict[str, str] | None = None, files: int | None = None
+    ) -> None:
         self.lines: list[dict[str, Any]] = []
+        limit = ["prlimit", f"--nofile={files}"] if files else []
         self._process = subprocess.Popen(
             [
+                *limit,
                 sys.executable,
                 str(ROOT / "rating_agent_hep.py"),
                 "--listen-udp=127.0.0.1:0",
@@ -94,9 +130,15 @@ class AgentProcess:
         )
         self.pid = self._process.pid
         self._reader = gevent.spawn(self._read)
-        wait_until(lambda: len(self.events("listening")) == 2 or self.ended, "the agent listens")
+        tls = any(option.startswith("--listen-tls") for option in options)
+        count = 2 + tls + any(option.startswith("--listen-status") for option in options)
+        wait_until(
+            lambda: len(self.events("listening")) == count or self.ended, "the agent listens"
+        )
         assert not self.ended, "the agent ended at start"
         self.udp, self.tcp = (self._address(transport) for transport in ("udp", "tcp"))
+        if tls:
+            self.tls = self._address("tls")
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -107,6 +149,11 @@ class AgentProcess:
         line = next(x for x in self.events("listening") if x["transport"] == transport)
         host, _, port = line["address"].rpartition(":")
         return host, int(port)
+
+    @property
+    def status(self) -> str:
+        """The base URL of the status, where --listen-status is among the options."""
+        return "http://{}:{}".format(*self._address("status"))
 
     @property
     def ended(self) -> bool:

@@ -34,14 +34,21 @@ DEFAULTS: dict[str, Any] = {
     "tls_key": "",
     "tls_client_ca": "",
     "listen_status": "",
-    "hep_auth_key": (),
+    "status_max_silence": 0.0,
     "hep_allow": (),
+    "hep_auth_key": (),
+    "hep_auth_key_file": "",
+    "hep_rate_limit": 0,
+    "hep_idle_timeout": 0.0,
     "rating_api_url": "http://localhost:8080",
     "rating_api_timeout": 5.0,
     "rating_api_concurrency": 16,
+    "rating_api_ca_file": "",
     "rating_api_token": "",
+    "rating_api_token_file": "",
     "rating_api_username": "",
     "rating_api_password": "",
+    "rating_api_password_file": "",
     "rating_api_batch": 1,
     "tenant": "default",
     "product_tag": "VOICE",
@@ -69,14 +76,31 @@ DEFAULTS: dict[str, Any] = {
     "shutdown_timeout": 10.0,
 }
 
-# For each option a text that is valid and not its default, and the value it stands for. The
-# routes file is a file of the test.
+# For each option a text that is valid and not its default, and the value it stands for. What
+# stands in braces is a file of the test.
 SAMPLES: dict[str, tuple[str, Any]] = {
     "listen_udp": ("127.0.0.1:9061", "127.0.0.1:9061"),
     "listen_tcp": ("[::1]:9062", "[::1]:9062"),
+    "listen_status": (":9064", ":9064"),
+    "status_max_silence": ("60", 60.0),
+    "listen_tls": ("127.0.0.1:9063", "127.0.0.1:9063"),
+    "tls_cert": ("{server.pem}", ...),
+    "tls_key": ("{server.key}", ...),
+    "tls_client_ca": ("{ca.pem}", ...),
+    "hep_allow": (
+        "10.1.2.3 10.0.0.0/8,2001:DB8::/32",
+        ("10.1.2.3/32", "10.0.0.0/8", "2001:db8::/32"),
+    ),
+    "hep_auth_key": ("one two", ("one", "two")),
+    "hep_auth_key_file": ("{keys}", ...),
+    "hep_rate_limit": ("5000", 5000),
+    "hep_idle_timeout": ("3600", 3600.0),
     "rating_api_url": ("https://rating.example:8443/base/", "https://rating.example:8443/base"),
     "rating_api_timeout": ("2.5", 2.5),
     "rating_api_concurrency": ("3", 3),
+    "rating_api_ca_file": ("{ca.pem}", ...),
+    "rating_api_token_file": ("{token}", ...),
+    "rating_api_password_file": ("{password}", ...),
     "rating_api_token": ("to.ken-1~+/=", "to.ken-1~+/="),
     "rating_api_username": ("billing", "billing"),
     "rating_api_password": ("pass, word: 1", "pass, word: 1"),
@@ -89,7 +113,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "sip_header_history_info": ("X-History", "X-History"),
     "sip_header_history_info_index": ("0", 0),
     "account_tag_match_regexp": ("[0-9]{2}([0-9]+)", "[0-9]{2}([0-9]+)"),
-    "routes": ("{routes}", "{routes}"),
+    "routes": ("{routes.yaml}", ...),
     "begin_on": ("ack", "ack"),
     "max_calls": ("10", 10),
     "invite_timeout": ("30", 30.0),
@@ -106,11 +130,30 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "shutdown_timeout": ("0.5", 0.5),
 }
 
+# Files of secrets, and the options they give a value besides their own.
+SECRET_FILES: dict[str, tuple[str, dict[str, Any]]] = {
+    "hep_auth_key_file": ("a, key\r\n\nthe other\n", {"hep_auth_key": ("a, key", "the other")}),
+    "rating_api_token_file": ("to.ken-2\n", {"rating_api_token": "to.ken-2"}),
+    "rating_api_password_file": (
+        "pass, word: \u00fc",
+        {"rating_api_password": "pass, word: \u00fc"},
+    ),
+}
+
 ADDRESSES = ["9060", "host:", "host:x", ":-1", ":99999", "::1:9060", "[::1]", ":90 60"]
 COUNTS = ["0", "-1", "1.5", "1e3", "x", ""]
 BAD: dict[str, list[str]] = {
     "listen_udp": ADDRESSES,
     "listen_tcp": ADDRESSES,
+    "listen_status": ADDRESSES,
+    "status_max_silence": ["-1", "86401", "nan", "x", ""],
+    "listen_tls": ADDRESSES,
+    "hep_allow": ["10.0.0.0/33", "host", "10.0.0.0/8/8", "1.2.3", '["10.0.0.0/8"'],
+    # An empty key would be that of a packet without one.
+    "hep_auth_key": ['["one"', '["one", ""]', "one\x00two", '["one\\n"]'],
+    "hep_auth_key_file": ["/no/such/file", "/"],
+    "hep_rate_limit": ["-1", "1.5", "10000001", "x", ""],
+    "hep_idle_timeout": ["-1", "604801", "nan", "x", ""],
     "rating_api_url": [
         "",
         "localhost:8080",
@@ -129,6 +172,9 @@ BAD: dict[str, list[str]] = {
     ],
     "rating_api_timeout": ["0", "-1", "301", "nan", "inf", "5s", "x", ""],
     "rating_api_concurrency": [*COUNTS, "1001"],
+    "rating_api_ca_file": ["/no/such/file", "/", "/dev/null", __file__],
+    "rating_api_token_file": ["/no/such/file", "/", "/dev/null", __file__],
+    "rating_api_password_file": ["/no/such/file", "/", "/dev/null", __file__],
     # What can't stand in a header would fail at each request, and the log would show it.
     "rating_api_token": ["one\ntwo", "one\rtwo", "one\x00two", "one\u2603two"],
     "tenant": [""],
@@ -153,6 +199,9 @@ BAD: dict[str, list[str]] = {
     "shutdown_timeout": ["-1", "3601", "nan", "x", ""],
 }
 ANY_TEXT = {
+    "tls_cert",
+    "tls_key",
+    "tls_client_ca",
     "rating_api_username",
     "rating_api_password",
     "product_tag",
@@ -201,11 +250,22 @@ def config(tmp_path: Path) -> Any:
 def sample(name: str, folder: Path) -> tuple[str, Any]:
     """A valid text and its value; the test fails here for an option without a sample."""
     text, value = SAMPLES[name]
-    path = folder / "routes.yaml"
-    path.write_text("- name: first\n  match: {capture_id: 1}\n")
-    if text == "{routes}":
-        return str(path), str(path)
-    return text, value
+    if not text.startswith("{"):
+        return text, value
+    path = folder / text[1:-1]
+    if name == "routes":
+        path.write_text("- name: first\n  match: {capture_id: 1}\n")
+    elif name in SECRET_FILES:
+        path.write_text(SECRET_FILES[name][0])
+    elif not path.exists():
+        harness.certificates(folder)
+    return str(path), str(path)
+
+
+def needed(name: str, folder: Path) -> dict[str, str]:
+    """Options that one option can't go without."""
+    names = ("tls_cert", "tls_key") if name == "listen_tls" else ()
+    return {other: sample(other, folder)[0] for other in names}
 
 
 # Defaults
@@ -235,13 +295,15 @@ def test_each_option_by_flag_environment_and_file_in_both_spellings(
 ) -> None:
     text, value = sample(name, tmp_path)
     assert value != getattr(agent.Settings(), name), "the sample must not be the default"
-    wanted = dataclasses.replace(agent.Settings(), **{name: value})
+    more = needed(name, tmp_path)
+    values = {name: value, **SECRET_FILES.get(name, ("", {}))[1], **more}
+    wanted = dataclasses.replace(agent.Settings(), **values)
     dashed = name.replace("_", "-")
     for spelling in (name, dashed):
-        assert load(f"--{spelling}={text}") == wanted
-        assert load(f"--{spelling}", text) == wanted
-        assert load(config(f"{spelling}: {json.dumps(text)}\n")) == wanted
-    assert load(**{name: text}) == wanted
+        assert load(f"--{spelling}={text}", **more) == wanted
+        assert load(f"--{spelling}", text, **more) == wanted
+        assert load(config(f"{spelling}: {json.dumps(text)}\n"), **more) == wanted
+    assert load(**{name: text}, **more) == wanted
 
 
 @pytest.mark.parametrize(
@@ -330,7 +392,7 @@ def test_plain_yaml_scalars_are_texts_as_written(config: Any) -> None:
 
 @pytest.mark.parametrize("value", ["one,two", "one two", "one, two", " one  two ,", "one\ttwo"])
 def test_lists_as_words(value: str, config: Any) -> None:
-    for name in ("transaction_tags", "sip_local_domains"):
+    for name in ("transaction_tags", "sip_local_domains", "hep_auth_key"):
         assert getattr(load(f"--{name}={value}"), name) == ("one", "two")
         assert getattr(load(**{name: value}), name) == ("one", "two")
         assert getattr(load(config(f"{name}: {json.dumps(value)}")), name) == ("one", "two")
@@ -348,7 +410,13 @@ def test_lists_as_words(value: str, config: Any) -> None:
     ],
 )
 def test_lists_as_yaml(text: str, values: tuple[str, ...], config: Any) -> None:
-    assert load(config(f"transaction_tags: {text}\n")).transaction_tags == values
+    found = load(config(f"transaction_tags: {text}\nhep_auth_key: {text}\n"))
+    assert found.transaction_tags == found.hep_auth_key == values
+
+
+def test_networks_as_yaml(config: Any) -> None:
+    found = load(config('hep_allow:\n- 192.0.2.9/24\n- "2001:db8::1"\n'))
+    assert found.hep_allow == ("192.0.2.0/24", "2001:db8::1/128")
 
 
 def test_local_domains_are_lower_case(config: Any) -> None:
@@ -381,7 +449,7 @@ def test_an_empty_listener_is_off_and_one_must_be_left(config: Any) -> None:
         refusal(listen_udp="", listen_tcp=""),
         refusal(config("listen_udp:\nlisten_tcp: ''\n")),
     ):
-        assert "listen_udp" in message and "listen_tcp" in message
+        assert all(f"listen_{kind}" in message for kind in ("udp", "tcp", "tls"))
 
 
 @pytest.mark.parametrize(
@@ -708,13 +776,85 @@ def test_secrets_in_routes_stay_secret(tmp_path: Path) -> None:
 
 
 def test_effective_options_have_no_secrets() -> None:
-    assert {"rating_api_token", "rating_api_password"} <= set(SECRETS)
+    assert {"rating_api_token", "rating_api_password", "hep_auth_key"} <= set(SECRETS)
     found = configuration(*(f"--{name}={SECRET}" for name in SECRETS))
     lines = list(agent.effective(found))
     assert SECRET not in "".join(lines)
     for name in SECRETS:
         assert f'{name}: "***"' in lines, "that one is set may be seen"
-    assert f'{SECRETS[0]}: ""' in agent.effective(configuration())
+    assert SECRET not in repr(found), "nor has what a traceback may show"
+    assert {'rating_api_token: ""', "hep_auth_key: []"} <= set(agent.effective(configuration()))
+
+
+@pytest.mark.parametrize("name", SECRET_FILES)
+def test_secrets_from_files(name: str, tmp_path: Path) -> None:
+    path = sample(name, tmp_path)[0]
+    found = configuration(f"--{name}={path}")
+    (secret, value), *_ = SECRET_FILES[name][1].items()
+    lines = list(agent.effective(found))
+    assert f'{name}: "{path}"' in lines
+    for text in (value,) if isinstance(value, str) else value:
+        assert text not in "".join(lines) + repr(found)
+    message = refusal(f"--{name}={path}", f"--{secret}={SECRET}")
+    assert message == f"{secret}, {name}: both set; allowed: one of them"
+    for text in ("", "\n", "\r\n\n"):
+        Path(path).write_text(text)
+        assert refusal(f"--{name}={path}") == f"{name}: {path}: empty; allowed: one line"
+    Path(path).write_bytes(b"hunter2\xff")
+    assert f"{name}: {path}: not UTF-8" in refusal(f"--{name}={path}")
+    Path(path).write_text("hunter2\x00\nhunter2\n")
+    if name != "rating_api_password_file":
+        message = refusal(f"--{name}={path}")
+        assert name in message and SECRET not in message
+    for text in ("hunter2\nhunter3\n", "hunter2\rhunter3"):
+        Path(path).write_text(text)
+        if secret == "hep_auth_key":
+            assert load(f"--{name}={path}").hep_auth_key == (SECRET, "hunter3")
+        else:
+            message = refusal(f"--{name}={path}")
+            assert message == f"{name}: {path}: several lines; allowed: one line"
+
+
+# Certificates
+
+
+def test_certificates_are_loaded_before_a_socket_opens(tmp_path: Path) -> None:
+    harness.certificates(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    harness.certificates(other)
+    cert, key, ca = (str(tmp_path / name) for name in ("server.pem", "server.key", "ca.pem"))
+    both = tmp_path / "both.pem"
+    both.write_text(Path(cert).read_text() + Path(key).read_text())
+    listen = "--listen-tls=127.0.0.1:0"
+    good = [listen, f"--tls-cert={cert}", f"--tls-key={key}"]
+    assert configuration(*good).tls is not None
+    assert configuration(*good, f"--tls-client-ca={ca}").tls is not None
+    assert configuration(listen, f"--tls-cert={both}").tls is not None
+    assert configuration(*good[1:]).tls is None, "and nothing listens"
+    damaged = tmp_path / "damaged.pem"
+    damaged.write_text(Path(cert).read_text()[:300])
+    for flags, named in (
+        ([listen], "tls_cert: empty"),
+        ([listen, f"--tls-cert={cert}"], f"tls_key: {cert}: "),
+        ([*good, "--tls-cert=/no/such/file"], "tls_cert: /no/such/file: No such file"),
+        ([*good, f"--tls-cert={key}"], f"tls_cert: {key}: "),
+        ([*good, f"--tls-cert={damaged}"], f"tls_cert: {damaged}: "),
+        ([*good, "--tls-key=/no/such/file"], "tls_key: /no/such/file: No such file"),
+        ([*good, f"--tls-key={cert}"], f"tls_key: {cert}: "),
+        ([*good, f"--tls-key={other}/server.key"], f"tls_key: {other}/server.key: "),
+        ([*good, f"--tls-key={tmp_path}"], f"tls_key: {tmp_path}: Is a directory"),
+        ([*good, "--tls-client-ca=/dev/null"], "tls_client_ca: /dev/null: "),
+        ([*good, f"--tls-client-ca={key}"], f"tls_client_ca: {key}: "),
+    ):
+        assert refusal(*flags).startswith(named), (flags, refusal(*flags))
+
+
+def test_a_key_with_a_passphrase_is_refused_and_not_asked_for(tmp_path: Path) -> None:
+    harness.certificates(tmp_path, passphrase=b"hunter2")
+    files = (f"--tls-cert={tmp_path}/server.pem", f"--tls-key={tmp_path}/server.key")
+    line = one_line(program("--listen-tls=127.0.0.1:0", *files))
+    assert "tls_key: " in line and "without passphrase" in line
 
 
 # The real program
@@ -761,6 +901,12 @@ def taken() -> Any:
         (["-c", "/no/such/file"], "/no/such/file"),
         (["--config={file}"], "agent.yaml:1"),
         (["--routes={file}"], "agent.yaml:1"),
+        (
+            ["--rating-api-token-file=/no/such/file"],
+            "rating_api_token_file: /no/such/file: No such",
+        ),
+        (["--rating-api-ca-file={file}"], "rating_api_ca_file: "),
+        (["--listen-tls=127.0.0.1:0", "--tls-cert={file}"], "tls_cert: "),
         (["--rating-api-tokn=hunter2"], "--rating-api-tokn"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -122,7 +122,8 @@ def test_the_image_of_the_agent() -> None:
     assert "\nUSER 10001\n" in stage and "pip" not in stage
     assert '\nENTRYPOINT ["/opt/agent/bin/rating-agent-hep"]\n' in stage, "no shell: SIGTERM"
     state = "/var/lib/rating-agent-hep"
-    assert f"\nENV RATING_AGENT_HEP_STATE_DIR={state}\n" in stage and f"\nVOLUME {state}\n" in stage
+    assert f"\nENV RATING_AGENT_HEP_STATE_DIR={state} \\\n" in stage
+    assert f"\nVOLUME {state}\n" in stage
     assert SERVICES["rating-agent-hep"]["volumes"] == [f"state:{state}"]
     assert "\nHEALTHCHECK " in stage
 
@@ -151,6 +152,21 @@ def test_healthcheck_sees_an_agent_and_its_absence(tmp_path: Path) -> None:
         assert running.stop() == 0
     assert not healthcheck.healthy(by_tcp) and not healthcheck.healthy(by_udp)
     assert subprocess.run([sys.executable, script], env={**os.environ, **by_tcp}).returncode == 1
+
+
+def test_healthcheck_asks_healthz(capfd: pytest.CaptureFixture[str]) -> None:
+    options = ("--rating-api-url=http://127.0.0.1:1", "--listen-status=:0")
+    with harness.AgentProcess(*options, "--status-max-silence=1") as running:
+        by_status = {"RATING_AGENT_HEP_LISTEN_STATUS": running.status.removeprefix("http://")}
+        harness.wait_until(lambda: not healthcheck.healthy(by_status), "it has heard nothing")
+        assert "no SIP over HEP came" in capfd.readouterr().out
+        assert running.stop() == 0
+    with harness.AgentProcess(*options) as running:
+        port = running.status.rpartition(":")[2]
+        for host in ("", "0.0.0.0", "127.0.0.1"):
+            assert healthcheck.healthy({"RATING_AGENT_HEP_LISTEN_STATUS": f"{host}:{port}"})
+        assert running.stop() == 0
+    assert not healthcheck.healthy({"RATING_AGENT_HEP_LISTEN_STATUS": f":{port}"})
 
 
 def test_makefile_has_the_targets_of_the_tutorial() -> None:

@@ -562,7 +562,7 @@ def packets(*numbers: int) -> Iterator[bytes]:
 
 def feed(to: agent.Agent, *numbers: int) -> None:
     for packet in packets(*numbers):
-        to.receive(packet, "udp", "127.0.0.1")
+        to.receive(packet, "udp", to.senders.of("127.0.0.1"))
 
 
 def slow(seconds: float, write: Any) -> Any:
@@ -824,7 +824,7 @@ def test_outbox_retry_and_drop_while_the_agent_runs(
     on = agents(journals(), server.url)
     feed(on, 1, 2)
     for packet in itertools.islice(packets(3), 3):
-        on.receive(packet, "udp", "127.0.0.1")
+        on.receive(packet, "udp", on.senders.of("127.0.0.1"))
     harness.wait_until(lambda: on.waiting == 0 and len(rows(folder, "rejected")) == 5, "rejected")
     assert outbox(folder, "drop", "call-1@host") == (0, ["2 events dropped"])
     assert outbox(folder, "drop", "call-1@host")[0] == 2
@@ -836,7 +836,7 @@ def test_outbox_retry_and_drop_while_the_agent_runs(
     told = [(x.path[4:7], json.loads(x.body)["transaction_tag"]) for x in server.requests]
     assert sorted(told) == [("beg", "call-2@host"), ("beg", "call-3@host"), ("end", "call-2@host")]
     for packet in packets(3):
-        on.receive(packet, "udp", "127.0.0.1")
+        on.receive(packet, "udp", on.senders.of("127.0.0.1"))
     harness.wait_until(lambda: len(server.requests) == 4, "the running call ends after all")
     harness.wait_until(lambda: rows(folder, "rejected") == [], "nothing is rejected any more")
 
