@@ -815,7 +815,7 @@ def _prepare(query: str) -> DocumentNode | list[GraphQLError]:
 
 # Parsing and checking a batch takes several times as long as carrying it out. A client that sends
 # its values as variables sends the same few documents again and again.
-_prepare_cached = lru_cache(maxsize=32)(_prepare)
+_prepare_cached = lru_cache(maxsize=128)(_prepare)
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Rating sandbox</title>
