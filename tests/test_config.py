@@ -184,7 +184,7 @@ BAD: dict[str, list[str]] = {
     "sip_header_callee": ["X Callee", "X-Callee:", "X-\u00fc"],
     "sip_header_history_info": ["History Info", "History-Info:"],
     "sip_header_history_info_index": ["-1", "101", "1.5", "x", ""],
-    "account_tag_match_regexp": ["(", "[0-9]+", "(?:x)", "*(x)"],
+    "account_tag_match_regexp": ["(", "[0-9]+", "(?:x)", "*(x)", "(?=x)(y)", "(\udcff)"],
     "routes": ["/no/such/file", "/"],
     "begin_on": ["", "ANSWER", "bye"],
     "max_calls": [*COUNTS, "100000001"],
