@@ -967,15 +967,15 @@ def _first_line(payload: bytes, start: int) -> str:
 def _head_end(payload: bytes, start: int) -> int:
     """Where the headers end: at the empty line.
 
-    Without one the message is cut, and so may be its last line with all its folds: only whole
-    lines count.
+    Without one the message is cut, and so may be its last line with all its folds: only lines that
+    another follows count.
     """
     end = payload.find(b"\n\r\n", start)
     earlier = payload.find(b"\n\n", start, end + 1 if end >= 0 else len(payload))
     if earlier >= 0 or end >= 0:
         return earlier if earlier >= 0 else end
     end = payload.rfind(b"\n", start)
-    while end > start and payload[end + 1 : end + 2] in (b" ", b"\t"):
+    while end > start and payload[end + 1 : end + 2] in (b" ", b"\t", b""):
         end = payload.rfind(b"\n", start, end)
     return max(end, start)
 

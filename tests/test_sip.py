@@ -187,7 +187,8 @@ def test_leading_empty_lines(count, end):
 def test_bare_line_feeds(blank):
     message = parse(invite({"X-A": "1", "X-B": "2"}, end="\n", blank=blank))
     assert (message.call_id, message.to_tag, message.cseq) == ("1@h", "", 1)
-    assert (message.header("x-a"), message.header("x-b")) == (["1"], ["2"])
+    # Without the empty line a fold of the last one may be missing.
+    assert (message.header("x-a"), message.header("x-b")) == (["1"], ["2"] if blank else [])
 
 
 @pytest.mark.parametrize("blank", [b"\r\n", b"\n"])
@@ -208,7 +209,8 @@ def test_headers_end_at_the_first_empty_line():
 def test_cut_message_whole_lines_count():
     """Without the empty line a message is cut, and so may be its last line."""
     whole = invite({"X-A": "1234"}, blank=False)
-    assert parse(whole).header("x-a") == ["1234"]
+    assert parse(whole).header("x-a") == []
+    assert parse(whole + b"X").header("x-a") == ["1234"]
     for cut in range(1, len("X-A: 1234\r\n") + 1):
         message = parse(whole[:-cut])
         assert message.call_id == "1@h"
@@ -1065,6 +1067,7 @@ def test_what_waits_keeps_only_what_it_is_compared_by():
 def test_a_message_cut_inside_a_folded_header_does_not_have_that_header():
     """Else a re-INVITE whose To tag is on the line that is cut would look like an initial one."""
     head = b"INVITE sip:a@b SIP/2.0\r\nFrom: <sip:c@d>;tag=f\r\nCall-ID: x\r\nCSeq: 2 INVITE\r\n"
-    with pytest.raises(agent.SipError) as caught:
-        agent.parse_sip(head + b"To: <sip:a@b>\r\n \t;\r\n ta")
-    assert caught.value.kind == "missing"
+    for cut in (b"", b" ", b" \t;\r\n", b" \t;\r\n ta"):
+        with pytest.raises(agent.SipError) as caught:
+            agent.parse_sip(head + b"To: <sip:a@b>\r\n" + cut)
+        assert caught.value.kind == "missing"
