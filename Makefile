@@ -29,7 +29,7 @@ test: lint sip-servers browser
 chaos: $(VENV)/.tests
 	CHAOS=10 $(BIN)/python -m pytest -rP tests/test_crash.py
 
-# Ten minutes of inputs that no server would send; FUZZ="--target sip --seed 7" for others.
+# Ten minutes of inputs that no server would send; FUZZ=--seed=7 for others.
 FUZZ := --seconds 600 --processes 2
 fuzz: $(VENV)/.tests
 	$(BIN)/python scripts/fuzz.py $(FUZZ)

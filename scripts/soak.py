@@ -139,9 +139,8 @@ class Api:
         content = json.loads(body)
         tag = content["transaction_tag"]
         record = self.records.setdefault(tag, {})
+        self.counts["repeated"] += (kind, tag) in self.bodies
         known = self.bodies.setdefault((kind, tag), body)
-        if known is not body:
-            self.counts["repeated"] += 1
         # What the malformed senders bring about is only carried out.
         ours = tag.startswith(PREFIX)
         if ours and known != body:
@@ -341,8 +340,8 @@ def send(plan: Plan, watch: Watch, until: float, rate: float) -> None:
             else:
                 lanes[0].send(packet)
         gevent.sleep(0.002)
-    for lane in lanes:
-        lane.close()
+    for sock in lanes:
+        sock.close()
 
 
 def send_malformed(watch: Watch, mutator: Mutator, counts: Counter[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +45,20 @@ def test_what_once_failed(path: Path) -> None:
     assert fuzz.replay([path]) == []
 
 
-def test_each_target_but_the_decoder_has_failed_once() -> None:
+def test_the_corpus_is_there() -> None:
     assert {path.name.partition("-")[0] for path in CORPUS} >= {"sip", "table"}
 
 
-def test_inputs_reach_what_they_are_for(tmp_path: Path) -> None:
+def test_inputs_reach_what_they_are_for() -> None:
     """Mutations that were all refused at once would find nothing."""
     mutator = fuzz.Mutator("1:any")
     decoded = parsed = events = 0
     for _ in range(300):
-        try:
+        with suppress(agent.HepError):
             agent.decode_hep(mutator.packet(), fuzz.ARRIVAL)
             decoded += 1
-        except agent.HepError:
-            pass
-        try:
+        with suppress(agent.SipError):
             parsed += agent.parse_sip(mutator.message(), 1) is not None
-        except agent.SipError:
-            pass
         number, steps = fuzz.read_steps(mutator.steps())
         table = agent.CallTable(fuzz.SETTINGS[number], fuzz.RULES[number])
         for _, data in steps:
