@@ -1177,6 +1177,8 @@ def parse_uri(text: str) -> Uri:
 _ODD_IN_ID = re.compile(r"[^!-\]_-~]")
 _ODD_IN_URI = re.compile(r"[^!-~]|[<>\"{}|\\^`]")
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})")
+# Three octets of UTF-8 are a character that the API takes, three characters an escaped octet.
+_MOST_ESCAPED = 9 * MAX_TEXT
 _PHONE = re.compile(r"[0-9*#+().-]+")
 
 
@@ -1214,24 +1216,27 @@ def account_text(uri: Uri) -> str:
     What is longer than MAX_TEXT is no account: cut, it might be another's.
     """
     user = _without_parameters(uri.user)
-    if len(user) > MAX_TEXT:
+    if len(user) > _MOST_ESCAPED:
         return ""
     if uri.scheme == "tel":
         user = re.sub(r"[().-]", "", user)
     if user.isascii() and user.isprintable() and "%" not in user:
-        return user
+        return user if len(user) <= MAX_TEXT else ""
     return _fit_text(_ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), user), user)
 
 
 def _fit_text(octets: str, escaped: str) -> str:
-    """Octets as UTF-8 where that is a text the API takes, else the other with the odd escaped."""
+    """Octets as UTF-8 where that is a text the API takes, else the other with the odd escaped.
+
+    "" where that is longer than MAX_TEXT.
+    """
     try:
         decoded = octets.encode("latin-1").decode("utf-8")
     except UnicodeDecodeError:
         decoded = "\0"
-    if decoded.isprintable() and all(ord(character) < 0x10000 for character in decoded):
-        return decoded
-    return _ODD_IN_URI.sub(_escape, escaped)
+    if not decoded.isprintable() or any(ord(character) > 0xFFFF for character in decoded):
+        decoded = _ODD_IN_URI.sub(_escape, escaped)
+    return decoded if len(decoded) <= MAX_TEXT else ""
 
 
 def _escape(odd: re.Match[str]) -> str:
@@ -1323,7 +1328,7 @@ def _source_tag(
     """What one source says; ``domains`` limits addresses to those hosts, None allows all."""
     if source.startswith("header:"):
         value = next(filter(None, message.header(source[7:])), "")
-        if len(value) > MAX_TEXT:
+        if len(value) > _MOST_ESCAPED:
             return ""
         try:
             uri = address_uri(value)

@@ -404,7 +404,7 @@ def check_sip(data: bytes) -> tuple[int, float]:
         return 1, seconds
     # Most headers are read only when one of them is asked for; the others must not change by it.
     judged = {name: message.header(name) for name in JUDGED}
-    message.header("x-other")
+    message.header("contact")
     require(judged == {name: message.header(name) for name in JUDGED}, "headers read once more")
     _, using = timed(partial(use_message, message))
     place = int.from_bytes(sha256(data).digest()[:4], "big") % len(data)
@@ -430,7 +430,7 @@ def use_message(message: agent.SipMessage) -> None:
         require(tag and tag.isascii() and tag.isprintable(), "transaction tag")
         for callee in (False, True):
             account = agent.resolve_account(route, settings, message, callee)
-            require(len(account) <= 3 * agent.MAX_TEXT and account.isprintable(), "account")
+            require(len(account) <= agent.MAX_TEXT and account.isprintable(), "account")
             account.encode()
 
 
