@@ -593,12 +593,13 @@ def check_agent(data: bytes) -> tuple[int, float]:
     subject = agent.Agent(SETTINGS[number], RULES[number], limiter)
     subject.delivery = NullDelivery(ledger)  # type: ignore[assignment]
     worst, ahead = 0.0, 0.0
+    sender = agent.Sender("192.0.2.1", True)
     for gap, packet in steps:
         ahead += gap
         decoded, _ = timed(partial(agent.decode_hep, packet, ARRIVAL), agent.HepError)
         if isinstance(decoded, agent.HepPacket):
             ledger.see(decoded.payload, decoded.time)
-        _, seconds = timed(partial(subject.receive, packet, "udp", "192.0.2.1"))
+        _, seconds = timed(partial(subject.receive, packet, "udp", sender))
         worst = max(worst, seconds)
         # The table's clock is the machine's; a tick can be told to look ahead.
         if gap > 100:
