@@ -10,7 +10,8 @@ COMPOSE := docker compose
 ALL_PROFILES := --profile opensips --profile kamailio --profile tester --profile canyan --profile statsd
 SCENARIO := /scenarios/test_
 
-.PHONY: demo run test chaos lint format docs clean sip-servers browser test-opensips test-kamailio \
+.PHONY: demo run test chaos fuzz soak lint format docs clean sip-servers browser test-opensips \
+  test-kamailio \
   docker-build docker-pull docker-start docker-start-opensips docker-start-kamailio \
   docker-start-canyan docker-start-statsd docker-test-opensips docker-test-kamailio docker-test \
   docker-logs docker-stop docker-clean
@@ -27,6 +28,16 @@ test: lint sip-servers browser
 # The kills and restarts of tests/test_crash.py, ten times as many: some ten minutes.
 chaos: $(VENV)/.tests
 	CHAOS=10 $(BIN)/python -m pytest -rP tests/test_crash.py
+
+# Ten minutes of inputs that no server would send; FUZZ=--seed=7 for others.
+FUZZ := --seconds 600 --processes 2
+fuzz: $(VENV)/.tests
+	$(BIN)/python scripts/fuzz.py $(FUZZ)
+
+# Ten minutes at 300 calls a second with losses, late and broken packets and a bad API.
+SOAK := --seconds 600 --rate 300
+soak: $(VENV)/.tests
+	$(BIN)/python scripts/soak.py $(SOAK)
 
 # Kamailio and SIPp, where packages can be installed; elsewhere the tests say what they skip.
 sip-servers:
