@@ -39,6 +39,10 @@ SOAK := --seconds 600 --rate 300
 soak: $(VENV)/.tests
 	$(BIN)/python scripts/soak.py $(SOAK)
 
+# The figures of docs/performance.md: some twenty minutes, on two cores with nothing else to do.
+bench: $(VENV)/.runs
+	$(BIN)/python scripts/benchmark.py
+
 # Kamailio and SIPp, where packages can be installed; elsewhere the tests say what they skip.
 sip-servers:
 	@sh scripts/install_sip_servers.sh

@@ -549,13 +549,20 @@ _MAGIC = (b"HEP3", b"EEP3")
 # Address family octet to octets of an address (the values of Linux, which all senders use).
 _ADDRESS_SIZE = {2: 4, 10: 16}
 # The chunks with which the packets of OpenSIPS, Kamailio and sngrep begin, IPv4 addresses in either
-# place: one look instead of a loop saves 2.5 us a packet. What does not fit goes the long way.
-_ADDRESSES = rb"(?:\0\0\0\x03\0\x0a(.{4})\0\0\0\x04\0\x0a(.{4}))?"
-_USUAL_HEAD = re.compile(
-    rb"(?s)\0\0\0\x01\0\x07.\0\0\0\x02\0\x07(.)%b\0\0\0\x07\0\x08(..)\0\0\0\x08\0\x08(..)"
-    rb"\0\0\0\x09\0\x0a(.{4})\0\0\0\x0a\0\x0a(.{4})\0\0\0\x0b\0\x07(.)\0\0\0\x0c\0\x0a(.{4})%b"
-    % (_ADDRESSES, _ADDRESSES)
+# place (group 1: first): one look instead of a loop saves 3 us a packet, half of what it takes.
+# What does not fit goes the long way.
+_ADDRESSES = rb"\0\0\0\x03\0\x0a.{4}\0\0\0\x04\0\x0a.{4}"
+_REST = (
+    rb"\0\0\0\x07\0\x08..\0\0\0\x08\0\x08..\0\0\0\x09\0\x0a.{4}\0\0\0\x0a\0\x0a.{4}"
+    rb"\0\0\0\x0b\0\x07.\0\0\0\x0c\0\x0a.{4}"
 )
+_USUAL_HEAD = re.compile(
+    rb"(?s)\0\0\0\x01\0\x07.\0\0\0\x02\0\x07.(?:(%b)%b|%b%b)"
+    % (_ADDRESSES, _REST, _REST, _ADDRESSES)
+)
+# Protocol, source, destination, ports, time, protocol type and capture id in these two orders.
+_ADDRESSES_FIRST = struct.Struct(">6xx6xB6x4s6x4s6xH6xH6xI6xI6xB6xI")
+_ADDRESSES_LAST = struct.Struct(">6xx6xB6xH6xH6xI6xI6xB6xI6x4s6x4s")
 _USUAL_KINDS = frozenset(range(0x01, 0x0D))
 # Where a HEP2 time header ends is told by what follows it, so the method must be a known one:
 # two octets further on, INVITE reads as a plausible method VITE.
@@ -588,8 +595,8 @@ def _decode_hep3(data: bytes, arrival: int) -> HepPacket:
     usual = _USUAL_HEAD.match(data, 6)
     if usual is not None:
         chunks = _read_chunks(data, usual.end())
-        if chunks.keys().isdisjoint(_USUAL_KINDS) and (usual[2] is None or usual[10] is None):
-            return _usual_packet(usual, chunks, arrival)
+        if chunks.keys().isdisjoint(_USUAL_KINDS):
+            return _usual_packet(data, usual[1] is not None, chunks, arrival)
     chunks = _read_chunks(data, 6)
 
     def number(kind: int) -> int:
@@ -644,27 +651,32 @@ def _read_chunks(data: bytes, offset: int) -> dict[int, bytes]:
     return chunks
 
 
-def _usual_packet(usual: re.Match[bytes], chunks: dict[int, bytes], arrival: int) -> HepPacket:
+def _usual_packet(
+    data: bytes, addresses_first: bool, chunks: dict[int, bytes], arrival: int
+) -> HepPacket:
     """What the long way makes of the same chunks."""
-    protocol, *parts = usual.groups(b"")
-    source, destination, *parts = parts
-    source_port, destination_port, seconds, micros, kind, capture_id, *later = parts
-    number = int.from_bytes
-    stamp = number(seconds, "big") * 1_000_000 + min(number(micros, "big"), 999_999)
+    if addresses_first:
+        found = _ADDRESSES_FIRST.unpack_from(data, 6)
+        protocol, source, destination, source_port, destination_port = found[:5]
+        seconds, micros, protocol_type, capture_id = found[5:]
+    else:
+        found = _ADDRESSES_LAST.unpack_from(data, 6)
+        protocol, source_port, destination_port, seconds, micros = found[:5]
+        protocol_type, capture_id, source, destination = found[5:]
     return HepPacket(
         3,
-        stamp if stamp >= 1_000_000 else arrival,
-        protocol[0],
-        kind[0],
-        source or later[0],
-        destination or later[1],
-        number(source_port, "big"),
-        number(destination_port, "big"),
-        number(capture_id, "big"),
+        seconds * 1_000_000 + min(micros, 999_999) if seconds else arrival,
+        protocol,
+        protocol_type,
+        source,
+        destination,
+        source_port,
+        destination_port,
+        capture_id,
         _text(chunks.get(0x13)),
         _text(chunks.get(0x11)),
         chunks.get(0x0E, b""),
-        _payload(chunks),
+        chunks.get(0x0F) or _payload(chunks),
     )
 
 
@@ -775,7 +787,7 @@ class HepSplitter:
         start, size = 0, len(buffer)
         while start < size:
             head = buffer[start : start + 6]
-            if not any(magic.startswith(head[:4]) for magic in _MAGIC):
+            if head[:4] not in _MAGIC and not any(magic.startswith(head[:4]) for magic in _MAGIC):
                 raise HepError("framing", f"no HEP3 frame in the stream: {head[:4].hex()}")
             if len(head) < 6:
                 break
@@ -1780,24 +1792,20 @@ class Attempt:
 
     def observe(self, message: SipMessage) -> bool:
         """Take note of an INVITE copy, a reply or an ACK; whether it told something new."""
-        before = len(self.closed), self.replied, self.decided
-        top = message.vias[0].branch
         if message.method == "INVITE":
-            self._note_copy(message, top)
-        elif message.method == "ACK":
+            self._note_copy(message, message.vias[0].branch)
+            return True
+        before = len(self.closed), self.replied, self.decided
+        if message.method == "ACK":
             if self.judge_ack(message) is False:
-                self.closed.add(top)
+                self.closed.add(message.vias[0].branch)
         else:
             self.replied = True
             if message.status >= 200:
                 self.decided = True
-            if message.status >= 300 and top in self.copies:
-                self.closed.add(top)
-        return message.method == "INVITE" or before != (
-            len(self.closed),
-            self.replied,
-            self.decided,
-        )
+            if message.status >= 300 and message.vias[0].branch in self.copies:
+                self.closed.add(message.vias[0].branch)
+        return before != (len(self.closed), self.replied, self.decided)
 
     def _note_copy(self, invite: SipMessage, top: str) -> None:
         copies, uri = self.copies, comparable(invite.request_uri)
@@ -4540,6 +4548,9 @@ class Delivery:
 
 # Room 13: agent
 
+# What some senders send to keep a path through a firewall open.
+_BLANK = b"\r\n\0 "
+
 
 class Sender:
     """What is known of one IP address that sends HEP; ``allowed`` is what hep_allow says of it.
@@ -4713,7 +4724,7 @@ class Agent:
         """Take in one HEP packet; ``transport`` is "udp", "tcp" or "tls"."""
         count = self.metrics.count
         count(f"packets.received.{transport}")
-        arrival = round(time.time() * 1_000_000)
+        arrival = time.time_ns() // 1000
         now = time.monotonic()
         sender.packets += 1
         sender.seen, sender.seen_at = now, arrival
@@ -4738,7 +4749,7 @@ class Agent:
             if packet.protocol_type != SIP_PROTOCOL_TYPE:
                 self._drop("not_sip", sender)
                 return
-            if not packet.payload.strip(b"\r\n\0 "):
+            if packet.payload[:1] in _BLANK and not packet.payload.strip(_BLANK):
                 self._drop("empty", sender)
                 return
             message = parse_sip(packet.payload, packet.time)
