@@ -10,7 +10,7 @@ COMPOSE := docker compose
 ALL_PROFILES := --profile opensips --profile kamailio --profile tester --profile canyan --profile statsd
 SCENARIO := /scenarios/test_
 
-.PHONY: demo run test chaos fuzz soak lint format docs clean sip-servers browser test-opensips \
+.PHONY: demo run test chaos bench fuzz soak lint format docs clean sip-servers browser test-opensips \
   test-kamailio \
   docker-build docker-pull docker-start docker-start-opensips docker-start-kamailio \
   docker-start-canyan docker-start-statsd docker-test-opensips docker-test-kamailio docker-test \

@@ -594,6 +594,43 @@ def test_the_loop_never_waits_for_a_slow_disk(journals: Any, agents: Any, server
     assert server.requests, "what is on disk is delivered"
 
 
+def test_what_is_put_down_in_steps_is_never_newer_than_its_events(
+    journals: Any, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls go on while they are put down: none may be over on disk without its end."""
+    monkeypatch.setattr(agent, "JOURNAL_STEP", 3)
+    chosen = agent.Settings(sip_local_domains=("sip.canyan.io",), rating_api_url=server.url)
+    limiter = agent.WarningLimiter()
+    on = agent.Agent(chosen, agent.load_rules(chosen), limiter, journals())
+    sender = on.senders.of("127.0.0.1")
+    numbers = range(1, 41)
+    for payload in (invite(), reply(200), ack()):
+        for number in numbers:
+            on.receive(hepbuild.hep3(numbered(payload, number)), "udp", sender)
+    ended = iter(numbers)
+
+    def end_some() -> None:
+        for number in ended:
+            on.receive(hepbuild.hep3(numbered(bye(), number)), "udp", sender)
+            gevent.sleep(0)
+            if number == 20:
+                return
+
+    ending = gevent.spawn(end_some)
+    assert on.commit()
+    over = 0
+    kept = [row[2:7] for row in rows(tmp_path / "state")]
+    for call, begin, begin_serial, end, end_serial in kept:
+        assert begin and begin_serial
+        state = json.loads(call)["state"]
+        assert (state == agent.ENDED) == bool(end and end_serial), state
+        over += state == agent.ENDED
+    assert 0 < over <= 20, "some ended between two steps"
+    ending.join()
+    assert on.commit()
+    on.delivery.kill()
+
+
 def test_nothing_is_delivered_before_it_is_on_disk(
     journals: Any, agents: Any, server: Server
 ) -> None:
