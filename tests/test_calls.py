@@ -34,7 +34,13 @@ class Scene:
         self.now = 1000.0
         self.events: list[agent.RatingEvent] = []
 
-    def see(self, payload: bytes, at: float | None = None, capture_id: int = 1) -> list[str]:
+    def see(
+        self,
+        payload: bytes,
+        at: float | None = None,
+        capture_id: int = 1,
+        sender: str = "127.0.0.1",
+    ) -> list[str]:
         """One message, stamped `at` seconds after START (default: now), arriving now."""
         stamp = START + round((self.now - 1000.0 if at is None else at) * 1_000_000)
         data = hepbuild.hep3(payload, time_us=stamp, capture_id=capture_id)
@@ -42,7 +48,7 @@ class Scene:
         message = agent.parse_sip(packet.payload, packet.time)
         if message is None:
             return []
-        return self._note(self.table.handle(agent.Sighting(packet, message), self.now))
+        return self._note(self.table.handle(agent.Sighting(packet, message, sender), self.now))
 
     def wait(self, seconds: float) -> list[str]:
         """Let time pass, in steps as the agent's ticks."""
@@ -390,6 +396,69 @@ def test_over_max_calls_the_answered_go_last_and_with_their_end() -> None:
     assert scene.seconds() == 200.0
     assert [notice.kind for notice in scene.table.take_notices()] == ["evicted"]
     assert len(scene.table) == 4
+
+
+def test_a_flood_of_invites_pushes_out_only_its_own() -> None:
+    """Nor do running calls go for it, nor what rings, nor what an ended call's copies need."""
+    scene = Scene(max_calls=100)
+    for number in range(1, 31):
+        scene.see(numbered(invite(), number), sender="192.0.2.1")
+    for number in range(1, 21):
+        scene.see(numbered(reply(200), number), sender="192.0.2.1")
+    for number in range(1, 6):
+        scene.see(numbered(bye(), number), sender="192.0.2.1")
+    before = scene.table.sizes()
+    for number in range(1_000, 3_000):
+        scene.see(numbered(invite(), number), sender="203.0.113.9")
+    assert len(scene.table) == 100
+    after = scene.table.sizes()
+    assert after == {**before, "trying": 80}
+    for number in range(6, 31):
+        scene.see(numbered(reply(200), number), sender="192.0.2.1")
+        assert scene.see(numbered(bye(), number), sender="192.0.2.1") == ["end"]
+    assert "calls.evicted.answered" not in scene.table.counts
+
+
+@pytest.mark.parametrize("senders", [1, 2_000])
+def test_a_flood_from_forged_addresses_goes_before_a_sender_whose_calls_are_answered(
+    senders: int,
+) -> None:
+    scene = Scene(max_calls=100)
+    for number in range(1, 41):
+        scene.see(numbered(invite(), number), sender="192.0.2.1")
+    for number in range(1, 31):
+        scene.see(numbered(reply(200), number), sender="192.0.2.1")
+    for number in range(1_000, 3_000):
+        forged = f"10.0.{number % senders // 250}.{number % senders % 250}"
+        scene.see(numbered(invite(), number), sender=forged)
+    for number in range(31, 41):
+        assert scene.see(numbered(reply(200), number), sender="192.0.2.1") == ["begin"]
+    assert len(scene.table._unanswered) <= 100
+
+
+def test_a_flood_of_answered_calls_leaves_others_what_rings() -> None:
+    scene = Scene(max_calls=100)
+    for number in range(1, 21):
+        scene.see(numbered(invite(), number), sender="192.0.2.1")
+    for number in range(1, 11):
+        scene.see(numbered(reply(200), number), sender="192.0.2.1")
+    for number in range(1_000, 2_000):
+        scene.see(numbered(invite(), number), sender="203.0.113.9")
+        scene.see(numbered(reply(200), number), sender="203.0.113.9")
+    for number in range(11, 21):
+        assert scene.see(numbered(reply(200), number), sender="192.0.2.1") == ["begin"]
+    for number in range(1, 21):
+        assert scene.see(numbered(bye(), number), sender="192.0.2.1") == ["end"]
+
+
+def test_what_senders_have_is_counted_to_the_last_call() -> None:
+    scene = Scene()
+    for number in range(1, 9):
+        for payload in (invite(), reply(486 if number % 2 else 200), bye()):
+            scene.see(numbered(payload, number), sender=f"192.0.2.{number % 3}")
+    assert sum(scene.table._unanswered.values()) == sum(scene.table._answered.values()) == 4
+    scene.wait(100)
+    assert scene.table._unanswered == scene.table._answered == {}
 
 
 def test_what_waits_is_bounded() -> None:
