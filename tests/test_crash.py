@@ -263,7 +263,9 @@ def test_an_api_with_every_fault_in_turn_under_load(tmp_path: Path) -> None:
             assert time.monotonic() < deadline, f"no recovery from {mode}"
             chaos.traffic.run(process, 0.5)
     chaos.finish(process, 90)
-    assert all(chaos.api.rude[mode] >= 3 for mode in FAULTS if mode != "refuse")
+    # A Retry-After stops all but what is under way at that moment.
+    least = {mode: 1 if mode == "busy" else 3 for mode in FAULTS if mode != "refuse"}
+    assert all(chaos.api.rude[mode] >= number for mode, number in least.items())
 
 
 @pytest.mark.parametrize("mode", ["ok", "hang", "refuse"])
