@@ -622,7 +622,9 @@ def test_what_is_put_down_in_steps_is_never_newer_than_its_events(
     kept = [row[2:7] for row in rows(tmp_path / "state")]
     for call, begin, begin_serial, end, end_serial in kept:
         assert begin and begin_serial
-        state = json.loads(call)["state"]
+        kept_call = agent.unpack_call(1, call, OFFSET, {})
+        assert isinstance(kept_call, agent.Call)
+        state = kept_call.state
         assert (state == agent.ENDED) == bool(end and end_serial), state
         over += state == agent.ENDED
     assert 0 < over <= 20, "some ended between two steps"
