@@ -3388,17 +3388,8 @@ MIGRATIONS = (
 )
 _COLUMNS = "api call begin_event begin_serial end_event end_serial attempts answer given_up".split()
 _PLACES = {name: place for place, name in enumerate(_COLUMNS)}
-# In the text of a group: a column that keeps its value, a call that left, an event that went.
-_SAME, _LEFT, _WENT = "null", '""', "0"
-# A group is one JSON text in one statement: each call into sqlite3 gives the interpreter's lock
-# away, and while the event loop is busy it takes 5 ms to get it back.
-_WRITE_CALLS = f"""
-    INSERT INTO calls (id, {", ".join(_COLUMNS)})
-    SELECT {", ".join(f"json_extract(value, '$[{place}]')" for place in range(len(_COLUMNS) + 1))}
-    FROM json_each(?) WHERE true
-    ON CONFLICT (id) DO UPDATE SET
-    {", ".join(f"{name} = coalesce(excluded.{name}, {name})" for name in _COLUMNS)}
-"""
+# In a row to be written: a column that keeps its value, a call that left, an event that went.
+_SAME, _LEFT, _WENT = None, "", 0
 _CLEAN_CALLS = """
     DELETE FROM calls WHERE id IN (SELECT value FROM json_each(?)) AND coalesce(call, '') = ''
     AND coalesce(begin_serial, 0) = 0 AND coalesce(end_serial, 0) = 0
@@ -3443,6 +3434,23 @@ _OF_CALLS = """
     WHERE ?1 = '[]' OR json_extract(event, '$[1]') IN (SELECT value FROM json_each(?1))
     OR json_extract(event, '$[3]') IN (SELECT value FROM json_each(?1))
 """
+
+
+@cache
+def _write_calls(number: int) -> str:
+    """The statement that writes so many rows, those without an id left out.
+
+    One for all rows: each call into sqlite3 gives the interpreter's lock away, and while the event
+    loop is busy it takes 5 ms to get it back. Its length is a power of two, so that a few prepared
+    ones do; values that are bound cost a third of what a JSON text of them does.
+    """
+    rows = ", ".join([f"({', '.join('?' * (1 + len(_COLUMNS)))})"] * number)
+    return f"""
+        INSERT INTO calls (id, {", ".join(_COLUMNS)})
+        SELECT * FROM (VALUES {rows}) WHERE column1 IS NOT NULL
+        ON CONFLICT (id) DO UPDATE SET
+        {", ".join(f"{name} = coalesce(excluded.{name}, {name})" for name in _COLUMNS)}
+    """
 
 
 def _unpack_waiting(text: str) -> list[RatingEvent]:
@@ -3566,8 +3574,8 @@ class Journal:
             ) from None
         self._pool = gevent.threadpool.ThreadPool(1)
         self._job: Any = None
-        self._pending: dict[int, list[str]] = {}
-        self._writing: dict[int, list[str]] = {}
+        self._pending: dict[int, list[Any]] = {}
+        self._writing: dict[int, list[Any]] = {}
         self._rejected: dict[int, list[Any] | None] = {}
         self._rejecting: dict[int, list[Any] | None] = {}
         self._retry_at = self._started = 0.0
@@ -3660,19 +3668,22 @@ class Journal:
     # What is written
 
     def change(self, row: int, **values: Any) -> None:
-        """Note new values of a call's row; ``call`` is JSON text already."""
+        """Note new values of a call's row, as they are written."""
         columns = self._pending.get(row)
         if columns is None:
             columns = self._pending[row] = [_SAME] * len(_COLUMNS)
         for name, value in values.items():
-            columns[_PLACES[name]] = value if name == "call" else _compact_json(value)
+            columns[_PLACES[name]] = value
         if row > self._highest and self._over(columns):
             del self._pending[row]
         self.due.set()
 
     def add(self, event: RatingEvent) -> None:
         """Note an event that is to be delivered."""
-        values = {f"{event.kind}_event": event.pack(), f"{event.kind}_serial": event.serial}
+        values = {
+            f"{event.kind}_event": _compact_json(event.pack()),
+            f"{event.kind}_serial": event.serial,
+        }
         self.change(event.row, api=event.api_url, **values)
 
     def attempted(self, event: RatingEvent) -> None:
@@ -3688,7 +3699,7 @@ class Journal:
         """Note that an event waits no more, and keep it for an operator."""
         self.went(event)
         if event.kind == "begin":
-            self.change(event.row, begin_event=event.pack(), given_up=1)
+            self.change(event.row, begin_event=_compact_json(event.pack()), given_up=1)
         packed = [event.row, event.api_url, event.pack(), event.attempts, event.answer]
         self._rejected[event.serial] = packed
         if len(self._rejected) > MAX_REJECTED:
@@ -3703,7 +3714,7 @@ class Journal:
             self.change(event.row, given_up=0)
 
     @staticmethod
-    def _over(columns: Sequence[str]) -> bool:
+    def _over(columns: Sequence[Any]) -> bool:
         waits = (columns[_PLACES["begin_serial"]], columns[_PLACES["end_serial"]])
         return columns[_PLACES["call"]] == _LEFT and set(waits) <= {_SAME, _WENT}
 
@@ -3740,7 +3751,9 @@ class Journal:
         self._writing = {row: self._pending.pop(row) for row in rows}
         self._rejecting, self._rejected = self._rejected, {}
         self._highest = max([self._highest, *rows])
-        calls = ",".join(f"[{row},{','.join(x)}]" for row, x in self._writing.items())
+        size = 1 << max(len(rows) - 1, 0).bit_length()
+        values = [value for row, columns in self._writing.items() for value in (row, *columns)]
+        values += [None] * ((size - len(rows)) * (1 + len(_COLUMNS)))
         over = [
             row for row, columns in self._writing.items() if _LEFT in columns or _WENT in columns
         ]
@@ -3748,15 +3761,15 @@ class Journal:
         taken_up = [serial for serial, kept in self._rejecting.items() if kept is None]
         self._started = time.monotonic()
         self._job = self._pool.spawn(
-            self._write, f"[{calls}]", json.dumps(over), json.dumps(rejected), json.dumps(taken_up)
+            self._write, values, json.dumps(over), json.dumps(rejected), json.dumps(taken_up)
         )
 
-    def _write(self, calls: str, over: str, rejected: str, taken_up: str) -> str:
+    def _write(self, calls: list[Any], over: str, rejected: str, taken_up: str) -> str:
         """In the pool's thread: one transaction; returns what went wrong, "" for nothing."""
         db = self._db
         try:
             db.execute("BEGIN IMMEDIATE")
-            db.execute(_WRITE_CALLS, (calls,))
+            db.execute(_write_calls(len(calls) // (1 + len(_COLUMNS))), calls)
             db.execute(_CLEAN_CALLS, (over,))
             if rejected != "[]" or taken_up != "[]":
                 db.execute(_WRITE_REJECTED, (rejected,))
@@ -3772,7 +3785,7 @@ class Journal:
         for row, columns in self._pending.items():
             older = self._writing.get(row, columns)
             self._writing[row] = [
-                old if new == _SAME else new for old, new in zip(older, columns, strict=True)
+                old if new is _SAME else new for old, new in zip(older, columns, strict=True)
             ]
         self._pending, self._writing = self._writing, {}
         self._rejected, self._rejecting = {**self._rejecting, **self._rejected}, {}

@@ -40,9 +40,10 @@ AGENT_CORE, OTHER_CORE = 0, 1
 CONNECTIONS = 16  # requests at one time, the default of rating_api_concurrency
 # Calls between two messages of one call in the stream of the generator.
 LAG = 50
-# Calls sent and not ended yet in a run that goes as fast as the agent does. Their packets have
-# room in the receive buffer.
-WINDOW = 600
+# Calls sent and not ended yet in a run that goes as fast as the agent does, and the calls a second
+# with which it begins, so that the first packets have room in the receive buffer.
+WINDOW = 1500
+RAMP = 4_500
 # Seconds for anything that has to happen beside what is measured.
 DEADLINE = 120.0
 OK = b'{"ok":true}'
@@ -404,7 +405,9 @@ class Bench:
                 now = time.monotonic()
                 if len(ledger.ended) != progress:
                     progress, last = len(ledger.ended), now
-                due = (now - started) * rate if rate else progress + WINDOW
+                due = (now - started) * (rate or RAMP)
+                if not rate:
+                    due = min(due, progress + WINDOW)
                 if now - last > 5 and not rate:
                     break  # Something was lost: the ledger tells.
                 todo = min(int(due) - slot, mirror.slots - slot, 10)
