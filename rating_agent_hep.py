@@ -165,7 +165,8 @@ GC_OBJECTS = 20_000
 GC_FEW = 5_000
 GC_PAUSE = 600.0
 GC_LAST = 86_400.0
-# Octets asked for as socket receive buffer; the kernel grants up to net.core.rmem_max.
+# Octets asked for as socket receive buffer; the kernel grants up to net.core.rmem_max, and to a
+# process with CAP_NET_ADMIN all of it.
 RECEIVE_BUFFER = 16 * 1024 * 1024
 # Connections of the TCP listener at one time, and of the TLS listener. OpenSIPS opens one for each
 # of its workers; each may hold MAX_HEP_FRAME octets, that is 64 MB.
@@ -243,6 +244,8 @@ API_DOWN_UNHEALTHY = 60.0
 NOTIFY_INTERVAL = 10.0
 
 # Room 4: errors, types
+
+_compact_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class AgentError(Exception):
@@ -432,10 +435,10 @@ class Route:
 
     @cached_property
     def packed(self) -> str:
-        """All of it as a JSON text, and that once more as a JSON string, for `unpack_route`."""
+        """The values in order of the fields, as a JSON text for `unpack_route`."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["account_match"] = self.account_match.pattern if self.account_match else None
-        return json.dumps(json.dumps(values))
+        return _compact_json(list(values.values()))
 
 
 def compile_regexp(text: str) -> Any:
@@ -458,9 +461,12 @@ def compile_regexp(text: str) -> Any:
 
 def unpack_route(text: str) -> Route:
     """A route from the JSON text that `Route.packed` made of it."""
+    kept = json.loads(text)
+    # The first version kept the values by name.
+    if isinstance(kept, list):
+        kept = dict(zip([item.name for item in fields(Route)], kept, strict=True))
     values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in json.loads(text).items()
+        name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()
     }
     pattern = values["account_match"]
     return Route(**{**values, "account_match": compile_regexp(pattern) if pattern else None})
@@ -549,9 +555,6 @@ def rfc3339(time_us: int) -> str:
     seconds, rest = divmod(time_us, 1_000_000)
     stamp = datetime.fromtimestamp(seconds, timezone.utc)
     return f"{stamp.isoformat()[:19]}.{rest // 1000:03d}Z"
-
-
-_compact_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 # Room 5: HEP
@@ -2058,7 +2061,6 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
     for name, value in zip(_PLAIN, plain, strict=True):
         setattr(call, name, value)
     call.row = row
-    call.sender = sys.intern(call.sender)
     call.entered = values["entered"] - offset
     call.held = [_unpack_message(held) for held in values.get("held", ())]
     call.session_slot, call.session_deadline = 0, 0.0
@@ -2073,6 +2075,8 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
         call.attempt.replied, call.attempt.decided = kept["replied"], kept["decided"]
         call.attempt.accepted = kept["accepted"]
     text = values["route"]
+    if not isinstance(text, str):
+        text = _compact_json(text)
     call.route = routes.get(text) or routes.setdefault(text, unpack_route(text))
     return call
 
@@ -2197,6 +2201,7 @@ class CallTable:
         """
         self._now, self._serial, self.changed = now, serial, {}
         routes: dict[str, Route] = {}
+        senders: dict[str, str] = {}
         calls: list[Call] = []
         for row, text in kept:
             call = unpack_call(row, text, offset, routes)
@@ -2207,6 +2212,7 @@ class CallTable:
             elif call.state in self._LINGER and call.entered + LINGER <= now:
                 self.changed[row] = None
             else:
+                call.sender = senders.setdefault(call.sender, call.sender)
                 calls.append(call)
                 self._calls[call.call_id] = (*self._calls.get(call.call_id, ()), call)
         for call in sorted(calls, key=attrgetter("entered")):
@@ -5100,6 +5106,8 @@ class Agent:
 
 # Room 14: servers
 
+_SO_RCVBUFFORCE = 33  # Linux: include/uapi/asm-generic/socket.h
+
 
 def bind(text: str, kind: socket.SocketKind) -> socket.socket:
     """A bound socket for HOST:PORT; an empty host means all addresses of IPv4 and IPv6.
@@ -5125,6 +5133,9 @@ def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         if kind == socket.SOCK_DGRAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+            # With CAP_NET_ADMIN also beyond net.core.rmem_max, else this is refused.
+            with suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER)
         else:
             # For TCP this allows a restart at once; for UDP it would let two agents share a port.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
