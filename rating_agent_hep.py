@@ -802,12 +802,14 @@ class HepSplitter:
         self._buffer = b""
         start, size = 0, len(buffer)
         while start < size:
-            head = buffer[start : start + 6]
-            if head[:4] not in _MAGIC and not any(magic.startswith(head[:4]) for magic in _MAGIC):
-                raise HepError("framing", f"no HEP3 frame in the stream: {head[:4].hex()}")
-            if len(head) < 6:
+            if not buffer.startswith(_MAGIC, start):
+                head = buffer[start : start + 4]
+                if any(magic.startswith(head) for magic in _MAGIC):
+                    break
+                raise HepError("framing", f"no HEP3 frame in the stream: {head.hex()}")
+            if size - start < 6:
                 break
-            total = int.from_bytes(head[4:], "big")
+            total = buffer[start + 4] << 8 | buffer[start + 5]
             if total < 6:
                 raise HepError("framing", f"a frame with a total length of {total} octets")
             if size - start < total:
@@ -867,6 +869,8 @@ _BRANCH = re.compile(r";\s*branch\s*=\s*([^;\s]*)", re.I | re.A)
 _TAG = re.compile(r";\s*tag\s*=\s*([^;,\s]*)", re.I | re.A)
 # user@host[:port] without escapes, parameters or headers: what `parse_uri` takes apart for others.
 _PLAIN_URI = re.compile(r"(sips?):([A-Za-z0-9+._-]+)@([A-Za-z0-9.-]+)(?::([0-9]{1,5}))?")
+# The tag as the first parameter behind a name-addr, or no parameters: both usual ones, 8 us a call.
+_USUAL_TAG = re.compile(r'[^"<;]*<[^>"]*>(?:\s*;\s*tag\s*=\s*([^;,\s"]*)[^"]*|\s*)', re.I | re.A)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 
 
@@ -1129,6 +1133,9 @@ def _parse_via(text: str) -> Via:
 
 def _tag(text: str) -> str:
     """The tag of a From or To header, "" where there is none (RFC 3261 section 19.3)."""
+    usual = _USUAL_TAG.fullmatch(text)
+    if usual is not None:
+        return usual[1] or ""
     params = _split_address(text)[1]
     if '"' in params:
         return _parse_params(params).get("tag", "")
@@ -2358,12 +2365,13 @@ class CallTable:
             self.count("calls.transition_unknown")
             return False
         state, action = step
-        if state != call.state or action != KEEP:
-            self._touch(call)
         if state == call.state and state in (FAILED, ENDED):
             # As long as copies trail behind, what they are copies of must be remembered.
             call.entered = self._now
             self._states[state].move_to_end(call)
+        if action == KEEP and state == call.state:
+            return trigger in (INVITE_COPY, PROVISIONAL, ANSWER, ANSWER_NOTED)
+        self._touch(call)
         if action == HOLD:
             self._hold(call, message)
             return False

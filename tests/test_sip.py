@@ -824,7 +824,12 @@ KINDS = {"start-line", "missing", "duplicate", "cseq", "quote", "address", "uri"
 
 NEVER = re.compile("(?!)")
 # The ways that the usual messages do not take.
-LONG_WAY = {"_read_judged": lambda text: None, "_NAME_ADDR": NEVER}
+LONG_WAY = {
+    "_read_judged": lambda text: None,
+    "_NAME_ADDR": NEVER,
+    "_USUAL_TAG": NEVER,
+    "_PLAIN_URI": NEVER,
+}
 
 
 def outcome(payload: bytes) -> object:
