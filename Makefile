@@ -45,11 +45,11 @@ bench: $(VENV)/.runs
 
 # Kamailio and SIPp, where packages can be installed; elsewhere the tests say what they skip.
 sip-servers:
-	@sh scripts/install_sip_servers.sh
+	@sh scripts/install_for_tests.sh "Kamailio and SIPp" "kamailio sipp" "kamailio sip-tester"
 
 # Chromium, for the test of the status page; likewise.
 browser:
-	@sh scripts/install_chromium.sh
+	@sh scripts/install_for_tests.sh Chromium chromium chromium
 
 # The OpenSIPS scenario with OpenSIPS' recorded mirror, all scenarios with a real Kamailio.
 test-opensips: $(VENV)/.tests

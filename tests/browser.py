@@ -29,7 +29,7 @@ def chromium() -> str:
     """The program; a test is skipped where it is missing, and fails under CI."""
     found = shutil.which("chromium") or shutil.which("chromium-browser")
     if found is None:
-        reason = "Chromium is not installed: scripts/install_chromium.sh"
+        reason = "Chromium is not installed: make browser"
         pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
     return str(found)
 
