@@ -870,7 +870,8 @@ _TAG = re.compile(r";\s*tag\s*=\s*([^;,\s]*)", re.I | re.A)
 # user@host[:port] without escapes, parameters or headers: what `parse_uri` takes apart for others.
 _PLAIN_URI = re.compile(r"(sips?):([A-Za-z0-9+._-]+)@([A-Za-z0-9.-]+)(?::([0-9]{1,5}))?")
 # The tag as the first parameter behind a name-addr, or no parameters: both usual ones, 8 us a call.
-_USUAL_TAG = re.compile(r'[^"<;]*<[^>"]*>(?:\s*;\s*tag\s*=\s*([^;,\s"]*)[^"]*|\s*)', re.I | re.A)
+# A tag ends where it must, or one with a quote behind it would be tried at each length.
+_USUAL_TAG = re.compile(r'[^"<;]*<[^>"]*>(?:;tag=([^;,\s"]+)(?:[;,\s][^"]*)?)?', re.I | re.A)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 
 

@@ -280,6 +280,8 @@ class Watch:
         self.samples: list[tuple[float, int]] = []
         self.warnings: Counter[int] = Counter()
         self.lines: Counter[str] = Counter()
+        # Of our calls; those of the malformed senders may well be refused.
+        self.rejected: list[str] = []
         self.addresses: dict[str, tuple[str, int]] = {}
 
     def read_log(self) -> None:
@@ -288,7 +290,11 @@ class Watch:
         for line in self.process.stdout:
             if b'"level": "INFO"' not in line:
                 self.warnings[int(time.monotonic())] += 1
-                self.lines[json.loads(line).get("event", "?")] += 1
+                record = json.loads(line)
+                self.lines[record.get("event", "?")] += 1
+                if record.get("event") == "event_rejected":
+                    tag = record["transaction_tag"]
+                    self.rejected += [tag] if tag.startswith(PREFIX) else []
             elif b'"listening"' in line:
                 record = json.loads(line)
                 host, _, port = record["address"].rpartition(":")
@@ -454,6 +460,7 @@ def judge(
     for name, value in rows:
         print(f"{name:52}{value:>24}")
     faults = [*wrong[:20], *ledger["faults"]]
+    faults += [f"{tag}: an event was rejected" for tag in watch.rejected[:20]]
     if drops:
         faults.append(f"the kernel dropped {drops} datagrams: the ledger can't be exact")
     if status:
