@@ -848,7 +848,7 @@ _COMPACT = dict(
 # them is asked for, which saves 5 us a message. Lines are told apart as `_read_head` does; a value
 # that goes on in the next line ends in group 3.
 _JUDGED = re.compile(
-    r"\n(?:\r[ \t\r]*)?(call-id|cseq|from|to|via|session-expires|[iftvx])[ \t\r]*"
+    r"\n(call-id|cseq|from|to|via|session-expires|[iftvx])[ \t\r]*"
     r"(?::([^\n]*)|(?=\n|\Z))(\n[ \t])?",
     re.I | re.A,
 )
@@ -1035,8 +1035,13 @@ def _read_head(text: str) -> dict[str, list[str]]:
 
 
 def _read_judged(text: str) -> dict[str, list[str]] | None:
-    """The same of the headers that every message is judged by; None where one is folded."""
+    """The same of the headers that every message is judged by; None for the long way.
+
+    That is where one is folded, or a line begins with CR: a fold may go on from there.
+    """
     headers: dict[str, list[str]] = {}
+    if "\n\r" in text:
+        return None
     for name, value, folded in _JUDGED.findall(text):
         if folded:
             return None
