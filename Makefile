@@ -39,7 +39,7 @@ SOAK := --seconds 600 --rate 300
 soak: $(VENV)/.tests
 	$(BIN)/python scripts/soak.py $(SOAK)
 
-# The figures of docs/performance.md: some twenty minutes, on two cores with nothing else to do.
+# The figures of docs/performance.md: some fifteen minutes, on two cores with nothing else to do.
 bench: $(VENV)/.runs
 	$(BIN)/python scripts/benchmark.py
 

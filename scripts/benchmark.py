@@ -6,7 +6,7 @@ second one. Each figure has its baseline from the same run, measured in turns wi
 that does nothing but drain a UDP socket, and a loop of bare urllib3 POSTs over as many connections.
 Figures are medians of the rounds.
 
-    benchmark.py                      everything: some twenty minutes
+    benchmark.py                      everything: some fifteen minutes
     benchmark.py --rounds 1 --brief   everything, short and rough: two or three minutes
     benchmark.py --only job-udp       one of them; --list names them
 
@@ -389,9 +389,6 @@ class Bench:
         self.next_call += calls
         return Mirror(self.next_call - calls, calls, messages)
 
-    def rates(self, measure: Callable[[], float]) -> float:
-        return statistics.median(measure() for _ in range(self.rounds))
-
     # The whole job
 
     async def _serve(self, ledger: Ledger) -> tuple[asyncio.AbstractServer, str]:
@@ -550,11 +547,8 @@ class Bench:
     def _cpu(self, process: Process, packets: Iterable[bytes], udp: bool) -> float:
         process.settle()
         before = process.cpu
-        return (self._cost(process, before, self._send(process, packets, udp))) * 1e6
-
-    @staticmethod
-    def _cost(process: Process, before: float, count: int) -> float:
-        return (process.cpu - before) / count
+        count = self._send(process, packets, udp)
+        return (process.cpu - before) / count * 1e6
 
     def _ignored(self) -> Iterator[bytes]:
         kinds = [template(x) for x in (OPTIONS_REQUEST, REGISTER_REQUEST, MESSAGES[1])]
@@ -644,7 +638,7 @@ class Bench:
     # Memory and growth
 
     def memory(self) -> Iterator[Figure]:
-        """Resident memory for an open call, and the cost of a call beside many."""
+        """Resident memory for an open call."""
         number = 20_000 if self.brief else 100_000
         with start_agent(NULL_API="1") as agent:
             self._send(agent, self._calls(200), False)

@@ -1,9 +1,22 @@
-"""Paths, and gevent's patches before any test imports a socket."""
+"""Paths, gevent's patches before any test imports a socket, and what several files start."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 
 import rating_agent_hep  # noqa: F401
+
+# isort: split
+import harness
+
+
+@pytest.fixture
+def api() -> Iterator[harness.RatingServer]:
+    """A rating API that answers ok and keeps each request."""
+    with harness.RatingServer() as server:
+        yield server

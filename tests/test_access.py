@@ -37,12 +37,6 @@ def make_agent(**options: Any) -> agent.Agent:
 
 
 @pytest.fixture
-def api() -> Iterator[harness.RatingServer]:
-    with harness.RatingServer() as server:
-        yield server
-
-
-@pytest.fixture
 def lines() -> Iterator[list[logging.LogRecord]]:
     """What is logged meanwhile, before any limit of lines a second."""
     records: list[logging.LogRecord] = []

@@ -41,12 +41,6 @@ def whole(number: int) -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def api() -> Any:
-    with harness.RatingServer() as server:
-        yield server
-
-
-@pytest.fixture
 def running(api: harness.RatingServer) -> Any:
     with harness.AgentProcess("--rating-api-url", api.url, LOCAL) as process:
         yield process

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -398,24 +398,30 @@ def test_over_max_calls_the_answered_go_last_and_with_their_end() -> None:
     assert len(scene.table) == 4
 
 
+OURS, FLOOD = "192.0.2.1", "203.0.113.9"
+
+
+def each(scene: Scene, payload: bytes, numbers: Iterable[int], sender: str = OURS) -> list[str]:
+    """The same message of several calls; what they brought about."""
+    return [
+        kind for number in numbers for kind in scene.see(numbered(payload, number), sender=sender)
+    ]
+
+
 def test_a_flood_of_invites_pushes_out_only_its_own() -> None:
     """Nor do running calls go for it, nor what rings, nor what an ended call's copies need."""
     scene = Scene(max_calls=100)
-    for number in range(1, 31):
-        scene.see(numbered(invite(), number), sender="192.0.2.1")
-    for number in range(1, 21):
-        scene.see(numbered(reply(200), number), sender="192.0.2.1")
-    for number in range(1, 6):
-        scene.see(numbered(bye(), number), sender="192.0.2.1")
+    each(scene, invite(), range(1, 31))
+    each(scene, reply(200), range(1, 21))
+    each(scene, bye(), range(1, 6))
     before = scene.table.sizes()
-    for number in range(1_000, 3_000):
-        scene.see(numbered(invite(), number), sender="203.0.113.9")
+    each(scene, invite(), range(1_000, 3_000), FLOOD)
     assert len(scene.table) == 100
     after = scene.table.sizes()
     assert after == {**before, "trying": 80}
     for number in range(6, 31):
-        scene.see(numbered(reply(200), number), sender="192.0.2.1")
-        assert scene.see(numbered(bye(), number), sender="192.0.2.1") == ["end"]
+        each(scene, reply(200), [number])
+        assert each(scene, bye(), [number]) == ["end"]
     assert "calls.evicted.answered" not in scene.table.counts
 
 
@@ -424,31 +430,27 @@ def test_a_flood_from_forged_addresses_goes_before_a_sender_whose_calls_are_answ
     senders: int,
 ) -> None:
     scene = Scene(max_calls=100)
-    for number in range(1, 41):
-        scene.see(numbered(invite(), number), sender="192.0.2.1")
-    for number in range(1, 31):
-        scene.see(numbered(reply(200), number), sender="192.0.2.1")
+    each(scene, invite(), range(1, 41))
+    each(scene, reply(200), range(1, 31))
     for number in range(1_000, 3_000):
         forged = f"10.0.{number % senders // 250}.{number % senders % 250}"
-        scene.see(numbered(invite(), number), sender=forged)
+        each(scene, invite(), [number], forged)
     for number in range(31, 41):
-        assert scene.see(numbered(reply(200), number), sender="192.0.2.1") == ["begin"]
+        assert each(scene, reply(200), [number]) == ["begin"]
     assert len(scene.table._unanswered) <= 100
 
 
 def test_a_flood_of_answered_calls_leaves_others_what_rings() -> None:
     scene = Scene(max_calls=100)
-    for number in range(1, 21):
-        scene.see(numbered(invite(), number), sender="192.0.2.1")
-    for number in range(1, 11):
-        scene.see(numbered(reply(200), number), sender="192.0.2.1")
+    each(scene, invite(), range(1, 21))
+    each(scene, reply(200), range(1, 11))
     for number in range(1_000, 2_000):
-        scene.see(numbered(invite(), number), sender="203.0.113.9")
-        scene.see(numbered(reply(200), number), sender="203.0.113.9")
+        each(scene, invite(), [number], FLOOD)
+        each(scene, reply(200), [number], FLOOD)
     for number in range(11, 21):
-        assert scene.see(numbered(reply(200), number), sender="192.0.2.1") == ["begin"]
+        assert each(scene, reply(200), [number]) == ["begin"]
     for number in range(1, 21):
-        assert scene.see(numbered(bye(), number), sender="192.0.2.1") == ["end"]
+        assert each(scene, bye(), [number]) == ["end"]
 
 
 def test_what_senders_have_is_counted_to_the_last_call() -> None:

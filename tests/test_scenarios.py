@@ -125,12 +125,6 @@ def test_opensips_scenario_with_a_recorded_opensips(capture: str, tmp_path: Path
 WORKER = "workers:\n  - {scenario: call.xml, values: {from_user: '1000', call_duration: 5}}\n"
 
 
-@pytest.fixture
-def api() -> Iterator[harness.RatingServer]:
-    with harness.RatingServer() as server:
-        yield server
-
-
 def write(folder: Path, text: str, sipp: str = "exit 0") -> tuple[str, str]:
     """A scenario file and a stand-in for SIPp in the folder; both paths."""
     (folder / "call.xml").write_text("<!-- %(from_user)s %(call_duration)s %(target)s 100%% -->")

@@ -56,12 +56,6 @@ def live(*payloads: bytes, number: int) -> list[bytes]:
 
 
 @pytest.fixture
-def api() -> Any:
-    with harness.RatingServer() as server:
-        yield server
-
-
-@pytest.fixture
 def running(api: harness.RatingServer) -> Any:
     options = ("--rating-api-url", api.url, LOCAL, "--listen-status=:0")
     with harness.AgentProcess(*options) as process:
