@@ -66,6 +66,7 @@ from base64 import b64decode, b64encode
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from functools import cache, cached_property, lru_cache
@@ -105,29 +106,6 @@ MAX_COMPARED = 256
 MAX_VIAS = 70
 # Values of one header, or lines of it, that are looked at for an account or a route.
 MAX_VALUES = 256
-# Request-URIs and hops in all that the INVITE copies of one attempt leave behind, 0.1 kB each.
-MAX_COPY_VALUES = 512
-# Values. INVITE copies of one attempt that are remembered: proxies in the path times branches.
-MAX_INVITE_COPIES = 64
-# Messages held for one Call-ID while an earlier one is missing: several copies of a short call.
-MAX_HELD_PER_CALL = 64
-# Messages held in all. At 10,000 messages a second a reorder window of 2 s holds 20,000.
-MAX_HELD = 50_000
-# Octets of what is kept of them: twice what as many ordinary ones take.
-MAX_HELD_OCTETS = 64 * 1024 * 1024
-# Notices (orphans, evictions) kept between two looks of the agent, which comes ten times a second.
-MAX_NOTICES = 1_000
-# Newest calls of a state that are looked at to make room: among 32 there is one of a flood that
-# brings a tenth of all calls but for once in thirty, and of one that brings half, always.
-EVICTION_LOOK = 32
-# Calls that one tick may expire: 7,000 a second, and the event loop is never held for over 10 ms.
-MAX_EXPIRED_PER_TICK = 700
-# Seconds. 64*T1 of RFC 3261: a late 200, a retransmission or another copy may trail that long.
-LINGER = 32.0
-# Seconds. RFC 4028 section 5: no session interval may be shorter.
-MIN_SESSION_EXPIRES = 90
-# Seconds. A refresh sent at the last moment may be retransmitted for 64*T1 before it gives up.
-SESSION_GRACE = 32.0
 # Events for one API that wait in memory where there is no journal, or it fails; about 1 kB each.
 MAX_WAITING_EVENTS = 100_000
 # Events for one API that wait in memory where a journal has them too; the later ones stay on disk.
@@ -333,6 +311,7 @@ class Settings:
     max_call_duration: float = 21_600.0
     expired_call_end: str = "deadline"
     reorder_window: float = 2.0
+    unanswered_bye: str = "end"
     statsd_host: str = ""
     statsd_port: int = 8125
     statsd_prefix: str = "rating_agent_hep"
@@ -388,13 +367,14 @@ class Uri(NamedTuple):
 
     ``scheme`` and ``host`` are lower case, ``host`` without the brackets of IPv6; ``user`` is as
     written, still escaped, without password; for ``tel:`` it is the number. Other schemes have
-    neither user nor host.
+    neither user nor host. ``phone`` says that the user is a telephone number (``user=phone``).
     """
 
     scheme: str
     user: str
     host: str
     port: int | None
+    phone: bool = False
 
 
 class Address(NamedTuple):
@@ -586,6 +566,8 @@ _KNOWN_START = re.compile(
     rb"|MESSAGE|INFO|REFER) "
 )
 SIP_PROTOCOL_TYPE = 1
+# Seconds of UNIX time. A stamp before 2001 is no time: some senders write 0, some their uptime.
+MIN_STAMP = 978_307_200
 
 
 def decode_hep(data: bytes, arrival: int) -> HepPacket:
@@ -633,7 +615,7 @@ def _decode_hep3(data: bytes, arrival: int) -> HepPacket:
     stamp = seconds * 1_000_000 + min(number(0x0A), 999_999)
     return HepPacket(
         version=3,
-        time=stamp if seconds else arrival,
+        time=stamp if seconds >= MIN_STAMP else arrival,
         protocol=number(0x02),
         protocol_type=number(0x0B),
         source=address(0x03),
@@ -680,7 +662,7 @@ def _usual_packet(
         protocol_type, capture_id, source, destination = found[5:]
     return HepPacket(
         3,
-        seconds * 1_000_000 + min(micros, 999_999) if seconds else arrival,
+        seconds * 1_000_000 + min(micros, 999_999) if seconds >= MIN_STAMP else arrival,
         protocol,
         protocol_type,
         source,
@@ -767,7 +749,7 @@ def _old_time(header: bytes, arrival: int) -> tuple[int, int]:
     candidates = []
     for order in "<>":
         seconds, micros, capture_id = struct.unpack(order + "IIH", header)
-        if seconds and micros < 1_000_000:
+        if seconds >= MIN_STAMP and micros < 1_000_000:
             stamp = seconds * 1_000_000 + micros
             candidates.append((abs(stamp - arrival), stamp, capture_id))
     if not candidates:
@@ -820,9 +802,18 @@ class HepSplitter:
 
 # Room 6: SIP
 
+# Seconds. RFC 4028 section 5: no session interval may be shorter.
+MIN_SESSION_EXPIRES = 90
+
 # What can matter to the life of a call: RFC 3261, and RFC 3311 for the refresh of a session.
 _REQUESTS = frozenset(("INVITE", "ACK", "BYE", "CANCEL", "UPDATE"))
-_REPLIES = frozenset(("INVITE", "UPDATE"))
+_REPLIES = frozenset(("INVITE", "UPDATE", "BYE"))
+# Any other request with a To tag counts by its CSeq only (RFC 3261 12.2.2); these are of no call.
+_ELSEWHERE = frozenset(("REGISTER", "PUBLISH"))
+# IP protocols that carry a stream: TCP, and 22, by which Kamailio means TLS and WebSocket.
+_STREAMS = frozenset((6, 22))
+_CONTENT_LENGTH = re.compile(rb"\n(?:content-length|l)[ \t]*:\s*(\d{1,7})\s", re.I)
+_TO_TAG = re.compile(rb"\n(?:to|t)[ \t]*:[^\n]*;[ \t]*tag[ \t]*=", re.I)
 _TOKEN = r"[A-Za-z0-9.!%*_+`'~-]+"
 _START = re.compile(rf"[\r\n]*({_TOKEN})(/\d+\.\d+)?[ \t]".encode())
 # White space is ASCII's: in Latin-1 text the octets 0x85 and 0xA0, half of a UTF-8 letter, would
@@ -833,7 +824,8 @@ _REQUEST_LINE = re.compile(rf"({_TOKEN})[ \t]+([^\s<>]+)[ \t]+SIP/2\.0\s*", re.I
 _STATUS_LINE = re.compile(r"SIP/2\.0[ \t]+([1-6]\d\d)(?:\s.*)?", re.I | re.S | re.A)
 _CSEQ_METHOD = re.compile(rf"\ncseq[ \t]*:\s*\d+\s+({_TOKEN})".encode(), re.I)
 _CSEQ = re.compile(rf"0*(\d{{1,10}})\s+({_TOKEN})", re.A)
-_MAX_CSEQ = 2**31 - 1
+# RFC 3261 8.1.1.5 allows half of it; what a proxy forwards all the same is a call all the same.
+_MAX_CSEQ = 2**32 - 1
 _FOLD = re.compile(r"\r?\n[ \t]+")
 # RFC 3261 section 7.3.3 and the RFCs that define each further header.
 _COMPACT = dict(
@@ -863,6 +855,8 @@ _SEMICOLON = re.compile('[;"]')
 # A name-addr without quotes, the usual one: URI and parameters.
 _NAME_ADDR = re.compile(r'[^"<;]*<([^>"]*)>([^"]*)')
 _QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.S)
+_FORWARDS_ZERO = re.compile(r"\nmax-forwards[ \t]*:\s*0", re.I)
+_ROUTE = re.compile(r"\nroute[ \t]*:([^\n]*)", re.I)
 _VIA = re.compile(r"[^\s/]+\s*/\s*[^\s/]+\s*/\s*[^\s;]+\s+([^;]*)", re.A)
 _BRANCH = re.compile(r";\s*branch\s*=\s*([^;\s]*)", re.I | re.A)
 _TAG = re.compile(r";\s*tag\s*=\s*([^;,\s]*)", re.I | re.A)
@@ -882,7 +876,7 @@ class SipMessage:
     ``method`` is "" for a reply, ``status`` 0 for a request, ``to_tag`` "" where there is none.
     ``headers`` maps lower-case full names to the values of the header lines, unfolded: those that
     every message is judged by, and all once `header` was asked for another. ``time`` is that of the
-    HEP packet, in microseconds. ``claimed`` is set once a call took it up.
+    HEP packet, in microseconds, ``head`` the text of start line and headers.
     """
 
     method: str
@@ -895,8 +889,8 @@ class SipMessage:
     cseq_method: str
     headers: dict[str, list[str]]
     time: int
-    _unread: str = field(default="", repr=False)
-    claimed: bool = False
+    head: str = field(default="", repr=False)
+    _partial: bool = False
     _vias: tuple[Via, ...] | None = None
 
     @property
@@ -915,30 +909,67 @@ class SipMessage:
         return self._vias
 
     @property
-    def session_expires(self) -> int:
-        """Seconds of the Session-Expires header (RFC 4028 section 4), 0 where there is none."""
-        digits = re.match(r"\d{1,9}", (self.header("session-expires") or [""])[0])
-        return int(digits[0]) if digits else 0
+    def session_interval(self) -> int:
+        """Seconds of the session that a 2xx agrees on, 0 for none (RFC 4028 sections 4 and 9).
+
+        Without a refresher nobody refreshes, and nobody hangs up either.
+        """
+        value = (self.headers.get("session-expires") or [""])[0]
+        if "refresher" not in value.lower():
+            return 0
+        digits = re.match(r"\d{1,9}", value)
+        return max(int(digits[0]), MIN_SESSION_EXPIRES) if digits else 0
+
+    @property
+    def goes_no_further(self) -> bool:
+        """Whether Max-Forwards is 0: a proxy answers it with 483 (RFC 3261 16.3)."""
+        if _FORWARDS_ZERO.search(self.head) is None:
+            return False
+        return (self.header("max-forwards") or [""])[0].strip("0") == ""
+
+    @property
+    def way(self) -> str:
+        """Where a request goes: a digest of Request-URI and Route.
+
+        A retransmission goes the same way; what has the same branch and goes another does not.
+        """
+        return comparable("".join([self.request_uri, *_ROUTE.findall(self.head)]), 0)
 
     def header(self, name: str) -> list[str]:
         """All values of the header lines of that name, given without case or compact."""
         name = name.lower()
         name = _COMPACT.get(name, name)
-        if self._unread and name not in _JUDGED_NAMES:
+        if self._partial and name not in _JUDGED_NAMES:
             # Most messages lack most headers; only those with a compact name hide from this look.
-            if not name or (name not in _SPELLED_SHORT and name not in self._unread.lower()):
+            if not name or (name not in _SPELLED_SHORT and name not in self.head.lower()):
                 return []
-            self.headers = _read_head(self._unread)
-            self._unread = ""
+            self.headers = _read_head(self.head)
+            self._partial = False
         return self.headers.get(name, [])
 
-    def shed(self) -> int:
-        """Forget what only a route or an account needs; returns the octets that stay, or so."""
-        vias = self.vias
-        self.headers = {"session-expires": [str(self.session_expires)]}
-        self._unread = ""
-        self.request_uri = comparable(self.request_uri)
-        return 1_000 + sum(100 + len(via.branch) + len(via.sent_by) for via in vias)
+
+def split_messages(packet: HepPacket) -> Sequence[bytes]:
+    """The SIP messages of a packet, in order.
+
+    What sniffs SIP over TCP may put a whole segment into one payload: Content-Length says where a
+    message ends (RFC 3261 18.3). Behind the message of a datagram nothing counts, or a caller
+    could write there what no proxy reads.
+    """
+    payload = packet.payload
+    if packet.protocol not in _STREAMS:
+        return (payload,)
+    messages = []
+    while (end := payload.find(b"\r\n\r\n")) >= 0:
+        end += 4
+        if end < len(payload):
+            length = _CONTENT_LENGTH.search(payload, 0, end)
+            end += int(length[1]) if length else 0
+        rest = payload[end:].lstrip(b"\r\n")
+        if not rest or _KNOWN_START.match(rest) is None:
+            break
+        messages.append(payload[:end])
+        payload = rest
+    return (*messages, payload)
 
 
 def parse_sip(payload: bytes, time: int = 0) -> SipMessage | None:
@@ -952,13 +983,15 @@ def parse_sip(payload: bytes, time: int = 0) -> SipMessage | None:
     if start is None:
         raise SipError("start-line", f"no SIP message: it begins with {payload[:16]!r}")
     begin = start.start(1)
-    if start[2] is None and start[1].decode("latin-1") not in _REQUESTS:
+    method = start[1].decode("latin-1")
+    if start[2] is None and method not in _REQUESTS:
         # A foreign protocol is told from a method that does not matter by its first line.
         if _KNOWN_START.match(payload, begin) is None and (
             _REQUEST_LINE.fullmatch(_first_line(payload, begin)) is None
         ):
             raise SipError("start-line", f"no SIP request: it begins with {payload[:16]!r}")
-        return None
+        if method in _ELSEWHERE or _TO_TAG.search(payload, 0, _head_end(payload, begin)) is None:
+            return None
     end = _head_end(payload, begin)
     if start[2] is not None:
         cseq = _CSEQ_METHOD.search(payload, 0, end)
@@ -975,26 +1008,27 @@ def parse_sip(payload: bytes, time: int = 0) -> SipMessage | None:
     if headers is None:
         headers = _read_head(head)
         unread = ""
-    call_id = _short("call-id", _single(headers, "call-id"))
+    call_id = _short(_single(headers, "call-id"))
     number = _CSEQ.fullmatch(_single(headers, "cseq"))
     if number is None or int(number[1]) > _MAX_CSEQ:
         raise SipError("cseq", "CSeq is no number and method")
     if method and number[2] != method:
         raise SipError("cseq", f"CSeq of {number[2][:40]!r} in a request with method {method!r}")
-    if number[2] not in (_REQUESTS if method else _REPLIES):
+    if not method and number[2] not in _REPLIES:
         return None
     return SipMessage(
         method,
         status,
         request_uri,
         call_id,
-        _short("from tag", _tag(_single(headers, "from"))),
-        _short("to tag", _tag(_single(headers, "to"))),
+        _short(_tag(_single(headers, "from"))),
+        _short(_tag(_single(headers, "to"))),
         int(number[1]),
         number[2],
         headers,
         time,
-        unread,
+        head,
+        unread != "",
     )
 
 
@@ -1073,16 +1107,20 @@ def _single(headers: dict[str, list[str]], name: str) -> str:
     return values[0]
 
 
-def _short(what: str, text: str) -> str:
-    """The text, which names a call and is kept as long as that. Raises SipError."""
-    if len(text) > MAX_TEXT:
-        raise SipError("long", f"a {what} of {len(text)} characters, over {MAX_TEXT}")
-    return text
+def _short(text: str) -> str:
+    """A text that names a call; of a long one the beginning and a digest.
+
+    RFC 3261 sets no limit, and whoever pays must not be able to choose to be invisible (rule 4).
+    """
+    if len(text) <= MAX_TEXT:
+        return text
+    # No Call-ID and no tag holds a ^, so nothing can be taken for another's.
+    return f"{text[:64]}^{comparable(text)}"
 
 
-def comparable(text: str) -> str:
-    """The text, or a digest of a long one: the same for the same text, of bounded length."""
-    if len(text) <= MAX_COMPARED:
+def comparable(text: str, most: int = MAX_COMPARED) -> str:
+    """The text, or a digest of a longer one: the same for the same text, of bounded length."""
+    if len(text) <= most:
         return text
     return hashlib.blake2b(text.encode("latin-1"), digest_size=16).hexdigest()
 
@@ -1204,21 +1242,23 @@ def parse_uri(text: str) -> Uri:
         raise SipError("uri", f"no URI: {text[:40]!r}")
     scheme = scheme.lower()
     if scheme == "tel":
-        return Uri(scheme, rest.partition(";")[0].strip(_SPACE), "", None)
+        return Uri(scheme, rest.partition(";")[0].strip(_SPACE), "", None, True)
     if scheme not in ("sip", "sips"):
         return Uri(scheme, "", "", None)
     userinfo, at, host = rest.partition("@")
     if not at:
         userinfo, host = "", rest
-    host = re.split("[;?]", host, maxsplit=1)[0].strip(_SPACE)
-    port = ""
+    host, *params = re.split("[;?]", host)
+    phone = any(param.strip(_SPACE).lower() == "user=phone" for param in params)
+    host, port = host.strip(_SPACE), ""
     if host.startswith("["):
         host, _, port = host[1:].partition("]")
         port = port.lstrip(":")
     elif ":" in host:
         host, _, port = host.partition(":")
     number = int(port) if re.fullmatch(r"[0-9]{1,5}", port.strip(_SPACE)) else None
-    return Uri(scheme, userinfo.partition(":")[0].strip(_SPACE), host.strip(_SPACE).lower(), number)
+    user = userinfo.partition(":")[0].strip(_SPACE)
+    return Uri(scheme, user, host.strip(_SPACE).lower(), number, phone)
 
 
 _ODD_IN_ID = re.compile(r"[^!-\]_-~]")
@@ -1226,7 +1266,10 @@ _ODD_IN_URI = re.compile(r"[^!-~]|[<>\"{}|\\^`]")
 _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})")
 # Three octets of UTF-8 are a character that the API takes, three characters an escaped octet.
 _MOST_ESCAPED = 9 * MAX_TEXT
+# What means the same escaped or not (RFC 3261 19.1.4), and the + that numbers begin with.
+_PLAIN_ESCAPE = re.compile(r"%(?:3[0-9]|[46][1-9A-F]|[57][0-9A]|2[1789ABDE]|5F|7E)", re.I)
 _PHONE = re.compile(r"[0-9*#+().-]+")
+_SEPARATORS = str.maketrans("", "", "().-")
 
 
 def printable_id(text: str) -> str:
@@ -1244,9 +1287,22 @@ def uri_text(uri: Uri) -> str:
     What is longer than MAX_TEXT is cut: rates are found by how it begins.
     """
     host = f"[{uri.host}]" if ":" in uri.host else uri.host
-    user = _without_parameters(uri.user)
+    user = _number_text(uri)
     text = f"{user}@{host}" if user and host else user or host
     return (f"{uri.scheme}:" + _ODD_IN_URI.sub(_escape, text[:MAX_TEXT]))[:MAX_TEXT]
+
+
+def _number_text(uri: Uri) -> str:
+    """The user of a URI as rates read it: rates compare numbers as text (rule 5).
+
+    Unescaped where that means the same; a telephone number without parameters and without visual
+    separators (RFC 3261 19.1.6, RFC 3966 5.1.1).
+    """
+    user = uri.user
+    if "%" in user:
+        user = _PLAIN_ESCAPE.sub(lambda escape: chr(int(escape[0][1:], 16)), user)
+    user = _without_parameters(user)
+    return user.translate(_SEPARATORS) if uri.phone and _PHONE.fullmatch(user) else user
 
 
 def _without_parameters(user: str) -> str:
@@ -1258,15 +1314,13 @@ def _without_parameters(user: str) -> str:
 def account_text(uri: Uri) -> str:
     """The user of a URI as an account tag: unescaped (RFC 3261 section 19.1.4), "" for none.
 
-    Visual separators leave a ``tel:`` number (RFC 3966 section 5.1.1). What is no text the rating
+    Visual separators leave a telephone number. What is no text the rating
     API takes (not UTF-8, control characters, outside the Basic Multilingual Plane) stays escaped.
     What is longer than MAX_TEXT is no account: cut, it might be another's.
     """
-    user = _without_parameters(uri.user)
+    user = _number_text(uri)
     if len(user) > _MOST_ESCAPED:
         return ""
-    if uri.scheme == "tel":
-        user = re.sub(r"[().-]", "", user)
     if user.isascii() and user.isprintable() and "%" not in user:
         return user if len(user) <= MAX_TEXT else ""
     return _fit_text(_ESCAPE.sub(lambda escape: chr(int(escape[1], 16)), user), user)
@@ -1428,6 +1482,16 @@ def transaction_tag(route: Route, sighting: Sighting) -> str:
     elif source.startswith("header:"):
         text = next(iter(sighting.message.header(source[7:])), "")
     return printable_id(text if 0 < len(text) <= MAX_TEXT else sighting.message.call_id)
+
+
+def party_text(source: str, message: SipMessage) -> str:
+    """The source or the destination of a call: the URI of "from", "to" or "request-uri"."""
+    try:
+        if source == "request-uri":
+            return uri_text(parse_uri(message.request_uri))
+        return uri_text(address_uri(message.header(source)[0]))
+    except SipError:
+        return ""
 
 
 def main_route(settings: Settings) -> Route:
@@ -1697,457 +1761,1143 @@ def _host(source: str, message: SipMessage) -> str:
         return ""
 
 
-# Room 8: call state
+# Room 8: the call: facts, and a judge
+#
+# Theory of operation. A message decides nothing when it comes: it adds a fact to its call (`note`),
+# and `judge` says what follows from all facts that are known by now. Facts have no order and a copy
+# adds none, so doubled, shuffled and late messages give the same charge. What is not certain yet
+# has a moment at which it will be (`Verdict.look`), and then it is judged again. What was reported
+# is never taken back: it is one more thing that `judge` is told.
+#
+# A call is a Call-ID and the caller's From tag (rule 2 of the reference). It has
+# - attempts, the caller's INVITE transactions, by CSeq and the branch of the lowest Via. Each keeps
+#   whom it names, how far it came, and what its copies look like;
+# - dialogs, one for each To tag: the 2xx, the ACKs, the BYEs of both sides with their answers;
+# - `replied`: whether the mirror has shown replies of this call. Only then are answers expected.
+#
+# Who writes what: a caller writes every field of a request; a final reply comes from the other side
+# or from the proxy. So where replies are mirrored they decide, and requests alone do not:
+#
+# evidence                 replies of the call mirrored        requests only             rule
+# 2xx to an INVITE         begins at its time, at once                                   6
+#   CSeq of no INVITE      begins after the reorder window                               6
+#   To tag ended by BYE    begins nothing                                                14
+#   sent for 16 s, no ACK  ends the call where it began                                  9
+# ACK, new branch and URI  proves nothing by itself            begins, at once           7
+#   of another hop         proves nothing by itself            begins after the window   7
+#   INVITE's URI, CANCEL   proves nothing by itself            proves nothing by itself  7
+#   ... and then a BYE     begins if the callee confirms it    begins at the ACK's time  7
+# ACK, INVITE's branch     refused                             refused                   7, 8
+# 3xx to 6xx               refused; a 2xx may follow           -                         8
+# BYE, answered 2xx        ends at its own time                -                         12
+#   481, 408               the same, but of an old CSeq        -                         12
+#   401, 407               ends if a retry follows within 5 s  -                         12
+#   any other              was not carried out, call goes on   -                         12
+#   nothing for 32 s       ends, or not: `unanswered_bye`      -                         12
+#   no reply mirrored      -                                   ends at once, if in order 12
+#   Max-Forwards 0         never carried out                   never carried out         12
+# reply to an unseen BYE   ends after the reorder window       -                         13
+# BYE of a tied leg        ends as a BYE of the call itself                              17
+# CANCEL                   nothing                             makes an ACK doubtful     15, 7
+# nothing                  session timer, max_call_duration    the same                  16
+#
+# So a 481 to a BYE ends the call at the BYE's time, as its sender may take it for over (RFC 3261
+# 15.1.1), unless that BYE's CSeq was lower than one seen from its side, which is out of order.
+#
+# A charge runs from the first answer to the end of the last answered dialog (rule 11). An end is
+# reported at the earliest one reorder window after the begin, for the answer of another fork may
+# still be on its way.
 
-TRYING, FAILED, ANSWERED, ENDED = "trying", "failed", "answered", "ended"
-STATES = (TRYING, FAILED, ANSWERED, ENDED)
+ORPHAN, TRYING, FAILED, ANSWERED, ENDED = "orphan", "trying", "failed", "answered", "ended"
+# An orphan is what is known of a call whose INVITE was not seen (rule 19).
+STATES = (ORPHAN, TRYING, FAILED, ANSWERED, ENDED)
 
-# Triggers: what a message means to the call it belongs to. `classify` below finds them.
-INVITE_COPY = "invite copy"  # a retransmission, or the same INVITE seen at another hop
-INVITE_BRANCH = "invite branch"  # a copy that opens a transaction after the others failed
-INVITE_RETRY = "invite retry"  # higher CSeq, no To tag: after 401, 407 or 3xx (RFC 3261 22.2)
-INVITE_OTHER = "invite other"  # another From tag under the same Call-ID
-PROVISIONAL = "provisional"
-ANSWER = "answer"  # a 2xx to the INVITE
-ANSWER_NOTED = "answer noted"  # the same where begin_on is ack
-BRANCH_REFUSED = "branch refused"  # a final non-2xx, but the caller's transaction goes on
-REFUSED = "refused"  # every INVITE copy that was seen has had its final non-2xx
-ACK_COUNTS = "ack counts"  # surely to a 2xx, and no reply is mirrored
-ACK_WAITS = "ack waits"  # maybe to a 2xx, or its 2xx is still to come
-ACK_OVERDUE = "ack overdue"  # waited for the reorder window
-ACK_LATE = "ack late"  # a final response has decided already, or it is of another attempt
-CANCEL = "cancel"
-BYE = "bye"
-BYE_OTHER = "bye other"  # of another dialog of this call (forking, RFC 3261 13.1)
-BYE_OVERDUE = "bye overdue"
-REFRESH = "refresh"  # re-INVITE or UPDATE, or a 2xx to one: the call lives
-EARLY = "early"  # belongs to an INVITE or an answer that was not seen yet
-STALE = "stale"  # belongs to an earlier attempt
+# Seconds. 64*T1 of RFC 3261: for so long a request is sent again, a late 200 or a copy may trail.
+LINGER = 32.0
+# Seconds. A charged call is known for so long after its end: a capture agent that lost its
+# connection sends its copies of the whole call then, and its tag is not given again (rules 2, 18).
+REMEMBERED = 600.0
+# Microseconds. RFC 3261 17.2.1, rule 9: a 2xx repeated for so long was never acknowledged.
+UNACKNOWLEDGED = 16_000_000
+# Microseconds. T4 of RFC 3261: a user agent that is challenged tries again at once. Who talks on
+# between the two BYEs gains no more than this.
+CHALLENGE_RETRY = 5_000_000
+# Seconds. A refresh sent at the last moment may be retransmitted for 64*T1 before it gives up.
+SESSION_GRACE = 32.0
+# Request-URIs and hops in all that the INVITE copies of one attempt leave behind, 0.1 kB each.
+MAX_COPY_VALUES = 512
+# INVITE copies of one attempt that are remembered: proxies in the path times branches.
+MAX_INVITE_COPIES = 64
+# Copies further on whose text is kept, for a nearer copy may have another route.
+MAX_FURTHER = 4
+# Attempts, dialogs, and ACKs or BYEs of a dialog that are remembered: forks and retries are few.
+MAX_ATTEMPTS = 16
+MAX_DIALOGS = 32
+MAX_REQUESTS = 16
 
-# Actions
-KEEP = "keep"
-HOLD = "hold"
-RESTART = "restart"  # a new attempt supersedes the pending one
-NEW_CALL = "new call"
-NOTE_ANSWER = "note answer"
-BEGIN = "begin"
-NOTE_SESSION = "note session"
-END = "end"
-ORPHAN = "orphan"
-
-# (state, trigger) -> (next state, action). A pair that is not here is counted, never an error.
-TRANSITIONS: dict[tuple[str, str], tuple[str, str]] = {
-    (TRYING, INVITE_RETRY): (TRYING, RESTART),
-    (TRYING, ANSWER): (ANSWERED, BEGIN),
-    (TRYING, ANSWER_NOTED): (TRYING, NOTE_ANSWER),
-    (TRYING, REFUSED): (FAILED, KEEP),
-    (TRYING, ACK_COUNTS): (ANSWERED, BEGIN),
-    (TRYING, ACK_WAITS): (TRYING, HOLD),
-    (TRYING, ACK_OVERDUE): (ANSWERED, BEGIN),
-    (TRYING, BYE): (TRYING, HOLD),
-    (TRYING, BYE_OVERDUE): (ENDED, ORPHAN),
-    (TRYING, EARLY): (TRYING, HOLD),
-    # A 200 that crosses a CANCEL or follows another branch's refusal still begins the call.
-    (FAILED, INVITE_BRANCH): (TRYING, KEEP),
-    (FAILED, INVITE_RETRY): (TRYING, RESTART),
-    (FAILED, INVITE_OTHER): (TRYING, NEW_CALL),
-    (FAILED, ANSWER): (ANSWERED, BEGIN),
-    (FAILED, ANSWER_NOTED): (TRYING, NOTE_ANSWER),
-    (FAILED, BRANCH_REFUSED): (TRYING, KEEP),
-    (FAILED, BYE): (FAILED, HOLD),
-    (FAILED, BYE_OVERDUE): (ENDED, ORPHAN),
-    (FAILED, EARLY): (FAILED, HOLD),
-    (ANSWERED, ANSWER): (ANSWERED, NOTE_SESSION),
-    (ANSWERED, ANSWER_NOTED): (ANSWERED, NOTE_SESSION),
-    (ANSWERED, REFRESH): (ANSWERED, NOTE_SESSION),
-    (ANSWERED, BYE): (ENDED, END),
-    # What trails behind the end is absorbed; only a new dialog's INVITE begins anew.
-    (ENDED, INVITE_RETRY): (TRYING, NEW_CALL),
-    (ENDED, INVITE_OTHER): (TRYING, NEW_CALL),
-}
-# What changes nothing in a state: copies, retransmissions, and what another message decides.
-_KEPT = {
-    TRYING: (INVITE_COPY, INVITE_OTHER, PROVISIONAL, BRANCH_REFUSED, ACK_LATE, CANCEL, BYE_OTHER),
-    FAILED: (INVITE_COPY, PROVISIONAL, REFUSED, ACK_COUNTS, ACK_WAITS, ACK_LATE, CANCEL, BYE_OTHER),
-    ANSWERED: (INVITE_COPY, INVITE_RETRY, INVITE_OTHER, PROVISIONAL, REFUSED, ACK_LATE, CANCEL),
-    ENDED: (
-        INVITE_COPY,
-        PROVISIONAL,
-        ANSWER,
-        ANSWER_NOTED,
-        REFUSED,
-        ACK_LATE,
-        CANCEL,
-        BYE,
-        REFRESH,
-    ),
-}
-TRANSITIONS |= {
-    (state, kept): (state, KEEP) for state, all_kept in _KEPT.items() for kept in all_kept
-}
-TRANSITIONS |= {(state, STALE): (state, KEEP) for state in STATES}
-TRANSITIONS |= {
-    (state, late): (state, KEEP) for state in (ANSWERED, ENDED) for late in (BYE_OTHER, EARLY)
-}
+_CARRIED_OUT = frozenset((*range(200, 300), 408, 481))
+_CHALLENGES = frozenset((401, 407))
 
 
-class Attempt:
-    """The INVITE copies of one CSeq number, as far as they tell what became of it.
+class Identity:
+    """Who is charged for an attempt, and for what: rules 3 and 5.
 
-    ``copies`` maps the branch of each INVITE copy to its Request-URIs and the branches of the hops
-    below it; ``callers`` are the sent-by of the lowest hops; ``closed`` the branches that had their
-    final non-2xx. ``replied`` says that the mirror shows replies, ``decided`` that a final response
-    was seen, ``accepted`` is the To tag of the 2xx while its ACK is awaited.
-    """
-
-    __slots__ = ("accepted", "callers", "closed", "copies", "decided", "replied")
-
-    def __init__(self) -> None:
-        self.copies: dict[str, tuple[set[str], set[str]]] = {}
-        self.callers: set[str] = set()
-        self.closed: set[str] = set()
-        self.replied = False
-        self.decided = False
-        self.accepted: str | None = None
-
-    @property
-    def refused(self) -> bool:
-        """Whether each INVITE copy, or a hop below it, has had its final non-2xx."""
-        return all(
-            branch in self.closed or below & self.closed
-            for branch, (_, below) in self.copies.items()
-        )
-
-    def observe(self, message: SipMessage) -> bool:
-        """Take note of an INVITE copy, a reply or an ACK; whether it told something new."""
-        if message.method == "INVITE":
-            self._note_copy(message, message.vias[0].branch)
-            return True
-        before = len(self.closed), self.replied, self.decided
-        if message.method == "ACK":
-            if self.judge_ack(message) is False:
-                self.closed.add(message.vias[0].branch)
-        else:
-            self.replied = True
-            if message.status >= 200:
-                self.decided = True
-            if message.status >= 300 and message.vias[0].branch in self.copies:
-                self.closed.add(message.vias[0].branch)
-        return before != (len(self.closed), self.replied, self.decided)
-
-    def _note_copy(self, invite: SipMessage, top: str) -> None:
-        copies, uri = self.copies, comparable(invite.request_uri)
-        hops = [via.branch for via in invite.vias[1:]]
-        caller = invite.vias[-1].sent_by
-        known = copies.get(top) or (set(), set())
-        if uri in known[0] and known[1].issuperset(hops) and caller in self.callers:
-            return
-        size = sum(len(uris) + len(below) for uris, below in copies.values())
-        if (known[0] or len(copies) < MAX_INVITE_COPIES) and size < MAX_COPY_VALUES:
-            uris, below = copies.setdefault(top, (set(), set()))
-            uris.add(uri)
-            below.update(hops)
-            if len(self.callers) < MAX_INVITE_COPIES:
-                self.callers.add(caller)
-
-    def judge_ack(self, ack: SipMessage) -> bool | None:
-        """Whether an ACK is to a 2xx: True, False, or None while that can't be told.
-
-        An ACK to a non-2xx has branch and Request-URI of its INVITE (RFC 3261 17.1.1.3); an ACK
-        to a 2xx is a new transaction of the caller (13.2.2.4), though some user agents use the
-        INVITE's branch again and differ only in the Request-URI. One whose INVITE copy may still
-        be on its way is not judged: a proxy's own ACK to a refusal would be taken for an answer.
-        """
-        top, last = ack.vias[0], ack.vias[-1]
-        if top.branch in self.copies:
-            return comparable(ack.request_uri) not in self.copies[top.branch][0]
-        known = last.branch in self.copies or any(
-            last.branch in below for _, below in self.copies.values()
-        )
-        return True if not known and last.sent_by in self.callers else None
-
-    def looks_refused(self, ack: SipMessage) -> bool:
-        """Whether an ACK that can't be told is like one to a refusal whose INVITE copy was lost.
-
-        A hop's own ACK has a single Via (RFC 3261 17.1.1.3), and where the proxies leave the
-        Request-URI alone that of the other INVITE copies; a 2xx is acknowledged at its Contact.
-        """
-        uris = (uri for uris, _ in self.copies.values() for uri in uris)
-        refused = len(ack.vias) == 1 and comparable(ack.request_uri) in uris
-        return refused and self.judge_ack(ack) is None
-
-
-class Call:
-    """One call of one tenant: who is charged, and how far it has come.
-
-    Times ``answered``, ``last`` and ``refreshed`` are HEP time in microseconds; ``entered`` and
-    ``session_deadline`` run on the agent's monotonic clock, in seconds. ``session`` is the agreed
-    interval in seconds, 0 for none; ``session_slot`` is where the call table queues it. ``tied``
-    marks a leg of a call that is charged by another leg already. ``row`` numbers the calls.
-    ``sender`` is the address from which its first packet came.
+    It is that of the INVITE copy nearest to the caller, the one with the fewest ``hops``; a copy
+    further on only adds an account that is missing, such as an identity that the proxy asserts.
     """
 
     __slots__ = tuple(
-        "account_tag answered attempt call_id capture_id cseq destination destination_account_tag "
-        "entered from_tag held hops last refreshed route row sender session session_deadline "
-        "session_slot source source_ip state tied to_tag transaction_tag".split()
+        "account_hops account_tag destination destination_account_tag destination_hops hops route "
+        "source source_ip transaction_tag".split()
     )
 
-    def __init__(self, message: SipMessage, capture_id: int) -> None:
-        self.call_id = message.call_id
-        self.capture_id = capture_id
-        self.from_tag = message.from_tag
-        self.cseq = message.cseq
-        self.state = TRYING
-        self.entered = 0.0
-        self.to_tag = ""
-        self.attempt: Attempt | None = Attempt()
-        self.held: list[SipMessage] = []
-        self.hops = self.row = 0
-        self.sender = ""
-        self.answered = self.last = self.refreshed = message.time
-        self.session = 0
-        self.session_deadline = 0.0
-        self.session_slot = 0
-        self.tied = False
-        self.route: Route
-        self.transaction_tag = self.account_tag = self.destination_account_tag = ""
-        self.source = self.source_ip = self.destination = ""
+    def __init__(self, sighting: Sighting, route: Route, hops: int, settings: Settings) -> None:
+        message = sighting.message
+        self.hops = hops
+        self.route = route
+        self.transaction_tag = transaction_tag(route, sighting)
+        self.source_ip = sighting.packet.source_ip
+        self.source = party_text("from", message)
+        self.destination = party_text(route.destination, message)
+        self.account_tag = self.destination_account_tag = ""
+        self.account_hops = self.destination_hops = 0
+        self.add(message, hops, settings)
+
+    def add(self, message: SipMessage, hops: int, settings: Settings) -> None:
+        """Take an account that is missing, or that a copy further on gave, from this copy."""
+        if not self.account_tag or self.account_hops > hops:
+            tag = resolve_account(self.route, settings, message, callee=False)
+            if tag:
+                self.account_tag, self.account_hops = tag, hops
+        if not self.destination_account_tag or self.destination_hops > hops:
+            tag = resolve_account(self.route, settings, message, callee=True)
+            if tag:
+                self.destination_account_tag, self.destination_hops = tag, hops
 
     @property
     def rated(self) -> bool:
-        """Whether this call is reported: its route rates it and somebody is to be charged."""
+        """Whether the call is reported: its route rates it and somebody is to be charged."""
         accounts = self.account_tag or self.destination_account_tag
-        return self.route.action == "rate" and bool(accounts) and not self.tied
-
-    def in_dialog(self, message: SipMessage) -> bool:
-        """Whether a message is of the charged dialog; tags swap with the direction (12.2).
-
-        Before the answer the callee's tag is unknown, so the caller's must do.
-        """
-        tags = (message.from_tag, message.to_tag)
-        if self.state in (TRYING, FAILED):
-            return self.from_tag in tags
-        return tags in ((self.from_tag, self.to_tag), (self.to_tag, self.from_tag))
+        return self.route.action == "rate" and bool(accounts)
 
 
-def classify(call: Call, message: SipMessage, begin_on: str) -> str:
-    """What a message means to a call: one of the triggers above.
+class Ack(NamedTuple):
+    """An ACK as far as it tells what it is to: CSeq, top branch, URI, lowest hop, HEP time.
 
-    The attempt must have observed the message before.
+    ``arrived`` is in seconds of the monotonic clock.
     """
-    ours = message.from_tag == call.from_tag
-    if message.cseq_method == "CANCEL":
-        return CANCEL
-    if message.cseq_method == "BYE":
-        return BYE if call.in_dialog(message) else BYE_OTHER
-    if message.method == "INVITE" and not message.to_tag:
-        if not ours:
-            return INVITE_OTHER
-        if message.cseq != call.cseq:
-            return INVITE_RETRY if message.cseq > call.cseq else STALE
-        reopened = call.state == FAILED and call.attempt and not call.attempt.refused
-        return INVITE_BRANCH if reopened else INVITE_COPY
-    if call.state in (ANSWERED, ENDED) or call.attempt is None:
-        return _classify_settled(call, message, ours, begin_on)
-    if message.method in ("INVITE", "UPDATE") or message.cseq_method == "UPDATE" or not ours:
-        return EARLY
-    if message.cseq != call.cseq:
-        return EARLY if message.cseq > call.cseq else STALE
-    if message.method == "ACK":
-        return _classify_ack(call.attempt, message)
-    if message.status < 200:
-        return PROVISIONAL
-    if message.status < 300:
-        return ANSWER if begin_on == "answer" else ANSWER_NOTED
-    return REFUSED if call.attempt.refused else BRANCH_REFUSED
+
+    cseq: int
+    branch: str
+    uri: str
+    lowest: str
+    sent_by: str
+    time: int
+    arrived: float
 
 
-def _classify_settled(call: Call, message: SipMessage, ours: bool, begin_on: str) -> str:
-    """The same once the call is answered or over."""
-    if message.method == "ACK":
-        return ACK_LATE
-    if message.status and message.cseq_method == "INVITE" and ours and message.cseq == call.cseq:
-        if message.status < 200:
-            return PROVISIONAL
-        if message.status >= 300:
-            return REFUSED
-        return ANSWER if begin_on == "answer" else ANSWER_NOTED
-    lives = bool(message.method) or 200 <= message.status < 300
-    return REFRESH if lives and call.in_dialog(message) else EARLY
+class Attempt:
+    """One INVITE transaction of the caller: a CSeq, and the branch of its lowest Via.
+
+    ``copies`` maps the top branch of each INVITE copy to its Request-URIs and the branches of the
+    hops below; empty while no copy was seen. ``caller`` is the sent-by of the lowest hop;
+    ``sender`` and ``receiver`` are address and port between which the nearest copy went. ``closed``
+    are the branches that had their final non-2xx, ``decided`` says that one was seen. ``time`` is
+    the HEP time of the first copy, ``cancelled`` that of a CANCEL, 0 for none.
+    """
+
+    __slots__ = tuple(
+        "branch caller cancelled closed copies cseq decided further identity receiver sender "
+        "time".split()
+    )
+
+    def __init__(self, cseq: int, branch: str) -> None:
+        self.cseq = cseq
+        self.branch = branch
+        self.copies: dict[str, tuple[set[str], set[str]]] = {}
+        self.caller = ""
+        self.sender = self.receiver = ("", 0)
+        self.closed: set[str] = set()
+        self.decided = False
+        self.time = self.cancelled = 0
+        self.identity: Identity | None = None
+        self.further: list[SipMessage] = []
+
+    def note_copy(self, invite: SipMessage) -> bool:
+        """Take in how a copy looks; whether that was new."""
+        vias = invite.vias
+        uri, hops = comparable(invite.request_uri), [via.branch for via in vias[1:]]
+        known = self.copies.get(vias[0].branch)
+        if known and uri in known[0] and known[1].issuperset(hops):
+            return False
+        size = sum(len(uris) + len(below) for uris, below in self.copies.values())
+        if (not known and len(self.copies) >= MAX_INVITE_COPIES) or size >= MAX_COPY_VALUES:
+            return False
+        uris, below = self.copies.setdefault(vias[0].branch, (set(), set()))
+        uris.add(uri)
+        below.update(hops)
+        self.caller = self.caller or vias[-1].sent_by
+        return True
+
+    def refused(self, acks: Iterable[Ack]) -> bool:
+        """Whether each INVITE copy, or a hop below it, has had its final non-2xx (rule 8).
+
+        An ACK with branch and Request-URI of a copy acknowledges one (RFC 3261 17.1.1.3).
+        """
+        closed = self.closed
+        for ack in acks:
+            copy = self.copies.get(ack.branch)
+            if copy and ack.cseq == self.cseq and ack.uri in copy[0]:
+                closed = closed | {ack.branch}
+        return bool(self.copies) and all(
+            branch in closed or not closed.isdisjoint(below)
+            for branch, (_, below) in self.copies.items()
+        )
 
 
-def _classify_ack(attempt: Attempt, ack: SipMessage) -> str:
-    if attempt.accepted is not None:
-        return ACK_COUNTS if ack.to_tag == attempt.accepted else ACK_LATE
-    verdict = attempt.judge_ack(ack)
-    if verdict is False:
-        return REFUSED if attempt.refused else BRANCH_REFUSED
-    # As soon as a final response is seen, it decides, not the ACK.
-    if attempt.decided:
-        return ACK_LATE
-    return ACK_COUNTS if verdict and not attempt.replied else ACK_WAITS
+class Bye:
+    """One BYE transaction of a side: when it was sent, and its final reply.
+
+    ``seen`` maps the ways on which it was sent (Request-URI and Route, as a digest) to the HEP time
+    of the first copy; empty where only the reply was seen. A retransmission has the same way; a
+    caller who sends the same branch on another way sends another request. ``status`` is 0 before
+    the reply. ``arrived`` and ``replied_at`` are in seconds of the monotonic clock.
+    """
+
+    __slots__ = tuple("arrived branch cseq from_caller replied_at reply_time seen status".split())
+
+    def __init__(self, cseq: int, branch: str, from_caller: bool) -> None:
+        self.cseq = cseq
+        self.branch = branch
+        self.from_caller = from_caller
+        self.seen: dict[str, int] = {}
+        self.arrived = self.replied_at = 0.0
+        self.status = self.reply_time = 0
+
+    @property
+    def time(self) -> int:
+        """HEP time of what was carried out: the way that was tried last."""
+        return max(self.seen.values())
+
+
+class Dialog:
+    """What is known under one To tag of a call (RFC 3261 section 12).
+
+    Times are HEP time in microseconds, 0 for never: ``answered`` and ``repeated`` of the first and
+    the last 2xx, ``acked`` of an ACK, ``alive`` of the last request or 2xx that only a dialog has,
+    ``confirmed`` of the last one by the callee's side, ``refreshed`` of the last refresh and
+    ``agreed`` of the 2xx that set ``session``, its interval in seconds. ``arrived`` and
+    ``refreshed_at`` are in seconds of the monotonic clock. ``cseq`` and ``branch`` are those of the
+    INVITE that was answered, ``highest`` the highest CSeq of the caller's and of the callee's
+    requests, ``reinvited`` the lowest of the caller's re-INVITEs.
+    """
+
+    __slots__ = tuple(
+        "acked acks agreed alive answered arrived branch byes confirmed cseq highest refreshed "
+        "refreshed_at reinvited repeated session to_tag".split()
+    )
+
+    def __init__(self, to_tag: str) -> None:
+        self.to_tag = to_tag
+        self.answered = self.repeated = self.acked = self.alive = self.confirmed = 0
+        self.refreshed = self.agreed = self.session = self.cseq = self.reinvited = 0
+        self.arrived = self.refreshed_at = 0.0
+        self.branch = ""
+        self.highest: tuple[int, int] = (0, 0)
+        self.acks: tuple[Ack, ...] = ()
+        self.byes: tuple[Bye, ...] = ()
+
+    @property
+    def unacknowledged(self) -> bool:
+        """Whether its 2xx was repeated until the callee gave up (rule 9)."""
+        return not self.acked and self.repeated - self.answered >= UNACKNOWLEDGED
+
+
+class Call:
+    """What is known of one call of one tenant, and what was reported of it.
+
+    ``heard`` is when the last fact came, ``entered`` when its state began, ``begun_at`` and
+    ``ended_at`` when that was reported, in seconds of the monotonic clock; ``begun`` and ``ended``
+    are the HEP times reported, 0 for not yet, ``reason`` what gave the end. ``identity`` is that of
+    the answered attempt, ``tied`` marks a leg whose call another leg is charged for, ``tied_end``
+    the HEP time at which a leg ended that is tied to this one. ``refusals`` counts BYEs that were
+    refused. ``row`` numbers the calls. ``sender`` is the address from which its first packet came.
+    """
+
+    __slots__ = tuple(
+        "attempts begun begun_at branch call_id capture_id charged cseq dialogs ended ended_at "
+        "entered from_tag heard identity look reason refusals replied row sender slot state "
+        "tenant tied tied_end ties went_on".split()
+    )
+
+    def __init__(self, call_id: str, from_tag: str, now: float) -> None:
+        self.call_id = call_id
+        self.from_tag = from_tag
+        self.attempts: tuple[Attempt, ...] = ()
+        self.dialogs: tuple[Dialog, ...] = ()
+        self.identity: Identity | None = None
+        self.replied = self.tied = self.charged = self.went_on = False
+        self.heard = self.entered = now
+        self.begun_at = self.ended_at = 0.0
+        self.begun = self.ended = self.tied_end = self.cseq = 0
+        self.branch = self.reason = self.sender = self.tenant = ""
+        self.capture_id = self.row = self.refusals = self.slot = 0
+        self.look = inf
+        self.state = ORPHAN
+        # Keys by which a leg without an INVITE is tied to others.
+        self.ties: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def shown(self) -> Identity | None:
+        """Whose call it is, as far as that is known."""
+        newest = self.attempts[-1].identity if self.attempts else None
+        return self.identity or newest
+
+    @property
+    def acks(self) -> Iterator[Ack]:
+        """The ACKs of all dialogs that are kept."""
+        return (ack for dialog in self.dialogs for ack in dialog.acks)
+
+    def is_from_caller(self, message: SipMessage) -> bool:
+        """Whether a request, or the request of a reply, went from the caller to the callee."""
+        return message.from_tag == self.from_tag
+
+    def concerns(self, message: SipMessage) -> bool:
+        """Whether a message has the caller's tag; tags swap with the direction (12.2)."""
+        if message.from_tag == self.from_tag:
+            return True
+        in_dialog = message.cseq_method not in ("ACK", "CANCEL") and message.to_tag != ""
+        return in_dialog and message.to_tag == self.from_tag
+
+    def find_dialog(self, to_tag: str) -> Dialog | None:
+        """The dialog with this To tag, if something is known of it."""
+        for dialog in self.dialogs:
+            if dialog.to_tag == to_tag:
+                return dialog
+        return None
+
+    def dialog(self, to_tag: str) -> Dialog:
+        """The dialog with this To tag; of too many the oldest that nobody answered goes."""
+        dialog = self.find_dialog(to_tag)
+        if dialog is None:
+            dialog = Dialog(to_tag)
+            if len(self.dialogs) >= MAX_DIALOGS:
+                spare = next((x for x in self.dialogs if not x.answered), self.dialogs[0])
+                self.dialogs = tuple(x for x in self.dialogs if x is not spare)
+            self.dialogs += (dialog,)
+        return dialog
+
+    def attempt_of(self, cseq: int, branch: str) -> Attempt | None:
+        """The attempt that a reply, an ACK or a CANCEL belongs to.
+
+        The branch of the lowest Via says which (RFC 3261 17.1.3). Where it is hidden by a proxy on
+        the way, the CSeq does, and of several the latest that was not refused.
+        """
+        same = [attempt for attempt in self.attempts if attempt.cseq == cseq]
+        if len(same) < 2:
+            return same[0] if same else None
+        exact = next((attempt for attempt in same if attempt.branch == branch), None)
+        if exact is not None:
+            return exact
+        acks = list(self.acks)
+        going = [attempt for attempt in same if not attempt.decided and not attempt.refused(acks)]
+        return max(going or same, key=attrgetter("time"))
+
+
+# What a message adds
+
+
+def note(call: Call, message: SipMessage, now: float) -> bool:
+    """Add what a message says to what is known of its call; whether that is anything new.
+
+    Initial INVITEs are for `note_invite`, which also needs to know whose call it is.
+    """
+    method = message.cseq_method
+    if message.status:
+        new = not call.replied
+        call.replied = True
+        if method == "BYE":
+            return _note_bye_reply(call, message, now) or new
+        return _note_reply(call, message, now) or new
+    if method == "ACK":
+        return _note_ack(call, message, now)
+    if method == "BYE":
+        return _note_bye(call, message, now)
+    if method == "CANCEL":
+        return _note_cancel(call, message)
+    return _note_request(call, message, now)
+
+
+def note_invite(
+    call: Call, sighting: Sighting, route: Route, settings: Settings, keep: bool
+) -> bool:
+    """Add an initial INVITE or a copy of it: rules 1 and 3.
+
+    ``keep`` says that other routes are possible, so that the text of a copy that came before one
+    nearer to the caller may be needed once more.
+    """
+    message, packet = sighting.message, sighting.packet
+    hops, branch = len(message.vias), message.vias[-1].branch
+    sender = (packet.source_ip, packet.source_port)
+    receiver = (packet.destination_ip, packet.destination_port)
+    attempt = None
+    for other in call.attempts:
+        if other.cseq == message.cseq and other.branch == branch:
+            attempt = other
+            break
+        # A proxy that hides the Vias below it sends the copy from where it received it.
+        if other.cseq == message.cseq and other.identity is not None:
+            if sender == other.receiver and sender[1]:
+                attempt, hops = other, max(hops, other.identity.hops + 1)
+            elif receiver == other.sender and receiver[1]:
+                attempt, hops, other.branch = other, other.identity.hops - 1, branch
+    if attempt is None:
+        attempt = Attempt(message.cseq, branch)
+        call.attempts += (attempt,)
+    new = attempt.note_copy(message)
+    if not attempt.time or message.time < attempt.time:
+        attempt.time = message.time
+    identity = attempt.identity
+    if identity is None or hops < identity.hops:
+        identity = attempt.identity = Identity(sighting, route, hops, settings)
+        attempt.sender, attempt.receiver = sender, receiver
+        for further in attempt.further:
+            identity.add(further, len(further.vias), settings)
+        new = True
+    elif new and hops > identity.hops:
+        identity.add(message, hops, settings)
+    if hops <= 1:
+        attempt.further = []
+    elif new and keep and len(attempt.further) < MAX_FURTHER:
+        attempt.further.append(message)
+    return new
+
+
+def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
+    """A reply to an INVITE, a re-INVITE or an UPDATE."""
+    if reply.status < 200:
+        # Rule 10: it renews the ringing time-out, and that alone is nothing to be judged.
+        call.heard = now
+        return False
+    from_caller = call.is_from_caller(reply)
+    to_tag = reply.to_tag if from_caller else reply.from_tag
+    if reply.cseq_method == "INVITE" and from_caller:
+        if reply.status >= 300:
+            return _note_refusal(call, reply)
+        dialog = call.dialog(to_tag)
+        reinvite = 0 < dialog.reinvited <= reply.cseq
+        if not reinvite and (not dialog.answered or reply.cseq <= dialog.cseq):
+            return _note_answer(dialog, reply, now)
+    elif reply.status >= 300:
+        return False
+    dialog = call.dialog(to_tag)
+    new = _note_alive(dialog, reply, now, from_caller)
+    return _note_session(dialog, reply) or new
+
+
+def _note_refusal(call: Call, reply: SipMessage) -> bool:
+    attempt = call.attempt_of(reply.cseq, reply.vias[-1].branch)
+    if attempt is None:
+        if call.begun:
+            return False
+        attempt = _new_attempt(call, reply)
+    before = len(attempt.closed), attempt.decided
+    attempt.decided = True
+    if len(attempt.closed) < MAX_INVITE_COPIES:
+        attempt.closed.add(reply.vias[0].branch)
+    return before != (len(attempt.closed), attempt.decided)
+
+
+def _new_attempt(call: Call, message: SipMessage) -> Attempt:
+    """An attempt of which no INVITE copy was seen yet."""
+    attempt = Attempt(message.cseq, message.vias[-1].branch)
+    if len(call.attempts) < MAX_ATTEMPTS:
+        call.attempts += (attempt,)
+    return attempt
+
+
+def _note_answer(dialog: Dialog, answer: SipMessage, now: float) -> bool:
+    new = not dialog.answered or answer.cseq != dialog.cseq
+    was = dialog.unacknowledged
+    if new:
+        dialog.cseq, dialog.branch, dialog.arrived = answer.cseq, answer.vias[-1].branch, now
+        dialog.answered = dialog.repeated = answer.time
+        dialog.acked = min((ack.time for ack in dialog.acks), default=dialog.acked)
+        dialog.highest = (max(dialog.highest[0], answer.cseq), dialog.highest[1])
+    if not dialog.refreshed:
+        dialog.refreshed, dialog.refreshed_at = answer.time, now
+    dialog.answered = min(dialog.answered, answer.time)
+    dialog.repeated = max(dialog.repeated, answer.time)
+    new |= _note_session(dialog, answer)
+    # A repetition is a fact once it says that nobody acknowledges (rule 9).
+    return new or dialog.unacknowledged != was
+
+
+def _note_session(dialog: Dialog, reply: SipMessage) -> bool:
+    """A 2xx starts, renews or stops the session timer (rule 16, RFC 4028 sections 7.2 and 10)."""
+    if reply.time < dialog.agreed:
+        return False
+    interval = reply.session_interval
+    new = interval != dialog.session
+    dialog.session, dialog.agreed = interval, reply.time
+    return new
+
+
+def _note_alive(dialog: Dialog, message: SipMessage, now: float, from_caller: bool) -> bool:
+    """A request or a 2xx that only a dialog has; INFO and the like refresh no session."""
+    # A 2xx to the caller's request is the callee's word.
+    if from_caller == bool(message.status):
+        dialog.confirmed = max(dialog.confirmed, message.time)
+    if message.cseq_method in ("INVITE", "UPDATE"):
+        dialog.refreshed = max(dialog.refreshed, message.time)
+        dialog.refreshed_at = max(dialog.refreshed_at, now)
+    new = message.time > dialog.alive
+    dialog.alive = max(dialog.alive, message.time)
+    return new
+
+
+def _note_request(call: Call, request: SipMessage, now: float) -> bool:
+    """A re-INVITE or UPDATE, or another request of a dialog, whose CSeq counts (12.2.2)."""
+    from_caller = call.is_from_caller(request)
+    dialog = call.dialog(request.to_tag if from_caller else request.from_tag)
+    highest = list(dialog.highest)
+    highest[not from_caller] = max(highest[not from_caller], request.cseq)
+    new = tuple(highest) != dialog.highest
+    dialog.highest = (highest[0], highest[1])
+    if request.method == "INVITE" and from_caller:
+        dialog.reinvited = min(dialog.reinvited or request.cseq, request.cseq)
+        if dialog.cseq >= dialog.reinvited:
+            # What was taken for the answer was the 2xx to this.
+            dialog.answered = dialog.repeated = dialog.cseq = 0
+    if request.method in ("INVITE", "UPDATE", "INFO"):
+        new |= _note_alive(dialog, request, now, from_caller)
+    return new
+
+
+def _note_ack(call: Call, ack: SipMessage, now: float) -> bool:
+    dialog = call.dialog(ack.to_tag)
+    if dialog.answered:
+        new = not dialog.acked
+        dialog.acked = min(dialog.acked or ack.time, ack.time)
+        if new or call.replied:
+            return new
+    vias = ack.vias
+    fact = Ack(
+        ack.cseq,
+        vias[0].branch,
+        comparable(ack.request_uri),
+        vias[-1].branch,
+        vias[-1].sent_by,
+        ack.time,
+        now,
+    )
+    for index, known in enumerate(dialog.acks):
+        if known[:5] == fact[:5]:
+            if ack.time < known.time:
+                kept = list(dialog.acks)
+                kept[index] = known._replace(time=ack.time)
+                dialog.acks = tuple(kept)
+            return False
+    if len(dialog.acks) >= MAX_REQUESTS:
+        return False
+    dialog.acks += (fact,)
+    return True
+
+
+def _note_cancel(call: Call, cancel: SipMessage) -> bool:
+    attempt = call.attempt_of(cancel.cseq, cancel.vias[-1].branch)
+    if attempt is None:
+        if call.begun:
+            return False
+        attempt = _new_attempt(call, cancel)
+    if attempt.cancelled and attempt.cancelled <= cancel.time:
+        return False
+    attempt.cancelled = cancel.time
+    return True
+
+
+def _note_bye(call: Call, bye: SipMessage, now: float) -> bool:
+    if bye.goes_no_further:
+        return False
+    from_caller = call.is_from_caller(bye)
+    dialog = call.dialog(bye.to_tag if from_caller else bye.from_tag)
+    fact = _find_bye(dialog, bye, from_caller)
+    way = bye.way
+    known = fact.seen.get(way)
+    if known is not None and known <= bye.time:
+        return False
+    if known is None and len(fact.seen) >= MAX_REQUESTS:
+        return False
+    if not fact.seen:
+        fact.arrived = now
+        fact.cseq = bye.cseq
+    fact.seen[way] = bye.time
+    if not from_caller:
+        dialog.confirmed = max(dialog.confirmed, bye.time)
+    return True
+
+
+def _note_bye_reply(call: Call, reply: SipMessage, now: float) -> bool:
+    if reply.status < 200:
+        return False
+    from_caller = call.is_from_caller(reply)
+    dialog = call.dialog(reply.to_tag if from_caller else reply.from_tag)
+    bye = _find_bye(dialog, reply, from_caller)
+    if bye.status in _CARRIED_OUT or bye.status == reply.status:
+        return False
+    if reply.status not in _CARRIED_OUT and reply.status not in _CHALLENGES:
+        call.refusals += 1
+    bye.status, bye.reply_time, bye.replied_at = reply.status, reply.time, now
+    if from_caller and reply.status < 300:
+        dialog.confirmed = max(dialog.confirmed, reply.time)
+    return True
+
+
+def _find_bye(dialog: Dialog, message: SipMessage, from_caller: bool) -> Bye:
+    """The BYE that a copy or a reply belongs to, by CSeq and the branch of the lowest Via.
+
+    A proxy that challenges for the caller counts the CSeq on by itself: the branch alone, then.
+    """
+    branch = message.vias[-1].branch
+    alike = [x for x in dialog.byes if x.from_caller == from_caller and x.branch == branch]
+    for bye in alike:
+        if bye.cseq == message.cseq:
+            return bye
+    for bye in alike:
+        if bool(bye.seen) == bool(message.status):
+            return bye
+    bye = Bye(message.cseq, branch, from_caller)
+    ours = [x for x in dialog.byes if x.from_caller == from_caller]
+    if len(ours) >= MAX_REQUESTS:
+        spare = next((x for x in ours if x.status not in _CARRIED_OUT), ours[0])
+        dialog.byes = tuple(x for x in dialog.byes if x is not spare)
+    dialog.byes += (bye,)
+    return bye
+
+
+# What follows from it
+
+
+class Begin(NamedTuple):
+    """A call has begun: HEP time, "answer" or "ack", the attempt and the dialog that say so."""
+
+    time: int
+    reason: str
+    attempt: Attempt
+    dialog: Dialog
+
+
+class End(NamedTuple):
+    """A call, or one of its dialogs, has ended: HEP time, and what says so."""
+
+    time: int
+    reason: str
+
+
+class Verdict(NamedTuple):
+    """What follows from the facts of a call: its state, what is to be reported, what comes next.
+
+    ``look`` is when to judge again if nothing comes, in seconds of the monotonic clock; ``over``
+    says that nothing is waited for any more: the call is to be forgotten.
+    """
+
+    state: str
+    begin: Begin | None
+    end: End | None
+    look: float
+    over: bool = False
+
+
+def judge(call: Call, now: float, settings: Settings, closing: bool = False) -> Verdict:
+    """What follows from the facts of a call, and from what was reported, at this moment.
+
+    ``closing`` says that nothing more will come: what waits for a message is decided.
+    """
+    if call.ended_at:
+        if not call.charged:
+            look = call.heard + LINGER
+        else:
+            known = settings.max_call_duration if call.went_on else 0.0
+            look = call.ended_at + max(known, REMEMBERED)
+        return Verdict(ENDED, None, None, look, now >= look)
+    if call.begun_at:
+        end, look = _judge_end(call, now, settings, closing)
+        return Verdict(ENDED if end else ANSWERED, None, end, look)
+    attempts = [attempt for attempt in call.attempts if attempt.copies]
+    if not attempts:
+        return _judge_orphan(call, now, settings, closing)
+    begin, look = _judge_begin(call, attempts, now, settings, closing)
+    if begin is not None:
+        return Verdict(ANSWERED, begin, None, now)
+    acks = list(call.acks)
+    refused = all(attempt.refused(acks) for attempt in attempts)
+    gone = call.heard + (LINGER if refused else settings.invite_timeout)
+    return Verdict(FAILED if refused else TRYING, None, None, min(look, gone), now >= gone)
+
+
+def _judge_orphan(call: Call, now: float, settings: Settings, closing: bool) -> Verdict:
+    """What to make of messages without an INVITE: a BYE may end a call that it is tied to."""
+    gone = call.heard + settings.reorder_window
+    end, look = None, inf
+    if call.ties:
+        for dialog in call.dialogs:
+            found, later = _judge_byes(call, dialog, now, settings, closing)
+            end, look = min(filter(None, (end, found)), default=None), min(look, later)
+        if look < inf:
+            gone = max(gone, look)
+    return Verdict(ORPHAN, None, end, min(look, gone), now >= gone)
+
+
+def _judge_begin(
+    call: Call, attempts: list[Attempt], now: float, settings: Settings, closing: bool
+) -> tuple[Begin | None, float]:
+    """The earliest certain evidence that the call was answered, and when there may be more."""
+    found: Begin | None = None
+    look = inf
+    for dialog in call.dialogs:
+        if dialog.answered:
+            begin, certain = _begin_of_answer(call, dialog, attempts, settings)
+        elif dialog.acks:
+            begin, certain = _begin_of_acks(call, dialog, attempts, settings)
+        else:
+            continue
+        if begin is None:
+            continue
+        if certain > now and not closing:
+            look = min(look, certain)
+        elif found is None or begin.time < found.time:
+            found = begin
+    return found, look
+
+
+def _begin_of_answer(
+    call: Call, dialog: Dialog, attempts: list[Attempt], settings: Settings
+) -> tuple[Begin | None, float]:
+    """Rules 6, 9 and 14: a 2xx, and from when on that is certain."""
+    if dialog.unacknowledged or _is_void(call, dialog, dialog.answered):
+        return None, inf
+    time, reason = dialog.answered, "answer"
+    if settings.begin_on == "ack":
+        if not dialog.acked:
+            return None, inf
+        time, reason = dialog.acked, "ack"
+    attempt = call.attempt_of(dialog.cseq, dialog.branch)
+    if attempt is not None and attempt.copies:
+        return Begin(time, reason, attempt, dialog), -inf
+    older = [attempt for attempt in attempts if attempt.cseq <= dialog.cseq]
+    if not older:
+        return None, inf
+    latest = max(older, key=attrgetter("cseq", "time"))
+    return Begin(time, reason, latest, dialog), dialog.arrived + settings.reorder_window
+
+
+def _begin_of_acks(
+    call: Call, dialog: Dialog, attempts: list[Attempt], settings: Settings
+) -> tuple[Begin | None, float]:
+    """Rule 7: an ACK of a dialog whose 2xx was not seen."""
+    for ack in sorted(dialog.acks, key=attrgetter("time")):
+        attempt, says = _read_ack(call, ack, attempts)
+        if attempt is None or says == "refusal" or _is_void(call, dialog, ack.time):
+            continue
+        begin = Begin(ack.time, "ack", attempt, dialog)
+        if call.replied or says == "doubtful":
+            if not attempt.decided and _is_followed(call, dialog, ack):
+                return begin, -inf
+        elif says == "answer":
+            return begin, -inf
+        else:
+            return begin, ack.arrived + settings.reorder_window
+    return None, inf
+
+
+def _read_ack(call: Call, ack: Ack, attempts: list[Attempt]) -> tuple[Attempt | None, str]:
+    """Which attempt an ACK belongs to, and whether it looks like one to a 2xx.
+
+    An ACK to a non-2xx has branch and Request-URI of its INVITE (RFC 3261 17.1.1.3); one to a 2xx
+    is a new transaction of the caller to the callee's Contact (13.2.2.4). Some user agents use the
+    branch of the INVITE again for a 2xx, so that only the URI tells. One of another hop may be a
+    proxy's own ACK to a refusal, whose INVITE copy is still on its way: "answer later".
+    """
+    same = [attempt for attempt in attempts if attempt.cseq == ack.cseq]
+    if not same:
+        return None, ""
+    for attempt in same:
+        copy = attempt.copies.get(ack.branch)
+        if copy is not None:
+            if ack.uri in copy[0]:
+                return attempt, "refusal"
+            return attempt, "doubtful" if 0 < attempt.cancelled < ack.time else "answer"
+    attempt = call.attempt_of(ack.cseq, ack.lowest) or same[-1]
+    copies = attempt.copies.items()
+    if 0 < attempt.cancelled < ack.time or any(ack.uri in uris for _, (uris, _) in copies):
+        return attempt, "doubtful"
+    known = any(ack.lowest == branch or ack.lowest in below for branch, (_, below) in copies)
+    return attempt, "answer" if not known and ack.sent_by == attempt.caller else "answer later"
+
+
+def _is_followed(call: Call, dialog: Dialog, ack: Ack) -> bool:
+    """Whether something came that only an answered call has (rule 7).
+
+    A retry of the INVITE shows that a caller's ACK was to a refusal; then, and where replies are
+    mirrored, only the callee's own word counts.
+    """
+    if dialog.confirmed >= ack.time:
+        return True
+    retried = any(x.cseq > ack.cseq and x.time > ack.time for x in call.attempts)
+    if call.replied or retried:
+        return False
+    byes = any(time >= ack.time for bye in dialog.byes for time in bye.seen.values())
+    return byes or dialog.alive >= ack.time
+
+
+def _is_void(call: Call, dialog: Dialog, answered: int) -> bool:
+    """Rule 14: whether a BYE had ended the early dialog before its answer."""
+    early = [bye for bye in dialog.byes if bye.seen and bye.time < answered]
+    if call.replied:
+        return any(200 <= bye.status < 300 for bye in early)
+    later = any(bye.seen and bye.time >= answered for bye in dialog.byes)
+    return bool(early) and not later and dialog.alive < answered
+
+
+def _judge_end(
+    call: Call, now: float, settings: Settings, closing: bool
+) -> tuple[End | None, float]:
+    """Rules 11 to 17: when a call that was begun has ended, and when there may be more."""
+    window = 0.0 if closing else settings.reorder_window
+    settled = call.begun_at + window
+    ends: list[End | None] = []
+    look = inf
+    for dialog in _counting(call, now - window):
+        end, later = _judge_dialog(call, dialog, now, settings, closing)
+        ends.append(end)
+        look = min(look, later)
+        if not dialog.acked and dialog.arrived + window > now:
+            # From then on it does not count where another one was acknowledged.
+            look = min(look, dialog.arrived + window)
+    reached = [end for end in ends if end is not None]
+    end = max(reached) if reached and len(reached) == len(ends) else None
+    if call.tied_end:
+        end = min(filter(None, (end, End(call.tied_end, "bye_tied"))))
+    deadline = call.begun_at + settings.max_call_duration
+    if end is None and now >= deadline:
+        end = End(call.begun + round(settings.max_call_duration * 1_000_000), "deadline")
+        settled = now
+    overdue = end is not None and end.reason in ("deadline", "session")
+    if overdue and end is not None and settings.expired_call_end == "last-seen":
+        alive = max((dialog.alive for dialog in call.dialogs), default=0)
+        end = End(max(alive, call.begun), end.reason)
+    if end is not None and now >= settled:
+        # Rule 18: clocks differ.
+        return End(max(end.time, call.begun), end.reason), look
+    return None, min(look, settled if end is not None else inf, deadline)
+
+
+def _counting(call: Call, long_ago: float) -> list[Dialog]:
+    """Rule 11: the answered dialogs; once one of them was acknowledged, those that were.
+
+    One that was answered just now counts as well, for its ACK may be on its way.
+    """
+    answered = []
+    attempts = [attempt for attempt in call.attempts if attempt.copies]
+    for dialog in call.dialogs:
+        if dialog.answered and not _is_void(call, dialog, dialog.answered):
+            answered.append(dialog)
+        elif dialog.acks and not call.replied:
+            said = [_read_ack(call, ack, attempts)[1] for ack in dialog.acks]
+            if "answer" in said or "answer later" in said:
+                answered.append(dialog)
+    if any(dialog.acked for dialog in answered):
+        return [x for x in answered if x.acked or x.acks or x.arrived > long_ago]
+    return answered or [x for x in call.dialogs if x.answered]
+
+
+def _judge_dialog(
+    call: Call, dialog: Dialog, now: float, settings: Settings, closing: bool
+) -> tuple[End | None, float]:
+    """When one answered dialog has ended, and when there may be more."""
+    if dialog.unacknowledged:
+        certain = dialog.arrived + (dialog.repeated - dialog.answered) / 1_000_000
+        certain += settings.reorder_window
+        if now >= certain or closing:
+            return End(call.begun, "unacknowledged"), inf
+        return None, certain
+    end, look = _judge_byes(call, dialog, now, settings, closing)
+    if end is None and dialog.session:
+        # Rule 16.
+        deadline = dialog.refreshed_at + dialog.session + SESSION_GRACE
+        if now >= deadline:
+            return End(dialog.refreshed + dialog.session * 1_000_000, "session"), inf
+        look = min(look, deadline)
+    return end, look
+
+
+def _judge_byes(
+    call: Call, dialog: Dialog, now: float, settings: Settings, closing: bool
+) -> tuple[End | None, float]:
+    """Rules 12 and 13: the first BYE of a dialog that was carried out, if that is certain."""
+    found: End | None = None
+    look = inf
+    for bye in dialog.byes:
+        end, certain = _judge_bye(call, dialog, bye, settings)
+        if end is None:
+            continue
+        if certain > now and not closing:
+            look = min(look, certain)
+        elif found is None or end.time < found.time:
+            found = end
+    return found, look
+
+
+def _judge_bye(
+    call: Call, dialog: Dialog, bye: Bye, settings: Settings
+) -> tuple[End | None, float]:
+    """What one BYE says, and from when on that is certain; None where it was not carried out."""
+    if not bye.seen:
+        if bye.status in _CARRIED_OUT:
+            return End(bye.reply_time, "bye_reply"), bye.replied_at + settings.reorder_window
+        return None, inf
+    out_of_order = bye.cseq < dialog.highest[not bye.from_caller]
+    confirmed = 200 <= bye.status < 300
+    # Before the answer it ended an early dialog, or nothing (rule 14).
+    if bye.time < dialog.answered and bye.arrived < call.begun_at and not confirmed:
+        return None, inf
+    if confirmed or (bye.status in _CARRIED_OUT and not out_of_order):
+        highest = dialog.highest[not bye.from_caller]
+        # Where a CSeq was left out, the BYE that was challenged before may be on its way.
+        certain = bye.arrived + settings.reorder_window if 0 < highest < bye.cseq - 1 else -inf
+        return End(_first_try(dialog, bye), "bye"), certain
+    if bye.status:
+        return None, inf
+    if not call.replied:
+        return (None, inf) if out_of_order else (End(bye.time, "bye"), -inf)
+    if settings.unanswered_bye == "ignore" or dialog.alive > bye.time:
+        return None, inf
+    return End(bye.time, "bye_unanswered"), bye.arrived + LINGER
+
+
+def _first_try(dialog: Dialog, bye: Bye) -> int:
+    """HEP time of a BYE, or of the one before that was challenged and that it repeats."""
+    return min(
+        [bye.time]
+        + [
+            other.time
+            for other in dialog.byes
+            if other.seen
+            and other.status in _CHALLENGES
+            and other.from_caller == bye.from_caller
+            and bye.time - CHALLENGE_RETRY <= other.time
+        ]
+    )
 
 
 # Room 9: call table
 
+# Calls that one tick may judge: 7,000 a second, and the event loop is never held for over 10 ms.
+MAX_EXPIRED_PER_TICK = 700
+# Seconds. A deadline further ahead is looked at once in so long, so that a call that leaves earlier
+# leaves nothing behind in the wheel for longer.
+MAX_LOOK_AHEAD = 64.0
+# Slots of the wheel a second: an event is late by less than that.
+SLOTS = 10
+# Notices (orphans, evictions) kept between two looks of the agent, which comes ten times a second.
+MAX_NOTICES = 1_000
+# Newest calls that are looked at to make room: among 32 there is one of a flood that brings a tenth
+# of all calls but for once in thirty, and of one that brings half, always.
+EVICTION_LOOK = 32
+# Calls of one Call-ID: two phones may have the same one, a caller may send any number.
+MAX_CALLS_PER_ID = 64
+# Characters. RFC 3261 19.3 wants 32 bits of chance in a tag; shorter ones tie no two Call-IDs.
+MIN_TAG = 6
+
 
 @dataclass(slots=True)
 class Notice:
-    """Something that an operator should read: ``kind`` is "orphan", "evicted" or "expired"."""
+    """Something that an operator should read; ``kind`` ends the name of the log line's event."""
 
     kind: str
     call_id: str
     fields: dict[str, Any]
 
 
-class Orphans:
-    """Messages of one Call-ID whose INVITE was not seen yet; ``row`` is numbered with the calls."""
-
-    __slots__ = ("call_id", "messages", "row")
-
-    def __init__(self, call_id: str, row: int) -> None:
-        self.call_id = call_id
-        self.row = row
-        self.messages: list[SipMessage] = []
+# What may be seen of a call before its INVITE; other requests only tell of a call that is known.
+_CALL_METHODS = frozenset(("INVITE", "ACK", "BYE", "CANCEL", "UPDATE"))
 
 
-_PLAIN = (
-    "call_id capture_id from_tag cseq state to_tag hops answered last refreshed session tied "
-    "transaction_tag account_tag destination_account_tag source source_ip destination "
-    "sender".split()
+def _facts(kind: type, *left_out: str) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
+    names = tuple(name for name in kind.__slots__ if name not in left_out)  # type: ignore[attr-defined]
+    return names, attrgetter(*names)
+
+
+_IDENTITY, _identity_values = _facts(Identity, "route")
+_ATTEMPT, _attempt_values = _facts(Attempt, "closed", "copies", "further", "identity")
+_DIALOG, _dialog_values = _facts(Dialog, "arrived", "refreshed_at", "acks", "byes")
+_BYE, _bye_values = _facts(Bye, "arrived", "replied_at")
+_CALL, _call_values = _facts(
+    Call, *"attempts begun_at dialogs ended_at entered heard identity look slot row".split()
 )
-_PLAIN_VALUES = attrgetter(*_PLAIN)
-_MESSAGE = "method status request_uri call_id from_tag to_tag cseq cseq_method time claimed".split()
-_MESSAGE_VALUES = attrgetter(*_MESSAGE)
 
 
-def pack_call(call: Call | Orphans, offset: float) -> str:
-    """A call, or messages without one, as a JSON text for `unpack_call`.
+def pack_call(call: Call, offset: float) -> str:
+    """The facts of a call as a JSON text for `unpack_call`.
 
     ``offset`` in seconds is UNIX time less the monotonic clock, which starts anew with the machine.
     """
-    if isinstance(call, Orphans):
-        held = [_pack_message(message) for message in call.messages]
-        return _compact_json({"call_id": call.call_id, "orphans": held})
-    # Without the names a row has half the octets, and most of what the journal costs is by octet.
-    values: dict[str, Any] = {"plain": _PLAIN_VALUES(call)}
-    values["entered"] = round(call.entered + offset, 3)
-    if call.held:
-        values["held"] = [_pack_message(message) for message in call.held]
-    if call.attempt is not None:
-        attempt = call.attempt
-        values["attempt"] = {
-            "copies": {top: [*map(list, sets)] for top, sets in attempt.copies.items()},
-            "callers": list(attempt.callers),
-            "closed": list(attempt.closed),
-            "replied": attempt.replied,
-            "decided": attempt.decided,
-            "accepted": attempt.accepted,
-        }
-    return f'{_compact_json(values)[:-1]},"route":{call.route.packed}}}'
+    routes: dict[Route, int] = {}
+
+    def identity(known: Identity | None) -> Any:
+        if known is None:
+            return None
+        return routes.setdefault(known.route, len(routes)), *_identity_values(known)
+
+    def clock(seconds: float) -> float:
+        return round(seconds + offset, 3) if seconds else 0.0
+
+    values: list[Any] = [
+        _call_values(call),
+        [clock(x) for x in (call.begun_at, call.ended_at, call.entered, call.heard)],
+        identity(call.identity),
+        [
+            [
+                _attempt_values(attempt),
+                identity(attempt.identity),
+                list(attempt.closed),
+                {top: [*map(list, sets)] for top, sets in attempt.copies.items()},
+                [[further.head, further.time] for further in attempt.further],
+            ]
+            for attempt in call.attempts
+        ],
+        [
+            [
+                _dialog_values(dialog),
+                [clock(dialog.arrived), clock(dialog.refreshed_at)],
+                [[*ack[:-1], clock(ack.arrived)] for ack in dialog.acks],
+                [
+                    [_bye_values(bye), clock(bye.arrived), clock(bye.replied_at)]
+                    for bye in dialog.byes
+                ],
+            ]
+            for dialog in call.dialogs
+        ],
+    ]
+    packed = ",".join(route.packed for route in routes)
+    return f"[{_compact_json(values)},[{packed}]]"
 
 
-def _pack_message(message: SipMessage) -> list[Any]:
-    expires = message.header("session-expires")
-    return [*_MESSAGE_VALUES(message), {"vias": message.vias, "session-expires": expires}]
-
-
-def _unpack_message(values: Sequence[Any]) -> SipMessage:
-    *plain, headers = values
-    # The first version kept the header lines themselves, as "via".
-    vias = tuple(Via(*via) for via in headers.pop("vias", ())) or None
-    return SipMessage(**dict(zip(_MESSAGE, plain, strict=True)), headers=headers, _vias=vias)
-
-
-def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) -> Call | Orphans:
+def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) -> Call:
     """What `pack_call` made a text of; ``routes`` keeps those seen, so that calls share them."""
-    values = json.loads(text)
-    if "orphans" in values:
-        orphans = Orphans(values["call_id"], row)
-        orphans.messages = [_unpack_message(held) for held in values["orphans"]]
-        return orphans
-    call = Call.__new__(Call)
-    # The first version kept them by name, and no sender.
-    plain = values.get("plain") or [values.get(name, "") for name in _PLAIN]
-    for name, value in zip(_PLAIN, plain, strict=True):
-        setattr(call, name, value)
+    (plain, clocks, identity, attempts, dialogs), packed = json.loads(text)
+    known = [_shared_route(_compact_json(route), routes) for route in packed]
+
+    def clock(seconds: float) -> float:
+        return seconds - offset if seconds else 0.0
+
+    def unpack_identity(values: Any) -> Identity | None:
+        if values is None:
+            return None
+        made = Identity.__new__(Identity)
+        made.route = known[values[0]]
+        _set(made, _IDENTITY, values[1:])
+        return made
+
+    call = Call("", "", 0.0)
     call.row = row
-    call.entered = values["entered"] - offset
-    call.held = [_unpack_message(held) for held in values.get("held", ())]
-    call.session_slot, call.session_deadline = 0, 0.0
-    call.attempt = None
-    if "attempt" in values:
-        kept = values["attempt"]
-        call.attempt = Attempt()
-        for top, (uris, below) in kept["copies"].items():
-            call.attempt.copies[top] = (set(uris), set(below))
-        call.attempt.callers.update(kept["callers"])
-        call.attempt.closed.update(kept["closed"])
-        call.attempt.replied, call.attempt.decided = kept["replied"], kept["decided"]
-        call.attempt.accepted = kept["accepted"]
-    text = values["route"]
-    if not isinstance(text, str):
-        text = _compact_json(text)
-    call.route = routes.get(text) or routes.setdefault(text, unpack_route(text))
+    _set(call, _CALL, plain)
+    call.begun_at, call.ended_at, call.entered, call.heard = map(clock, clocks)
+    call.ties = tuple((tenant, tag) for tenant, tag in call.ties)
+    call.identity = unpack_identity(identity)
+    for plain, whose, closed, copies, further in attempts:
+        attempt = _set(Attempt(0, ""), _ATTEMPT, plain)
+        attempt.sender, attempt.receiver = tuple(attempt.sender), tuple(attempt.receiver)
+        attempt.identity = unpack_identity(whose)
+        attempt.closed = set(closed)
+        attempt.copies = {top: (set(uris), set(below)) for top, (uris, below) in copies.items()}
+        parsed = (parse_sip(f"{head}\r\n\r\n".encode("latin-1"), time) for head, time in further)
+        attempt.further = [message for message in parsed if message is not None]
+        call.attempts += (attempt,)
+    for plain, clocks, acks, byes in dialogs:
+        dialog = _set(Dialog(""), _DIALOG, plain)
+        dialog.highest = (dialog.highest[0], dialog.highest[1])
+        dialog.arrived, dialog.refreshed_at = map(clock, clocks)
+        dialog.acks = tuple(Ack._make([*ack[:6], clock(ack[6])]) for ack in acks)
+        for plain, arrived, replied_at in byes:
+            bye = _set(Bye(0, "", True), _BYE, plain)
+            bye.arrived, bye.replied_at = clock(arrived), clock(replied_at)
+            dialog.byes += (bye,)
+        call.dialogs += (dialog,)
     return call
 
 
+def _turned(dialog: Dialog, to_tag: str) -> Dialog:
+    """A dialog of an orphan whose first message came from the callee, with the sides exchanged."""
+    turned = deepcopy(dialog)
+    turned.to_tag = to_tag
+    turned.highest = (dialog.highest[1], dialog.highest[0])
+    for bye in turned.byes:
+        bye.from_caller = not bye.from_caller
+        if bye.seen and not bye.from_caller:
+            turned.confirmed = max(turned.confirmed, bye.time)
+    if turned.highest[1]:
+        turned.confirmed = max(turned.confirmed, turned.alive)
+    return turned
+
+
+def _set(made: Any, names: Sequence[str], values: Sequence[Any]) -> Any:
+    for name, value in zip(names, values, strict=True):
+        setattr(made, name, value)
+    return made
+
+
+def _shared_route(text: str, routes: dict[str, Route]) -> Route:
+    return routes.get(text) or routes.setdefault(text, unpack_route(text))
+
+
 class CallTable:
-    """All calls that are being followed, and what the messages make of them.
+    """All calls that are being followed, by Call-ID, and one wheel of when to judge them again.
 
     ``handle`` and ``expire`` take ``now``, seconds of a monotonic clock, and return the events to
     report, in order. Should one raise, what it had brought about so far comes with the next call,
     so that nothing is lost by it. ``counts`` maps metric names to numbers since they were last
-    taken. ``rules`` may be replaced at any time: a call keeps the route it got. ``changed`` maps
-    rows to what a journal has to write since it last looked, None for what is gone; it is None
-    itself where there is no journal.
-
-    Each state has one timeout, so each is one ordered dict whose head is the next to expire.
+    taken. ``rules`` may be replaced at any time: an attempt keeps its route. ``changed`` maps rows
+    to what a journal has to write since it last looked, None for what is gone; it is None itself
+    where there is no journal.
     """
 
     _GONE: ClassVar[dict[str, str]] = {TRYING: "calls.expired.trying", FAILED: "calls.failed"}
-    _LINGER = (FAILED, ENDED)
 
     def __init__(self, settings: Settings, rules: Sequence[Rule]) -> None:
         self.settings = settings
         self.rules = rules
         self.counts: dict[str, int] = {}
         self.notices: list[Notice] = []
-        self.changed: dict[int, Call | Orphans | None] | None = None
+        self.changed: dict[int, Call | None] | None = None
         self._serial = 0
         self._now = 0.0
         self._events: list[RatingEvent] = []
         self._calls: dict[str, tuple[Call, ...]] = {}
-        self._states: dict[str, OrderedDict[Call, None]] = {
-            state: OrderedDict() for state in STATES
-        }
+        self._sizes = dict.fromkeys(STATES, 0)
         # Calls of each sender: those of which no answer was seen, and the others.
         self._unanswered: dict[str, int] = {}
         self._answered: dict[str, int] = {}
-        self._timeouts = {
-            TRYING: settings.invite_timeout,
-            FAILED: LINGER,
-            ANSWERED: settings.max_call_duration,
-            ENDED: LINGER,
-        }
-        # Messages without a call yet, by Call-ID; and everything that waits, in order of arrival.
-        self._orphans: dict[str, Orphans] = {}
-        self._waiting: deque[tuple[float, str, Call | None, SipMessage, int]] = deque()
-        self._waiting_octets = 0
-        # Running calls by tenant and transaction tag, where that is not the Call-ID.
-        self._tags: dict[tuple[str, str], Call] = {}
-        # Calls with a session timer by the second in which to look at them again, so that a call
-        # that ends leaves at once whatever its interval is.
-        self._sessions: dict[int, dict[Call, None]] = {}
-        self._session_second = 0
+        # The wheel: calls by the slot in which to look at them. An entry counts while its call
+        # still has that slot.
+        self._slots: dict[int, list[Call]] = {}
+        self._order: list[int] = []
+        self._due: deque[Call] = deque()
+        # What makes room first: calls that are over, and the newest ones.
+        self._over: dict[str, deque[Call]] = {ENDED: deque(), FAILED: deque(), ORPHAN: deque()}
+        self._newest: deque[Call] = deque(maxlen=2 * EVICTION_LOOK)
+        # Charged calls by tenant and transaction tag; legs without INVITE by what ties them.
+        self._tags: dict[str, dict[str, Call]] = {}
+        self._legs: dict[tuple[str, str], list[Call]] = {}
+        # Calls by From tag, or how many there are: a proxy that hides topology changes the Call-ID.
+        self._from_tags: dict[str, Call | int] = {}
 
     def __len__(self) -> int:
-        return sum(len(calls) for calls in self._states.values())
+        return sum(self._sizes.values())
 
     def sizes(self) -> dict[str, int]:
         """The number of calls in each state."""
-        return {state: len(calls) for state, calls in self._states.items()}
+        return dict(self._sizes)
 
     def look(self) -> Iterator[list[Call]]:
         """All calls, newest first, in lists of some CALLS_SLICE; calls may change between two."""
@@ -2163,27 +2913,39 @@ class CallTable:
         message = sighting.message
         if message.method == "INVITE" and not message.to_tag:
             self._handle_invite(sighting)
-        elif message.call_id not in self._calls:
-            self._hold(None, message)
         else:
-            for call in self._calls[message.call_id]:
-                self._process(call, message)
+            for call in self._owners(sighting):
+                self._note(call, message)
         return self._take_events()
 
-    def expire(self, now: float) -> list[RatingEvent]:
-        """Act on every deadline that has passed, at most MAX_EXPIRED_PER_TICK of each kind."""
+    def expire(self, now: float, closing: bool = False) -> list[RatingEvent]:
+        """Judge again what has waited long enough, MAX_EXPIRED_PER_TICK calls at most.
+
+        ``closing`` decides all that waits for a message: there will be no other time.
+        """
         self._now = now
-        for _ in range(MAX_EXPIRED_PER_TICK):
-            if not self._waiting or self._waiting[0][0] > now:
-                break
-            self._release()
-        for state, calls in self._states.items():
-            for _ in range(MAX_EXPIRED_PER_TICK):
-                call = next(iter(calls), None)
-                if call is None or call.entered + self._timeouts[state] > now:
-                    break
-                self._expire_call(call, "deadline")
-        self._expire_sessions()
+        if closing:
+            for calls in list(self._calls.values()):
+                for call in calls:
+                    self._review(call, closing)
+            return self._take_events()
+        slot = int(now * SLOTS)
+        while self._order and self._order[0] <= slot:
+            due = heapq.heappop(self._order)
+            self._due.extend(call for call in self._slots.pop(due) if call.slot == due)
+        # A call whose deadline is still ahead costs a tenth of one that is judged.
+        budget = 10 * MAX_EXPIRED_PER_TICK
+        while self._due and budget > 0:
+            call = self._due.popleft()
+            if call.slot == 0 or call.slot > slot:
+                continue
+            call.slot = 0
+            budget -= 1
+            if call.look > now:
+                self._queue(call, call.look)
+            else:
+                budget -= 9
+                self._review(call)
         return self._take_events()
 
     def _take_events(self) -> list[RatingEvent]:
@@ -2209,359 +2971,467 @@ class CallTable:
     ) -> None:
         """Take back what a journal kept: (row, text of `pack_call`); ``serial`` is the last given.
 
-        Calls go on with what is left of their timeouts; what is over by now is left out.
+        Running calls go on with what is left of their time. A session and a call that rings get a
+        whole new interval, for what renews it may have passed unseen meanwhile; a session's end is
+        still stamped by the refresh that was seen.
         """
         self._now, self._serial, self.changed = now, serial, {}
         routes: dict[str, Route] = {}
         senders: dict[str, str] = {}
-        calls: list[Call] = []
         for row, text in kept:
             call = unpack_call(row, text, offset, routes)
-            if isinstance(call, Orphans):
-                self._orphans[call.call_id] = call
-                for message in call.messages:
-                    self._wait(call.call_id, None, message)
-            elif call.state in self._LINGER and call.entered + LINGER <= now:
-                self.changed[row] = None
-            else:
-                call.sender = senders.setdefault(call.sender, call.sender)
-                calls.append(call)
-                self._calls[call.call_id] = (*self._calls.get(call.call_id, ()), call)
-        for call in sorted(calls, key=attrgetter("entered")):
+            call.sender = senders.setdefault(call.sender, call.sender)
             # The clock may have been set back.
-            call.entered = min(call.entered, now)
-            self._states[call.state][call] = None
-            self._count_sender(call, 1)
-            for message in call.held:
-                self._wait(call.call_id, call, message)
-            if call.state == ANSWERED and call.rated and call.route.transaction_tag != "call-id":
-                self._tags.setdefault(self._tag(call), call)
-            if call.session:
-                # Refreshes may have been missed meanwhile, so that the next one is waited for. The
-                # end's time stamp does not change by that.
-                call.session_deadline = now + call.session + SESSION_GRACE
-                self._queue_session(call)
+            call.heard, call.entered = min(call.heard, now), min(call.entered, now)
+            if call.state == TRYING:
+                call.heard = now
+            for dialog in call.dialogs:
+                dialog.refreshed_at = now
+            self._add(call)
+            if call.identity and call.charged:
+                tags = self._tags.setdefault(call.identity.route.tenant, {})
+                tags[call.identity.transaction_tag] = call
+            for tie in call.ties:
+                self._legs.setdefault(tie, []).append(call)
+            verdict = judge(call, now, self.settings)
+            due = verdict.begin or verdict.end or verdict.over
+            self._queue(call, now if due else verdict.look)
 
-    def _touch(self, call: Call | Orphans) -> None:
+    # Which calls a message is of
+
+    def _owners(self, sighting: Sighting) -> Sequence[Call]:
+        """The calls that a message which is no initial INVITE belongs to; a new orphan for none."""
+        message = sighting.message
+        group = self._calls.get(message.call_id, ())
+        owners = [call for call in group if call.concerns(message)]
+        if not owners:
+            if message.cseq_method not in _CALL_METHODS:
+                return ()
+            return (self._create_orphan(sighting, group),)
+        if len(owners) > 1:
+            # Calls of one From tag, one after another or at one time: whose is it?
+            to_tag = message.to_tag
+            known = [
+                call
+                for call in owners
+                if call.find_dialog(to_tag if call.is_from_caller(message) else message.from_tag)
+            ]
+            if not known and message.cseq_method in ("INVITE", "ACK", "CANCEL"):
+                branch = message.vias[-1].branch
+                known = [call for call in owners if call.attempt_of(message.cseq, branch)]
+            owners = known or [call for call in owners if not call.ended_at] or owners
+        if (message.status >= 200 or message.method == "ACK") and owners[0].begun_at:
+            return [self._split(call, message) for call in owners]
+        return owners
+
+    def _create_orphan(self, sighting: Sighting, group: tuple[Call, ...]) -> Call:
+        message = sighting.message
+        call = self._create(sighting, message.from_tag)
+        if message.method == "BYE":
+            ties = []
+            for rule in self.rules:
+                if rule.route.transaction_tag != "call-id":
+                    ties.append((rule.route.tenant, transaction_tag(rule.route, sighting)))
+            call.ties = tuple(dict.fromkeys(ties))
+            for tie in call.ties:
+                self._legs.setdefault(tie, []).append(call)
+        return call
+
+    def _split(self, call: Call, message: SipMessage) -> Call:
+        """Where another attempt of a call that was begun is answered, that is another call.
+
+        Or a caller could let an expensive call go on under the charge of a cheap one.
+        """
+        if not call.attempts or message.cseq_method not in ("INVITE", "ACK"):
+            return call
+        if not call.is_from_caller(message) or message.status >= 300:
+            return call
+        dialog = call.find_dialog(message.to_tag)
+        branch = message.vias[-1].branch
+        attempt = call.attempt_of(message.cseq, branch)
+        same = attempt is None or (attempt.cseq, attempt.branch) == (call.cseq, call.branch)
+        if same or (dialog is not None and (dialog.answered or dialog.acked)):
+            return call
+        if message.method == "ACK" and message.cseq == call.cseq:
+            return call
+        assert attempt is not None
+        other = Call(call.call_id, call.from_tag, self._now)
+        other.capture_id, other.sender, other.tenant = call.capture_id, call.sender, call.tenant
+        other.attempts, other.replied = (attempt,), call.replied
+        other.dialogs = (dialog,) if dialog else ()
+        call.attempts = tuple(x for x in call.attempts if x is not attempt)
+        call.dialogs = tuple(x for x in call.dialogs if x is not dialog)
+        other.row = self.next_serial()
+        self._add(other)
+        self._touch(call)
+        return other
+
+    def _handle_invite(self, sighting: Sighting) -> None:
+        packet, message = sighting.packet, sighting.message
+        route = choose_route(self.rules, sighting)
+        call = self._find_invited(sighting, route)
+        if call is None:
+            call = self._create(sighting, message.from_tag)
+        elif call.ended_at:
+            return
+        if not call.tenant:
+            call.tenant, call.capture_id, call.sender = (
+                route.tenant,
+                packet.capture_id,
+                call.sender or sighting.sender,
+            )
+            self._inherit(call)
+        call.heard = self._now
+        if note_invite(call, sighting, route, self.settings, len(self.rules) > 1):
+            self._touch(call)
+            self._review(call)
+
+    def _find_invited(self, sighting: Sighting, route: Route) -> Call | None:
+        """The call that an initial INVITE belongs to (rules 1, 2 and 18), None for a new one."""
+        message = sighting.message
+        capture_id, branch = sighting.packet.capture_id, message.vias[-1].branch
+        found = None
+        for call in self._calls.get(message.call_id, ()):
+            # A copy from the same capture agent is the same call even where its addresses match
+            # another rule; from another agent it may be another tenant's charge for the call.
+            ours = call.capture_id == capture_id or call.tenant == route.tenant or not call.tenant
+            if call.from_tag != message.from_tag or not ours:
+                continue
+            if call.ended_at and message.time > call.ended:
+                continue
+            known = any(x.cseq == message.cseq and x.branch == branch for x in call.attempts)
+            if known or call.ended_at or (call.cseq, call.branch) == (message.cseq, branch):
+                return call
+            if len(call.attempts) < MAX_ATTEMPTS:
+                found = call
+        return found
+
+    def _inherit(self, call: Call) -> None:
+        """Take over what was seen before its INVITE: from the callee, or in another tenant."""
+        for other in self._calls[call.call_id]:
+            if other is call:
+                continue
+            if other.from_tag == call.from_tag and not other.ended_at and not call.dialogs:
+                call.dialogs = deepcopy(other.dialogs)
+                call.replied |= other.replied
+                for attempt in deepcopy(other.attempts):
+                    attempt.copies, attempt.identity, attempt.further = {}, None, []
+                    call.attempts += (attempt,)
+            elif not other.tenant:
+                for dialog in other.dialogs:
+                    if dialog.to_tag == call.from_tag:
+                        call.dialogs += (_turned(dialog, other.from_tag),)
+                        call.replied |= other.replied
+
+    def _create(self, sighting: Sighting, from_tag: str) -> Call:
+        message = sighting.message
+        if len(self) >= self.settings.max_calls:
+            self._evict(message.time)
+        group = self._calls.get(message.call_id, ())
+        if len(group) >= MAX_CALLS_PER_ID:
+            self._evict_call(next((x for x in group if not x.begun_at), group[0]), message.time)
+        call = Call(message.call_id, from_tag, self._now)
+        call.row = self.next_serial()
+        call.sender = sighting.sender
+        self._add(call)
+        return call
+
+    def _add(self, call: Call) -> None:
+        self._calls[call.call_id] = (*self._calls.get(call.call_id, ()), call)
+        self._sizes[call.state] += 1
+        self._count_sender(call, 1)
+        self._newest.append(call)
+        if call.state in self._over:
+            self._over[call.state].append(call)
+        known = self._from_tags.get(call.from_tag)
+        count = known + 1 if isinstance(known, int) else 2
+        self._from_tags[call.from_tag] = call if known is None else count
+
+    # What follows
+
+    def _note(self, call: Call, message: SipMessage) -> None:
+        if call.ended_at:
+            self._note_ended(call, message)
+            return
+        refusals = call.refusals
+        if not call.begun_at:
+            call.heard = self._now
+        if not note(call, message, self._now):
+            return
+        if call.refusals != refusals and call.begun_at:
+            self.count("calls.bye_refused")
+            self._notice("bye_refused", call, {"status": message.status})
+        self._touch(call)
+        self._review(call)
+
+    def _note_ended(self, call: Call, message: SipMessage) -> None:
+        """What trails behind an end is a copy, unless nobody had answered that BYE (rule 12)."""
+        call.heard = self._now
+        if call.reason != "bye_unanswered" or not note(call, message, self._now):
+            return
+        self._touch(call)
+        for dialog in call.dialogs:
+            ends = [x.time for x in dialog.byes if x.seen and x.status in _CARRIED_OUT]
+            if not call.went_on and max([dialog.alive, *ends]) > call.ended:
+                call.went_on = True
+                self.count("calls.went_on")
+                self._notice("went_on", call, {"timestamp_reported": rfc3339(call.ended)})
+            if ends and max(ends) > call.ended:
+                self._notice("went_on", call, {"timestamp_end": rfc3339(max(ends))})
+                call.dialogs = ()
+
+    def _review(self, call: Call, closing: bool = False) -> None:
+        """Compare what follows from the facts with what was reported; report the difference."""
+        if call.slot < 0:
+            return
+        verdict = judge(call, self._now, self.settings, closing)
+        if verdict.begin is not None:
+            self._begin(call, verdict.begin)
+            verdict = judge(call, self._now, self.settings, closing)
+        if verdict.end is not None:
+            if verdict.state == ORPHAN:
+                call.ended = verdict.end.time
+                self._end_tied(call, verdict.end.time)
+            else:
+                self._end(call, verdict.end)
+                verdict = judge(call, self._now, self.settings)
+        if verdict.state != call.state:
+            self._enter(call, verdict.state)
+        elif call.begun_at and not call.ended_at and call.attempts:
+            self._settle(call)
+        if verdict.over:
+            self._leave(call)
+        else:
+            self._queue(call, verdict.look)
+
+    def _queue(self, call: Call, look: float) -> None:
+        call.look = look
+        slot = int(min(look, self._now + MAX_LOOK_AHEAD) * SLOTS) + 1
+        if 0 < call.slot <= slot:
+            return
+        call.slot = slot
+        calls = self._slots.get(slot)
+        if calls is None:
+            calls = self._slots[slot] = []
+            heapq.heappush(self._order, slot)
+        calls.append(call)
+
+    def _touch(self, call: Call) -> None:
         if self.changed is not None:
             self.changed[call.row] = call
 
     def _count_sender(self, call: Call, number: int) -> None:
-        counts = self._unanswered if call.state in (TRYING, FAILED) else self._answered
+        counts = self._answered if call.begun_at else self._unanswered
         total = counts.get(call.sender, 0) + number
         if total:
             counts[call.sender] = total
         else:
             del counts[call.sender]
 
-    def _forget(self, call: Call | Orphans) -> None:
-        if self.changed is not None:
-            self.changed[call.row] = None
-
-    def _handle_invite(self, sighting: Sighting) -> None:
-        packet, message = sighting.packet, sighting.message
-        route = choose_route(self.rules, sighting)
-        for call in self._calls.get(message.call_id, ()):
-            # A copy from the same capture agent is the same call even where its addresses match
-            # another rule; from another agent it may be another tenant's charge for the call.
-            if call.capture_id == packet.capture_id or call.route.tenant == route.tenant:
-                break
-        else:
-            call = self._create(sighting, route)
-        step = TRANSITIONS.get((call.state, classify(call, message, self.settings.begin_on)))
-        if step is not None and step[1] == NEW_CALL:
-            self._leave(call)
-            call = self._create(sighting, route)
-        if call.state in (TRYING, FAILED) and call.from_tag == message.from_tag:
-            self._identify(call, sighting, route)
-            self._touch(call)
-        self._process(call, message)
-
-    def _create(self, sighting: Sighting, route: Route) -> Call:
-        if len(self) >= self.settings.max_calls:
-            self._evict(sighting.message.time)
-        call = Call(sighting.message, sighting.packet.capture_id)
-        call.row = self.next_serial()
-        call.route = route
-        self._calls[call.call_id] = (*self._calls.get(call.call_id, ()), call)
-        call.entered = self._now
-        call.sender = sighting.sender
-        self._states[TRYING][call] = None
-        self._count_sender(call, 1)
-        # What came before its INVITE; kept there, for another tenant's INVITE may follow.
-        orphans = self._orphans.get(call.call_id)
-        if orphans is not None:
-            self._touch(orphans)
-            for early in orphans.messages:
-                early.claimed = True
-                call.held.append(early)
-                self._wait(call.call_id, call, early)
-        self._touch(call)
-        return call
-
-    def _identify(self, call: Call, sighting: Sighting, route: Route) -> None:
-        """Fill in whose call it is from the INVITE copy nearest to the caller.
-
-        Copies may arrive in any order, so one with fewer hops than those before decides anew.
-        A copy further on only adds an account that was missing, such as an identity that the
-        proxy asserts.
-        """
-        message, settings = sighting.message, self.settings
-        hops = len(message.vias)
-        nearer = not call.hops or hops < call.hops
-        if nearer:
-            call.hops = hops
-            call.route = route
-            call.account_tag = call.destination_account_tag = ""
-            call.transaction_tag = transaction_tag(route, sighting)
-            call.source_ip = sighting.packet.source_ip
-            call.source = self._party("from", message)
-            call.destination = self._party(route.destination, message)
-        if not call.account_tag:
-            call.account_tag = resolve_account(call.route, settings, message, callee=False)
-        if not call.destination_account_tag:
-            call.destination_account_tag = resolve_account(
-                call.route, settings, message, callee=True
-            )
-
-    @staticmethod
-    def _party(source: str, message: SipMessage) -> str:
-        try:
-            if source == "request-uri":
-                return uri_text(parse_uri(message.request_uri))
-            return uri_text(address_uri(message.header(source)[0]))
-        except SipError:
-            return ""
-
-    def _process(self, call: Call, message: SipMessage) -> None:
-        """Apply a message, then those held before that it may have made sense of."""
-        if self._apply(call, message, self._trigger(call, message)):
-            self._process_held(call)
-
-    def _process_held(self, call: Call) -> None:
-        changed = True
-        while changed and call.held:
-            changed = False
-            for held in sorted(call.held, key=lambda held: held.time):
-                trigger = self._trigger(call, held)
-                step = TRANSITIONS.get((call.state, trigger))
-                if step is None or step[1] != HOLD:
-                    call.held.remove(held)
-                    self._touch(call)
-                    changed |= self._apply(call, held, trigger)
-
-    def _trigger(self, call: Call, message: SipMessage) -> str:
-        attempt = call.attempt
-        if (
-            attempt is not None
-            and message.cseq == call.cseq
-            and message.from_tag == call.from_tag
-            and message.cseq_method in ("INVITE", "ACK")
-            and not (message.method == "INVITE" and message.to_tag)
-            and attempt.observe(message)
-        ):
-            self._touch(call)
-        return classify(call, message, self.settings.begin_on)
-
-    def _apply(self, call: Call, message: SipMessage, trigger: str) -> bool:
-        """Take one step of the table; True where held messages may mean something else now."""
-        step = TRANSITIONS.get((call.state, trigger))
-        if step is None:
-            self.count("calls.transition_unknown")
-            return False
-        state, action = step
-        if state == call.state and state in (FAILED, ENDED):
-            # As long as copies trail behind, what they are copies of must be remembered.
-            call.entered = self._now
-            self._states[state].move_to_end(call)
-        telling = trigger in (INVITE_COPY, ANSWER, ANSWER_NOTED, PROVISIONAL)
-        if action == KEEP and state == call.state:
-            return telling
-        self._touch(call)
-        if action == HOLD:
-            self._hold(call, message)
-            return False
-        if action == RESTART:
-            call.from_tag, call.cseq = message.from_tag, message.cseq
-            call.attempt = Attempt()
-            call.attempt.observe(message)
-        elif action == NOTE_ANSWER:
-            assert call.attempt is not None
-            if call.attempt.accepted is None:
-                call.attempt.accepted = message.to_tag
-            self._note_session(call, message)
-        elif action == BEGIN:
-            self._begin(call, message)
-        elif action == NOTE_SESSION:
-            if call.in_dialog(message):
-                call.last = max(call.last, message.time)
-                self._note_session(call, message)
-        elif action == END:
-            self._end(call, message.time, "bye")
-        elif action == ORPHAN:
-            self._orphan(call.call_id, message)
-        if state != call.state or action in (RESTART, NOTE_ANSWER):
-            self._enter(call, state)
-            return True
-        return telling
-
     def _enter(self, call: Call, state: str) -> None:
-        del self._states[call.state][call]
-        self._count_sender(call, -1)
+        self._sizes[call.state] -= 1
+        self._sizes[state] += 1
         call.state = state
         call.entered = self._now
-        self._states[state][call] = None
-        self._count_sender(call, 1)
-        if state in (ANSWERED, ENDED):
-            # What only the begin needs goes, and with the end all that is charged: 0.5 kB a call.
-            call.attempt = None
-            call.source = call.source_ip = call.destination = ""
-        if state == ENDED:
-            call.account_tag = call.destination_account_tag = call.transaction_tag = ""
+        if state in self._over:
+            self._over[state].append(call)
+
+    def _settle(self, call: Call) -> None:
+        """Forget what nothing depends on any more, once no ACK of a fork is waited for."""
+        if self._now < call.begun_at + self.settings.reorder_window and not call.replied:
+            return
+        for dialog in _counting(call, self._now):
+            if not dialog.answered and dialog.acks:
+                dialog.answered = dialog.acked = min(ack.time for ack in dialog.acks)
+            dialog.acks = ()
+        acks = list(call.acks)
+        rung_out = self._now >= call.begun_at + self.settings.invite_timeout
+        call.attempts = tuple(
+            attempt
+            for attempt in call.attempts
+            if (attempt.cseq, attempt.branch) != (call.cseq, call.branch)
+            and not rung_out
+            and not attempt.refused(acks)
+        )
 
     def _leave(self, call: Call) -> None:
+        """The call is forgotten."""
         if call.state in self._GONE:
             self.count(self._GONE[call.state])
-        del self._states[call.state][call]
+        if call.state == ORPHAN and call.tenant == "":
+            self._tell_orphan(call)
+        self._sizes[call.state] -= 1
         self._count_sender(call, -1)
+        call.slot = -1
         calls = tuple(other for other in self._calls[call.call_id] if other is not call)
         if calls:
             self._calls[call.call_id] = calls
         else:
             del self._calls[call.call_id]
-        self._forget(call)
-        call.held.clear()
-        slot = self._sessions.get(call.session_slot)
-        if slot is not None:
-            slot.pop(call, None)
-            if not slot:
-                del self._sessions[call.session_slot]
-
-    # What is held
-
-    def _hold(self, call: Call | None, message: SipMessage) -> None:
-        if call is not None:
-            held = call.held
-        else:
-            orphans = self._orphans.get(message.call_id)
-            if orphans is None:
-                orphans = Orphans(message.call_id, self.next_serial())
-                self._orphans[message.call_id] = orphans
-            self._touch(orphans)
-            held = orphans.messages
-        if len(held) >= MAX_HELD_PER_CALL:
-            self.count("messages.held_dropped")
-            return
-        held.append(message)
-        self._wait(message.call_id, call, message)
-        while len(self._waiting) > MAX_HELD or self._waiting_octets > MAX_HELD_OCTETS:
-            self.count("messages.held_early")
-            self._release()
-
-    def _wait(self, call_id: str, call: Call | None, message: SipMessage) -> None:
-        deadline = self._now + self.settings.reorder_window
-        octets = message.shed()
-        self._waiting.append((deadline, call_id, call, message, octets))
-        self._waiting_octets += octets
-
-    def _release(self) -> None:
-        """The reorder window of the message that waits longest is over."""
-        _, call_id, call, message, octets = self._waiting.popleft()
-        self._waiting_octets -= octets
-        if call is None:
-            orphans = self._orphans[call_id]
-            orphans.messages.remove(message)
-            self._touch(orphans)
-            if not orphans.messages:
-                del self._orphans[call_id]
-                self._forget(orphans)
-            if not message.claimed:
-                self._orphan(call_id, message)
-            return
-        if message not in call.held:
-            return
-        # An ACK that waits for its 2xx goes first: it may be what the others wait for.
-        for ack in sorted(call.held, key=lambda held: held.time):
-            if ack.method == "ACK" and self._trigger(call, ack) == ACK_WAITS:
-                assert call.attempt is not None
-                if call.attempt.looks_refused(ack):
-                    continue
-                call.held.remove(ack)
-                self._touch(call)
-                self._apply(call, ack, ACK_OVERDUE)
-                self._process_held(call)
-                break
-        if message in call.held:
-            call.held.remove(message)
-            self._touch(call)
-            if self._trigger(call, message) == BYE:
-                self._apply(call, message, BYE_OVERDUE)
-                self._process_held(call)
+        identity = call.identity
+        if identity is not None:
+            tags = self._tags.get(identity.route.tenant, {})
+            if tags.get(identity.transaction_tag) is call:
+                del tags[identity.transaction_tag]
+        for tie in call.ties:
+            legs = [leg for leg in self._legs[tie] if leg is not call]
+            if legs:
+                self._legs[tie] = legs
             else:
-                self.count("messages.held_expired")
+                del self._legs[tie]
+        known = self._from_tags[call.from_tag]
+        if isinstance(known, int) and known > 1:
+            self._from_tags[call.from_tag] = known - 1
+        else:
+            del self._from_tags[call.from_tag]
+        if self.changed is not None:
+            self.changed[call.row] = None
 
-    def _orphan(self, call_id: str, message: SipMessage) -> None:
-        self.count("calls.orphaned" if message.method == "BYE" else "messages.orphaned")
-        if message.method == "BYE":
-            stamp = rfc3339(message.time)
-            self._notice(Notice("orphan", printable_id(call_id), {"timestamp_end": stamp}))
+    def _tell_orphan(self, call: Call) -> None:
+        """Rule 19: the reorder window is over and no INVITE came."""
+        byes = [bye for dialog in call.dialogs for bye in dialog.byes if bye.seen]
+        if byes and not call.ended:
+            # A proxy that hides topology leaves the tags as they are.
+            for dialog in call.dialogs:
+                end = _judge_byes(call, dialog, self._now, self.settings, True)[0]
+                for ours, theirs in (
+                    (call.from_tag, dialog.to_tag),
+                    (dialog.to_tag, call.from_tag),
+                ):
+                    running = self._from_tags.get(ours)
+                    if end is None or min(len(ours), len(theirs)) < MIN_TAG:
+                        continue
+                    if isinstance(running, Call) and running.find_dialog(theirs):
+                        call.ended = end.time
+                        self._tie(running, end.time)
+        if call.ended:
+            return
+        self.count("calls.orphaned" if byes else "messages.orphaned")
+        if byes:
+            stamp = rfc3339(min(bye.time for bye in byes))
+            self._notice("orphan", call, {"timestamp_end": stamp})
 
-    def _notice(self, notice: Notice) -> None:
+    def _notice(self, kind: str, call: Call, values: dict[str, Any]) -> None:
         if len(self.notices) < MAX_NOTICES:
-            self.notices.append(notice)
+            self.notices.append(Notice(kind, printable_id(call.call_id), values))
 
     # What is reported
 
-    def _begin(self, call: Call, message: SipMessage) -> None:
-        call.to_tag = message.to_tag
-        call.answered = call.last = message.time
-        if message.status:
-            self._note_session(call, message)
-        if not call.rated:
-            ignored = call.route.action == "ignore"
+    def _begin(self, call: Call, begin: Begin) -> None:
+        identity = begin.attempt.identity
+        assert identity is not None
+        self._touch(call)
+        self._count_sender(call, -1)
+        call.identity = identity
+        call.begun, call.begun_at = begin.time, self._now
+        self._count_sender(call, 1)
+        call.cseq, call.branch = begin.attempt.cseq, begin.attempt.branch
+        dialog = begin.dialog
+        if not dialog.answered:
+            dialog.answered = dialog.repeated = dialog.acked = begin.time
+            dialog.cseq, dialog.arrived = call.cseq, self._now
+            dialog.refreshed, dialog.refreshed_at = begin.time, self._now
+            dialog.highest = (max(dialog.highest[0], call.cseq), dialog.highest[1])
+        self._enter(call, ANSWERED)
+        self._settle(call)
+        if not identity.rated:
+            ignored = identity.route.action == "ignore"
             self.count("calls.unrated.ignored" if ignored else "calls.unrated.no_account")
             return
-        if call.route.transaction_tag != "call-id":
-            # Legs that a header or the correlation id ties are one call: the first is charged.
-            call.tied = self._tags.setdefault(self._tag(call), call) is not call
-            if call.tied:
-                self.count("calls.unrated.tied")
-                return
+        self._claim_tag(call, identity)
+        if call.tied:
+            self.count("calls.unrated.tied")
+            return
+        call.charged = True
         self.count("calls.begun")
         body = {
-            "source": call.source,
-            "source_ip": call.source_ip,
-            "destination": call.destination,
-            "product_tag": call.route.product_tag,
-            "tags": list(call.route.tags),
-            "timestamp_begin": rfc3339(message.time),
+            "source": identity.source,
+            "source_ip": identity.source_ip,
+            "destination": identity.destination,
+            "product_tag": identity.route.product_tag,
+            "tags": list(identity.route.tags),
+            "timestamp_begin": rfc3339(begin.time),
         }
-        reason = "answer" if message.status else "ack"
-        self._events.append(self._event(call, "begin", message.time, reason, body))
+        self._events.append(self._event(call, identity, "begin", begin.time, begin.reason, body))
+        identity.source = identity.source_ip = identity.destination = ""
+        for leg in self._legs.get((identity.route.tenant, identity.transaction_tag), ()):
+            if leg.ended:
+                self._tie(call, leg.ended)
 
-    @staticmethod
-    def _tag(call: Call) -> tuple[str, str]:
-        return call.route.tenant, call.transaction_tag
+    def _claim_tag(self, call: Call, identity: Identity) -> None:
+        """Rules 2 and 17: tied legs are charged once; others have transaction tags that differ."""
+        tags = self._tags.setdefault(identity.route.tenant, {})
+        tag = identity.transaction_tag
+        other = tags.get(tag)
+        if other is not None:
+            assert other.identity is not None
+            tying = "call-id" not in (
+                identity.route.transaction_tag,
+                other.identity.route.transaction_tag,
+            )
+            if tying and (not other.ended_at or call.begun <= other.ended):
+                call.tied = True
+                return
+            # No Call-ID holds a #, and a row is numbered once.
+            identity.transaction_tag = tag = f"{tag}#{printable_id(call.from_tag)[:MAX_TEXT]}"
+            if tag in tags:
+                identity.transaction_tag = tag = f"{tag}#{call.row}"
+        tags[tag] = call
 
-    def _end(self, call: Call, time: int, reason: str) -> None:
-        if not call.rated:
+    def _end(self, call: Call, end: End) -> None:
+        call.ended, call.ended_at, call.reason = end.time, self._now, end.reason
+        self._touch(call)
+        identity = call.identity
+        assert identity is not None
+        call.attempts = ()
+        if end.reason != "bye_unanswered":
+            call.dialogs = ()
+        if end.reason in ("deadline", "session", "evicted"):
+            if end.reason != "evicted":
+                self.count("calls.expired.answered")
+            kind = "evicted" if end.reason == "evicted" else "expired"
+            stamp = {"timestamp_end": rfc3339(end.time), "reason": end.reason}
+            self._notice(kind, call, stamp)
+        if call.charged:
+            self.count("calls.ended")
+            self.count(f"calls.end.{end.reason}")
+            stamp = {"timestamp_end": rfc3339(end.time)}
+            self._events.append(self._event(call, identity, "end", end.time, end.reason, stamp))
+        elif call.tied:
+            other = self._tags.get(identity.route.tenant, {}).get(identity.transaction_tag)
+            if other is not None and other is not call:
+                self._tie(other, end.time)
+        identity.account_tag = identity.destination_account_tag = ""
+
+    def _end_tied(self, leg: Call, time: int) -> None:
+        """A leg whose INVITE was not seen ends the calls that it is tied to (rule 17)."""
+        for tenant, tag in leg.ties:
+            call = self._tags.get(tenant, {}).get(tag)
+            if call is not None:
+                self._tie(call, time)
+
+    def _tie(self, call: Call, time: int) -> None:
+        if call.ended_at or not call.begun_at:
             return
-        if self._tags.get(self._tag(call)) is call:
-            del self._tags[self._tag(call)]
-        self.count("calls.ended")
-        self._events.append(
-            self._event(call, "end", time, reason, {"timestamp_end": rfc3339(time)})
-        )
+        call.tied_end = min(call.tied_end or time, time)
+        self._touch(call)
+        self._review(call)
 
     def _event(
-        self, call: Call, kind: str, time: int, reason: str, body: dict[str, Any]
+        self,
+        call: Call,
+        identity: Identity,
+        kind: str,
+        time: int,
+        reason: str,
+        body: dict[str, Any],
     ) -> RatingEvent:
-        route = call.route
+        route = identity.route
         content = {
             "tenant": route.tenant,
-            "transaction_tag": call.transaction_tag,
-            "account_tag": call.account_tag,
-            "destination_account_tag": call.destination_account_tag,
+            "transaction_tag": identity.transaction_tag,
+            "account_tag": identity.account_tag,
+            "destination_account_tag": identity.destination_account_tag,
             **body,
         }
         # An empty tag is left out: some of the API's answers to "" are ok with nothing stored.
@@ -2570,9 +3440,9 @@ class CallTable:
             kind=kind,
             call_id=printable_id(call.call_id),
             tenant=route.tenant,
-            transaction_tag=call.transaction_tag,
-            account_tag=call.account_tag,
-            destination_account_tag=call.destination_account_tag,
+            transaction_tag=identity.transaction_tag,
+            account_tag=identity.account_tag,
+            destination_account_tag=identity.destination_account_tag,
             time=time,
             reason=reason,
             api_url=route.rating_api_url,
@@ -2581,58 +3451,7 @@ class CallTable:
             serial=self.next_serial(),
         )
 
-    # What ends without a BYE
-
-    def _note_session(self, call: Call, message: SipMessage) -> None:
-        """Start, renew or stop the session timer (RFC 4028 sections 7.2 and 10)."""
-        if message.status:
-            # A 2xx without the header means that there is no session timer from here on.
-            expires = message.session_expires
-            call.session = max(expires, MIN_SESSION_EXPIRES) if expires else 0
-        if not call.session:
-            return
-        call.refreshed = max(call.refreshed, message.time)
-        call.session_deadline = self._now + call.session + SESSION_GRACE
-        if not call.session_slot:
-            self._queue_session(call)
-
-    def _queue_session(self, call: Call) -> None:
-        if not self._sessions:
-            self._session_second = int(self._now)
-        call.session_slot = int(call.session_deadline) + 1
-        self._sessions.setdefault(call.session_slot, {})[call] = None
-
-    def _expire_sessions(self) -> None:
-        while self._sessions and self._session_second <= self._now:
-            slot = self._sessions.get(self._session_second, {})
-            for call in tuple(islice(slot, MAX_EXPIRED_PER_TICK)):
-                del slot[call]
-                call.session_slot = 0
-                # A refresh only moves the deadline; its slot is looked up again here.
-                if call.session and call.session_deadline > self._now:
-                    self._queue_session(call)
-                elif call.session and call.state == ANSWERED:
-                    self._expire_call(call, "session")
-            if slot:
-                # After a restart many calls have the same second; the next tick goes on.
-                return
-            self._sessions.pop(self._session_second, None)
-            self._session_second += 1
-
-    def _expire_call(self, call: Call, reason: str) -> None:
-        """A call goes without a message of its own: its timeout or its session's is over."""
-        if call.state == ANSWERED:
-            self.count("calls.expired.answered")
-            if self.settings.expired_call_end == "last-seen":
-                end = call.last
-            elif reason == "session":
-                end = call.refreshed + call.session * 1_000_000
-            else:
-                end = call.answered + round(self.settings.max_call_duration * 1_000_000)
-            self._end(call, end, reason)
-            stamp = {"timestamp_end": rfc3339(end), "reason": reason}
-            self._notice(Notice("expired", printable_id(call.call_id), stamp))
-        self._leave(call)
+    # What makes room
 
     def _evict(self, time: int) -> None:
         """Make room for one call: what is over goes first, an answered call last.
@@ -2641,26 +3460,36 @@ class CallTable:
         them, gives up its own before those of others; and an answered call of a sender with more
         than half of all goes before what others let ring.
         """
-        call = max(self._candidates((ENDED, FAILED, TRYING)), key=self._excess, default=None)
+        for state, calls in self._over.items():
+            while calls:
+                over = calls.popleft()
+                if over.slot >= 0 and over.state == state:
+                    self._evict_call(over, time)
+                    return
+        sample = [*self._oldest(), *islice(self._live(self._newest), EVICTION_LOOK)]
+        ringing = [call for call in sample if call.state == TRYING]
+        answered = [call for call in sample if call.state == ANSWERED]
+        call: Call | None = max(ringing, key=self._excess, default=None)
         most = self.settings.max_calls / 2
-        if call is None or (call.state == TRYING and self._share(call) <= most):
-            answered = list(self._candidates((ANSWERED,)))
+        if call is None or (self._share(call) <= most):
             large = (other for other in reversed(answered) if self._share(other) > most)
             call = next(large, call) or answered[0]
+        self._evict_call(call, time)
+
+    def _evict_call(self, call: Call, time: int) -> None:
         self.count(f"calls.evicted.{call.state}")
         if call.state == ANSWERED:
-            end = max(time, call.last)
-            self._end(call, end, "evicted")
-            stamp = {"timestamp_end": rfc3339(end)}
-            self._notice(Notice("evicted", printable_id(call.call_id), stamp))
+            last = max((dialog.alive for dialog in call.dialogs), default=0)
+            self._end(call, End(max(time, last, call.begun), "evicted"))
         self._leave(call)
 
-    def _candidates(self, states: Sequence[str]) -> Iterator[Call]:
-        """The oldest call in each state, and the newest, which a flood has brought."""
-        for state in states:
-            calls = self._states[state]
-            yield from islice(calls, 1)
-            yield from islice(reversed(calls), EVICTION_LOOK)
+    def _live(self, calls: Iterable[Call]) -> Iterator[Call]:
+        return (call for call in calls if call.slot > 0)
+
+    def _oldest(self) -> Iterator[Call]:
+        """Calls that were looked at least recently, or so: those that are due next."""
+        entries = (call for slot in sorted(self._order)[:4] for call in self._slots[slot])
+        return self._live(islice(entries, EVICTION_LOOK))
 
     def _excess(self, call: Call) -> int:
         """How many more calls its sender has that nobody answered than others, 0 at least."""
@@ -2834,6 +3663,12 @@ OPTIONS = (
         "Calls",
         _choice("deadline", "last-seen"),
         "when a call without a BYE has ended: deadline or last-seen",
+    ),
+    Option(
+        "unanswered_bye",
+        "Calls",
+        _choice("end", "ignore"),
+        "whether a BYE that nobody answered ends a call: end or ignore",
     ),
     Option("reorder_window", "Calls", number(0, 60), "seconds to wait for an overdue message"),
     Option("statsd_host", "Metrics and logs", str, "host of a statsd server; empty: off"),
@@ -3864,7 +4699,7 @@ class Journal:
 
 # gevent's goes through the loop, which takes 10 us; a look at one socket never waits.
 _plain_poll = monkey.get_original("select", "poll")
-_CONTENT_LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*(\d{1,9})[ \t]*(?=\r\n|\Z)")
+_HTTP_LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*(\d{1,9})[ \t]*(?=\r\n|\Z)")
 # What asks for more than to take the octets as they are: http.client knows how.
 _UNUSUAL_HEADER = re.compile(
     rb"(?i)\r\n(?:transfer-encoding|content-encoding|[ \t]"
@@ -4083,7 +4918,7 @@ def _read_answer(sock: Any) -> tuple[int, str, bytes, bool]:
     data = sock.recv(MAX_API_ANSWER)
     head, _, answer = data.partition(b"\r\n\r\n")
     if head.startswith(b"HTTP/1.1 200 ") and _UNUSUAL_HEADER.search(head) is None:
-        lengths = _CONTENT_LENGTH.findall(head)
+        lengths = _HTTP_LENGTH.findall(head)
         if len(lengths) == 1 and int(lengths[0]) == len(answer):
             return 200, "", answer, True
     response = http.client.HTTPResponse(_Replay(data, sock), method="POST")  # type: ignore[arg-type]
@@ -4851,11 +5686,12 @@ class Agent:
             if packet.payload[:1] in _BLANK and not packet.payload.strip(_BLANK):
                 self._drop("empty", sender)
                 return
-            message = parse_sip(packet.payload, packet.time)
-            if message is None:
-                count("packets.ignored")
-                return
-            self._report(self.table.handle(Sighting(packet, message, sender.address), now))
+            for payload in split_messages(packet):
+                message = parse_sip(payload, packet.time)
+                if message is None:
+                    count("packets.ignored")
+                else:
+                    self._report(self.table.handle(Sighting(packet, message, sender.address), now))
         except (HepError, SipError) as error:
             layer = "hep" if isinstance(error, HepError) else "sip"
             self.malformed(f"{layer}_{error.kind}", str(error), sender)
@@ -4891,17 +5727,19 @@ class Agent:
             sender.fault = text[:MAX_FAULT]
         self._warn(f"malformed packet: {text}", f"malformed_{kind}", sender)
 
-    def tick(self, ahead: float = 0.0) -> None:
-        """Look at deadlines, up to ``ahead`` seconds early, and send what has waited."""
+    def tick(self, closing: bool = False) -> None:
+        """Look at deadlines and send what has waited; ``closing``: decide all that waits."""
         now = time.monotonic()
         try:
-            self._report(self.table.expire(now + ahead))
+            self._report(self.table.expire(now, closing))
             self.delivery.tick()
             for notice in self.table.take_notices():
                 text = {
                     "orphan": "a BYE without a call: its answer was not seen, nothing is charged",
                     "evicted": "too many calls: a running call was ended",
                     "expired": "a call without BYE was ended",
+                    "bye_refused": "a BYE was refused, the call goes on",
+                    "went_on": "a call went on behind a BYE that nobody answered",
                 }[notice.kind]
                 extra = {"event": f"call_{notice.kind}", "call_id": notice.call_id, **notice.fields}
                 log.warning(text, extra=extra)
@@ -5662,31 +6500,31 @@ class StatusServer(gevent.server.StreamServer):
 
     @staticmethod
     def _matches(call: Call, wanted: dict[str, Any]) -> bool:
+        known = call.shown
+        accounts = (known.account_tag, known.destination_account_tag) if known else ()
         return (
             ("state" not in wanted or call.state in wanted["state"])
-            and ("tenant" not in wanted or call.route.tenant == wanted["tenant"])
-            and (
-                "account" not in wanted
-                or wanted["account"] in (call.account_tag, call.destination_account_tag)
-            )
+            and ("tenant" not in wanted or call.tenant == wanted["tenant"])
+            and ("account" not in wanted or wanted["account"] in accounts)
             and ("call_id" not in wanted or wanted["call_id"] in printable_id(call.call_id))
         )
 
     @staticmethod
     def _call_facts(call: Call, offset: float) -> dict[str, Any]:
+        known = call.shown
         return {
             "row": call.row,
             "call_id": printable_id(call.call_id),
             "state": call.state,
             "since": round(call.entered + offset, 3),
-            "tenant": call.route.tenant,
-            "route": call.route.name,
-            "account_tag": call.account_tag,
-            "destination_account_tag": call.destination_account_tag,
-            "transaction_tag": call.transaction_tag,
+            "tenant": call.tenant,
+            "route": known.route.name if known else "",
+            "account_tag": known.account_tag if known else "",
+            "destination_account_tag": known.destination_account_tag if known else "",
+            "transaction_tag": known.transaction_tag if known else "",
             # What is over has forgotten whom it was charged to.
-            "rated": None if call.state == ENDED else call.rated,
-            "answered": call.answered / 1_000_000 if call.state == ANSWERED else None,
+            "rated": known.rated and not call.tied if known and not call.ended_at else None,
+            "answered": call.begun / 1_000_000 if call.state == ANSWERED else None,
             "capture_id": call.capture_id,
         }
 
@@ -5864,7 +6702,7 @@ def _shut_down(
     for server in servers:
         server.stop(timeout=0)
     # What waits for a late message is decided with what is known now, where nobody keeps it.
-    agent.tick(ahead=0.0 if journal else agent.settings.reorder_window)
+    agent.tick(closing=journal is None)
     while agent.waiting and time.monotonic() < last_send:
         # What a journal keeps can wait for the next start.
         if journal and not journal.failure and not agent.busy:
