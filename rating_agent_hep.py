@@ -3007,7 +3007,9 @@ class CallTable:
         if not owners:
             if message.cseq_method not in _CALL_METHODS:
                 return ()
-            return (self._create_orphan(sighting, group),)
+            owners = [self._create(sighting, message.from_tag)]
+        if message.method == "BYE" and owners[0].state == ORPHAN and not owners[0].ties:
+            self._tie_orphan(owners[0], sighting)
         if len(owners) > 1:
             # Calls of one From tag, one after another or at one time: whose is it?
             to_tag = message.to_tag
@@ -3024,18 +3026,12 @@ class CallTable:
             return [self._split(call, message) for call in owners]
         return owners
 
-    def _create_orphan(self, sighting: Sighting, group: tuple[Call, ...]) -> Call:
-        message = sighting.message
-        call = self._create(sighting, message.from_tag)
-        if message.method == "BYE":
-            ties = []
-            for rule in self.rules:
-                if rule.route.transaction_tag != "call-id":
-                    ties.append((rule.route.tenant, transaction_tag(rule.route, sighting)))
-            call.ties = tuple(dict.fromkeys(ties))
-            for tie in call.ties:
-                self._legs.setdefault(tie, []).append(call)
-        return call
+    def _tie_orphan(self, call: Call, sighting: Sighting) -> None:
+        """What a BYE without an INVITE is tied by, as the routes have it (rule 17)."""
+        routes = [x.route for x in self.rules if x.route.transaction_tag != "call-id"]
+        call.ties = tuple({(x.tenant, transaction_tag(x, sighting)): None for x in routes})
+        for tie in call.ties:
+            self._legs.setdefault(tie, []).append(call)
 
     def _split(self, call: Call, message: SipMessage) -> Call:
         """Where another attempt of a call that was begun is answered, that is another call.
