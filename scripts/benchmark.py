@@ -12,6 +12,22 @@ Figures are medians of the rounds.
 
 All traffic is on loopback. Nothing else should run meanwhile; the figures say nothing about a
 machine that is busy. `--json FILE` writes them for a program.
+
+    benchmark.py --against HEAD --only core    what a change brings: 15 seconds
+    benchmark.py --against v0.1.0 --brief      all figures: half an hour
+
+`--against REVISION` measures the module of that revision of git (old) and the module as it lies in
+the working tree (new) in turns: old, new, new, old and so on. Each round gives a ratio new/old; the
+table shows the median of the ratios, the least and the greatest. A busy machine disturbs both
+modules alike, so the ratio holds where the values do not; but a difference that is smaller than
+the range of the ratios means nothing.
+
+Only the module changes: this script and all else are those of the working tree. The script relies
+on little of the module: the command line, the log lines "listening" and "journal_opened", and the
+names that `be_agent` and `follow` use. An option that a revision does not know is left out, and
+the row says so. A figure that a revision cannot give has a row that says why. A comparison shows
+the greatest speed of the whole job and its CPU time, not the speed that is held for long. Beside
+the longest pause it shows the usual one: the median of the longest pauses of each half second.
 """
 
 from __future__ import annotations
@@ -19,8 +35,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
+import importlib
 import json
 import os
+import py_compile
 import re
 import signal
 import socket
@@ -36,6 +55,7 @@ from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parent.parent
+MODULE = "rating_agent_hep"
 AGENT_CORE, OTHER_CORE = 0, 1
 CONNECTIONS = 16  # requests at one time, the default of rating_api_concurrency
 # Calls between two messages of one call in the stream of the generator.
@@ -46,6 +66,21 @@ WINDOW = 1500
 RAMP = 5_000
 # Seconds for anything that has to happen beside what is measured.
 DEADLINE = 120.0
+# The core follows calls by a clock of its own: slots of the mirror in a second, ticks in a second
+# while packets come, and seconds with one tick each after them, so that what is over is forgotten.
+CORE_SLOTS, CORE_TICKS, CORE_LAST = 100, 10, 60
+# Calls of one run of the core: some 50 ms. Among many short runs some are not disturbed at all.
+CORE_CALLS = 300
+CORE_COPIES = ("once", "twice")
+# Turns in one round of a comparison, where not one: as short as these are, they lie close together.
+TURNS = {"core": 8}
+# Microseconds since 1970 and seconds of the monotonic clock when it begins.
+CORE_EPOCH, CORE_START = 1_790_000_000_000_000, 1_000.0
+# Where `hep3` puts the seconds of the time stamp, and its microseconds.
+SECONDS_AT, MICROS_AT = 62, 72
+ACCOUNTS = "--sip-local-domains=sip.example.com"
+# Units of which less is better.
+COSTS = ("us", "ms", "s", "kB")
 OK = b'{"ok":true}'
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
 EVENT_ALIAS = re.compile(r"(e\d+):\s*(begin|end)Transaction")
@@ -92,38 +127,61 @@ def hep3(payload: bytes) -> bytes:
     return b"HEP3" + struct.pack(">H", len(body) + 6) + body
 
 
-def template(message: tuple[str, str, str, bool, bool]) -> list[bytes]:
-    """A packet in the pieces between which a call's number goes, eight octets each."""
+def stamped(packet: bytes, micros: int) -> bytes:
+    """A packet of `hep3` with another time, in microseconds since 1970."""
+    seconds, rest = (struct.pack(">I", part) for part in divmod(micros, 1_000_000))
+    middle = packet[SECONDS_AT + 4 : MICROS_AT]
+    return packet[:SECONDS_AT] + seconds + middle + rest + packet[MICROS_AT + 4 :]
+
+
+def template(message: tuple[str, str, str, bool, bool], hop: bool = False) -> list[bytes]:
+    """A packet in the pieces between which a call's number goes, eight octets each.
+
+    With ``hop`` it is the message between the proxy and the callee, with the proxy's Via on top.
+    """
     start, cseq, branch, tagged, with_body = message
+    proxy = f"Via: SIP/2.0/UDP 198.51.100.1:5060;branch={branch[:-1]}p@\n" if hop else ""
     body = SDP.replace("\n", "\r\n") if with_body else ""
     head = (
-        f"{start}\nVia: SIP/2.0/UDP 198.51.100.7:5060;rport;branch={branch}\n"
+        f"{start}\n{proxy}Via: SIP/2.0/UDP 198.51.100.7:5060;rport;branch={branch}\n"
         f"From: <sip:2000@sip.example.com>;tag=f@\n"
         f"To: <sip:2001@sip.example.com>{';tag=t@' if tagged else ''}\n"
         f"Call-ID: @-bench@198.51.100.7\nCSeq: {cseq}\n{COMMON}"
         f"{'Content-Type: application/sdp' + chr(10) if with_body else ''}"
         f"Content-Length: {len(body)}\n\n"
     ).replace("\n", "\r\n")
-    marked = re.sub(r"(tag=[ft]|z9hG4bK[a-z]|Call-ID: )@", lambda m: m[1] + "\0" * 8, head)
+    marked = re.sub(r"(tag=[ft]|z9hG4bK[a-z]+|Call-ID: )@", lambda m: m[1] + "\0" * 8, head)
     return hep3((marked + body).encode()).split(b"\0" * 8)
 
 
 class Mirror:
     """The mirror of many calls: `packets` gives those of a slot, in which each call has moved on.
 
-    In slot s it is the turn of message i of call s - i*LAG. Calls are numbered from `first`.
+    In slot s it is the turn of message i of call s - i*LAG. Calls are numbered from `first`. With
+    `twice` each message is there as the proxy received it and as it forwarded it.
     """
 
-    def __init__(self, first: int, calls: int, messages: Sequence[int] = range(7)) -> None:
+    def __init__(
+        self, first: int, calls: int, messages: Sequence[int] = range(7), twice: bool = False
+    ) -> None:
         self.first, self.calls = first, calls
-        self._templates = [template(MESSAGES[index]) for index in messages]
+        self._templates = [self._copies(MESSAGES[index], twice) for index in messages]
         self.slots = calls + (len(messages) - 1) * LAG
+
+    @staticmethod
+    def _copies(message: tuple[str, str, str, bool, bool], twice: bool) -> list[list[bytes]]:
+        if not twice:
+            return [template(message)]
+        # A reply comes from the callee's side, where the proxy's Via is on top.
+        reply = message[0].startswith("SIP/2.0")
+        return [template(message, hop) for hop in (reply, not reply)]
 
     def packets(self, slot: int) -> list[bytes]:
         return [
             (b"%08d" % (self.first + slot - index * LAG)).join(pieces)
-            for index, pieces in enumerate(self._templates)
+            for index, copies in enumerate(self._templates)
             if 0 <= slot - index * LAG < self.calls
+            for pieces in copies
         ]
 
 
@@ -184,6 +242,10 @@ class _Connection(asyncio.Protocol):
             self._transport.write(ANSWER % (len(answer), answer))
 
 
+class Failed(SystemExit):
+    """What was to be measured did not run; the text says why."""
+
+
 class Process:
     """One of this script's roles in a process of its own, pinned to the agent's core."""
 
@@ -193,10 +255,13 @@ class Process:
         with self.log.open("wb") as out:
             self._process = subprocess.Popen(
                 [sys.executable, str(HERE), "--role", role, *arguments],
+                stdin=subprocess.PIPE,
                 stdout=out,
+                stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
             )
         self.pid = self._process.pid
+        self._asked = 0
 
     def lines(self, event: str) -> list[dict[str, Any]]:
         found = [line for line in self.log.read_text().splitlines() if f'"{event}"' in line]
@@ -204,25 +269,43 @@ class Process:
 
     def wait_for(self, event: str, number: int = 1) -> list[dict[str, Any]]:
         deadline = time.monotonic() + DEADLINE
-        while len(lines := self.lines(event)) < number:
-            if time.monotonic() > deadline or self._process.poll() is not None:
-                raise SystemExit(
-                    f"no {event!r} from process {self.pid}: {self.log.read_text()[-500:]}"
-                )
+        while True:
+            # Asked for before the log is read: a process may write its line and end.
+            over = time.monotonic() > deadline or self._process.poll() is not None
+            if len(lines := self.lines(event)) >= number:
+                return lines
+            if over:
+                raise self._failed(f"no {event!r}")
             time.sleep(0.005)
-        return lines
+
+    def _failed(self, text: str) -> Failed:
+        return Failed(f"{text} from process {self.pid}: {self.log.read_text()[-500:]}")
+
+    def ask(self, event: str) -> dict[str, Any]:
+        """Have it do its work once more, in the role `core`; returns the line that it prints."""
+        self._asked += 1
+        assert self._process.stdin
+        # Of a process that is gone `wait_for` tells why.
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(b"\n")
+            self._process.stdin.flush()
+        return self.wait_for(event, self._asked)[-1]
 
     def address(self, transport: str) -> tuple[str, int]:
         for line in self.wait_for("listening", 2):
             if line["transport"] == transport:
                 return "127.0.0.1", int(line["address"].rpartition(":")[2])
-        raise SystemExit(f"the agent does not listen over {transport}")
+        raise Failed(f"the agent does not listen over {transport}")
 
     @property
     def cpu(self) -> float:
         """Seconds of CPU so far, of all threads."""
-        values = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(values[11]) + int(values[12])) / os.sysconf("SC_CLK_TCK")
+        # What clock_getcpuclockid(3) makes of a pid, which Python does not have: to a nanosecond,
+        # where /proc counts in hundredths of a second.
+        try:
+            return time.clock_gettime(~self.pid << 3 | 2)
+        except OSError:
+            raise self._failed("nothing more") from None
 
     @property
     def resident(self) -> int:
@@ -236,7 +319,7 @@ class Process:
         deadline = time.monotonic() + DEADLINE
         before = -1.0
         while time.monotonic() < deadline:
-            # The clock ticks of a process come in hundredths of a second.
+            # Ticks and polls cost some milliseconds a second.
             if (cpu := self.cpu) - before <= 0.01:
                 return
             before = cpu
@@ -253,36 +336,45 @@ class Process:
             except subprocess.TimeoutExpired:
                 os.kill(self.pid, signal.SIGKILL)
                 self._process.wait()
+        assert self._process.stdin
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
         self.folder.cleanup()
-
-
-def start_agent(*options: str, **environment: str) -> Process:
-    """The agent; NULL_API=1 answers its events in process, RECEIVE_BUFFER=octets is asked for."""
-    listeners = ("--listen-udp=127.0.0.1:0", "--listen-tcp=127.0.0.1:0")
-    accounts = "--sip-local-domains=sip.example.com"
-    return Process("agent", *listeners, accounts, *options, **environment)
 
 
 # Roles
 
 
+def load_module() -> Any:
+    """The module in the folder that MODULE_FOLDER names."""
+    folder = os.environ["MODULE_FOLDER"]
+    sys.path.insert(0, folder)
+    module = importlib.import_module(MODULE)
+    assert module.__file__ == f"{folder}/{MODULE}.py", module.__file__
+    return module
+
+
+def replace(owner: Any, name: str, value: Any) -> None:
+    """Put `value` in the place of a part of the module; a revision may not have it."""
+    if not hasattr(owner, name):
+        raise SystemExit(f"this revision has no {name} in {owner.__name__}")
+    setattr(owner, name, value)
+
+
 def be_agent(arguments: list[str]) -> int:
     os.sched_setaffinity(0, {AGENT_CORE})
-    sys.path.insert(0, str(ROOT))
+    module = load_module()
     import gevent
 
-    import rating_agent_hep as module
-
     if os.environ.get("NO_DELIVERY"):
-        delivery: Any = module.Delivery
-        delivery.put = lambda self, event, on_disk=False: None
+        replace(module.Delivery, "put", lambda *_, **__: None)
     if os.environ.get("NULL_API"):
-        api: Any = module.RatingApi
-        api.send = lambda self, event: module.DELIVERED
+        delivered = module.DELIVERED
+        replace(module.RatingApi, "send", lambda *_, **__: delivered)
     if os.environ.get("RECEIVE_BUFFER"):
-        module.RECEIVE_BUFFER = int(os.environ["RECEIVE_BUFFER"])
+        replace(module, "RECEIVE_BUFFER", int(os.environ["RECEIVE_BUFFER"]))
     if not os.environ.get("BEYOND", "1"):
-        module._SO_RCVBUFFORCE = -1
+        replace(module, "_SO_RCVBUFFORCE", -1)
     if os.environ.get("QUIET"):
         # Once it has said where it listens.
         gevent.spawn_later(0.3, module.log.setLevel, "WARNING")
@@ -300,7 +392,8 @@ def be_agent(arguments: list[str]) -> int:
                     longest, told = 0.0, now
 
         gevent.spawn(watch)
-    return module.main(arguments)
+    status: int = module.main(arguments)
+    return status
 
 
 def be_drain(arguments: list[str]) -> int:
@@ -362,6 +455,55 @@ def be_poster(arguments: list[str]) -> int:
     return 0
 
 
+def be_core(arguments: list[str]) -> int:
+    """What the core costs in process: CPU microseconds a call, anew for each line of stdin."""
+    os.sched_setaffinity(0, {AGENT_CORE})
+    module = load_module()
+    # The agent collects garbage in moments of its own choice.
+    gc.disable()
+    mirrors = {name: Mirror(10_000_000, CORE_CALLS, twice=name == "twice") for name in CORE_COPIES}
+    ticks = {name: core_ticks(mirror) for name, mirror in mirrors.items()}
+    for _ in sys.stdin:
+        costs = {name: follow(module, ticks[name]) / CORE_CALLS * 1e6 for name in CORE_COPIES}
+        print(json.dumps({"event": "core", **costs}), flush=True)
+    return 0
+
+
+def core_ticks(mirror: Mirror) -> list[tuple[float, int, list[bytes]]]:
+    """The mirror by virtual time: `now` and arrival of each tick, and the packets in it."""
+    width = CORE_SLOTS // CORE_TICKS
+    loaded = mirror.slots // width + 1
+    ticks = []
+    for tick in (*range(loaded), *range(loaded, loaded + CORE_LAST * CORE_TICKS, CORE_TICKS)):
+        arrival = CORE_EPOCH + tick * 1_000_000 // CORE_TICKS
+        slots = range(tick * width, (tick + 1) * width)
+        packets = [stamped(packet, arrival) for slot in slots for packet in mirror.packets(slot)]
+        ticks.append((CORE_START + tick / CORE_TICKS, arrival, packets))
+    return ticks
+
+
+def follow(module: Any, ticks: list[tuple[float, int, list[bytes]]]) -> float:
+    """CPU seconds in which a new call table follows the calls to their end."""
+    configuration = module.load_configuration([ACCOUNTS], {})
+    table = module.CallTable(configuration.settings, configuration.rules)
+    decode, parse, sighting = module.decode_hep, module.parse_sip, module.Sighting
+    events = 0
+    gc.collect()
+    gc.freeze()
+    before = time.process_time()
+    for now, arrival, packets in ticks:
+        for data in packets:
+            packet = decode(data, arrival)
+            message = parse(packet.payload, packet.time)
+            if message is not None:
+                events += len(table.handle(sighting(packet, message), now))
+        events += len(table.expire(now))
+    seconds = time.process_time() - before
+    if events != 2 * CORE_CALLS:
+        raise SystemExit(f"{events} events of {CORE_CALLS} calls, where each has two")
+    return seconds
+
+
 # What is measured
 
 
@@ -378,11 +520,32 @@ class Figure(NamedTuple):
 
 
 class Bench:
-    """The figures, each a method; `rounds` and `brief` say how thoroughly."""
+    """The figures, each a method; `rounds` and `brief` say how thoroughly.
 
-    def __init__(self, rounds: int, brief: bool) -> None:
+    `folder` is where the module lies. In a comparison `known` has the options of the command line
+    that this revision knows, as "--max-calls"; `remarks` collects what a reader of its values must
+    know: calls that were charged wrongly, options that were left out. `stack` holds the processes
+    that live on from one round to the next, until it is closed.
+    """
+
+    def __init__(
+        self, rounds: int, brief: bool, folder: Path = ROOT, known: frozenset[str] | None = None
+    ) -> None:
         self.rounds, self.brief = rounds, brief
+        self.folder, self.known = folder, known
+        self.remarks: list[str] = []
         self.next_call = 10_000_000
+        self.stack = contextlib.ExitStack()
+        self._core: Process | None = None
+
+    def start_agent(self, *options: str, **environment: str) -> Process:
+        """The agent; NULL_API=1 answers its events in process, RECEIVE_BUFFER is asked for."""
+        options = ("--listen-udp=127.0.0.1:0", "--listen-tcp=127.0.0.1:0", ACCOUNTS, *options)
+        if self.known is not None:
+            unknown = [x for x in options if x.partition("=")[0] not in self.known]
+            self.remarks += [f"without {option}" for option in unknown]
+            options = tuple(x for x in options if x not in unknown)
+        return Process("agent", *options, MODULE_FOLDER=str(self.folder), **environment)
 
     def mirror(self, calls: int, messages: Sequence[int] = range(7)) -> Mirror:
         """Calls that no agent has seen."""
@@ -434,13 +597,15 @@ class Bench:
         async def run() -> tuple[float, str, float]:
             ledger = Ledger()
             server, url = await self._serve(ledger)
-            with start_agent(f"--rating-api-url={url}", *options) as agent:
+            with self.start_agent(f"--rating-api-url={url}", *options) as agent:
                 agent.address("udp")
                 cpu = agent.cpu
                 seconds = await self._drive(agent, ledger, self.mirror(calls), rate, udp)
                 cpu = (agent.cpu - cpu) / calls
             server.close()
-            return calls / seconds, ledger.faults(calls), cpu
+            fault = ledger.faults(calls)
+            self.remarks += [fault] if fault else []
+            return calls / seconds, fault, cpu
 
         return asyncio.run(run())
 
@@ -478,6 +643,10 @@ class Bench:
             "; ".join(faults)
             or f"all right; {statistics.median(x[2] for x in runs) * 1e6:.0f} us CPU a call",
         )
+        if self.known is not None:
+            cpu = statistics.median(run[2] for run in runs) * 1e6
+            yield Figure("whole job: CPU a call", cpu, "us")
+            return
         # At a steady rate, whatever the agent does: what it holds for long.
         for part in (0.97, 0.93, 0.88, 0.8, 0.7):
             seconds = 5 if brief else 30
@@ -528,6 +697,19 @@ class Bench:
 
     # CPU
 
+    def core(self) -> Iterator[Figure]:
+        """CPU for a call in decoder, parser and call table alone: quick, and steady to 2 %."""
+        if self._core is None:
+            process = Process("core", MODULE_FOLDER=str(self.folder))
+            self._core = self.stack.enter_context(process)
+            self.stack.callback(setattr, self, "_core", None)
+            # The interpreter adapts itself to the code in the first one.
+            self._core.ask("core")
+        costs = [self._core.ask("core") for _ in range(self.rounds)]
+        for name in CORE_COPIES:
+            value = min(cost[name] for cost in costs)
+            yield Figure(f"core: CPU a call, each message {name}", value, "us")
+
     def _send(self, process: Process, packets: Iterable[bytes], udp: bool) -> int:
         """Send packets no faster than a receive buffer of 4 MB holds; returns how many."""
         kind = socket.SOCK_DGRAM if udp else socket.SOCK_STREAM
@@ -564,7 +746,7 @@ class Bench:
         """CPU for a packet that can't matter."""
         for udp, target in ((True, 12), (False, 6)):
             values, drains = [], []
-            with start_agent(NULL_API="1") as agent, Process("drain") as drain:
+            with self.start_agent(NULL_API="1") as agent, Process("drain") as drain:
                 for _ in range(self.rounds):
                     values.append(self._cpu(agent, self._ignored(), udp))
                     if udp:
@@ -587,7 +769,7 @@ class Bench:
         ):
             for udp in (False, True):
                 values = []
-                with start_agent(**environment) as agent:
+                with self.start_agent(**environment) as agent:
                     for _ in range(self.rounds):
                         values.append(self._cpu(agent, self._calls(number), udp) * 7)
                 value = statistics.median(values)
@@ -605,7 +787,7 @@ class Bench:
             ("as large as net.core.rmem_max allows", {"BEYOND": ""}),
             ("the 16 MiB that root gets", {}),
         ):
-            with start_agent(NULL_API="1", **environment) as agent:
+            with self.start_agent(NULL_API="1", **environment) as agent:
                 address = agent.address("udp")
                 granted = next(
                     x["receive_buffer"] for x in agent.lines("listening") if x["transport"] == "udp"
@@ -640,7 +822,7 @@ class Bench:
     def memory(self) -> Iterator[Figure]:
         """Resident memory for an open call."""
         number = 20_000 if self.brief else 100_000
-        with start_agent(NULL_API="1") as agent:
+        with self.start_agent(NULL_API="1") as agent:
             self._send(agent, self._calls(200), False)
             before = agent.resident
             self._send(agent, self._calls(number, range(5)), False)
@@ -658,7 +840,7 @@ class Bench:
         with contextlib.ExitStack() as stack:
             agents = {}
             for step in steps:
-                agent = stack.enter_context(start_agent("--max-calls=2000000", NULL_API="1"))
+                agent = stack.enter_context(self.start_agent("--max-calls=2000000", NULL_API="1"))
                 self._send(agent, self._calls(step, range(5)), False)
                 agents[step] = agent
             for _ in range(self.rounds):
@@ -685,7 +867,7 @@ class Bench:
             with tempfile.TemporaryDirectory(dir=ROOT) as folder:
                 options = ["--max-calls=1000000"]
                 options += [f"--state-dir={folder}/state"] if journal else []
-                with start_agent(*options, NULL_API="1", PAUSES="1", QUIET="1") as agent:
+                with self.start_agent(*options, NULL_API="1", PAUSES="1", QUIET="1") as agent:
                     self._send(agent, self._calls(number, range(5)), True)
                     seen = len(agent.lines("pause"))
                     # Full calls among them, at 7,000 packets a second; they linger and expire.
@@ -699,7 +881,10 @@ class Bench:
                             if count % 20 == 0:
                                 time.sleep(max(0.0, count / 7_000 - (time.monotonic() - started)))
                     pauses = [line["longest"] * 1000 for line in agent.lines("pause")[seen + 1 :]]
-            value = max(pauses)
+            value, usual = max(pauses), statistics.median(pauses)
+            if self.known is not None:
+                # One moment of another process makes the longest, so that no ratio holds.
+                yield Figure(f"usual pause, {number:,} open calls{name}", usual, "ms")
             yield Figure(
                 f"longest pause, {number:,} open calls{name}",
                 value,
@@ -707,7 +892,7 @@ class Bench:
                 "<= 20",
                 value <= 20,
                 "",
-                f"median of the half seconds' longest {statistics.median(pauses):.1f} ms",
+                f"median of the half seconds' longest {usual:.1f} ms",
             )
 
     def start(self) -> Iterator[Figure]:
@@ -715,15 +900,16 @@ class Bench:
         number = 20_000 if self.brief else 100_000
         with tempfile.TemporaryDirectory(dir=ROOT) as folder:
             options = ("--max-calls=1000000", f"--state-dir={folder}/state")
-            with start_agent(*options, NULL_API="1") as agent:
+            with self.start_agent(*options, NULL_API="1") as agent:
                 self._send(agent, self._calls(number, range(5)), False)
             values = []
             for _ in range(self.rounds):
                 started = time.monotonic()
-                with start_agent(*options, NULL_API="1") as agent:
+                with self.start_agent(*options, NULL_API="1") as agent:
                     running = agent.wait_for("journal_opened")[0]["running"]
                     values.append(time.monotonic() - started)
-                assert running == number, f"{running} of {number} calls came back"
+                if running != number:
+                    raise Failed(f"{running} of {number} calls came back")
         value = statistics.median(values)
         yield Figure(f"start with {number:,} calls in the journal", value, "s", "<= 5", value <= 5)
 
@@ -741,6 +927,7 @@ FIGURES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "job-udp": Bench.job_udp,
     "job-batch": Bench.job_batch,
     "job-journal": Bench.job_journal,
+    "core": Bench.core,
     "cpu-ignored": Bench.cpu_ignored,
     "cpu-call": Bench.cpu_call,
     "burst": Bench.burst,
@@ -762,20 +949,141 @@ def machine() -> str:
     )
 
 
+def amount(value: float, unit: str) -> str:
+    """A value as people read it."""
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:,.{digits}f} {unit}".rstrip()
+
+
 def show(figure: Figure) -> str:
     """A figure as a line of a Markdown table."""
-    digits = 0 if figure.value >= 100 else 1 if figure.value >= 10 else 2
-    value = f"{figure.value:,.{digits}f} {figure.unit}".rstrip()
     met = {True: "yes", False: "**no**", None: ""}[figure.met]
+    value = amount(figure.value, figure.unit)
     return (
         f"| {figure.name} | {value} | {figure.target} | {met} | {figure.baseline} | {figure.note} |"
     )
 
 
-def main() -> int:
-    roles = {"agent": be_agent, "drain": be_drain, "poster": be_poster}
-    if sys.argv[1:2] == ["--role"]:
-        return roles[sys.argv[2]](sys.argv[3:])
+def measure(names: Iterable[str], bench: Bench) -> Iterator[dict[str, Any]]:
+    """Print the figures as they come, and yield them for --json."""
+    print(f"| figure | value | target | met | baseline | note |\n{'|---' * 6}|")
+    for name in names:
+        with bench.stack:
+            for found in FIGURES[name](bench):
+                print(show(found), flush=True)
+                yield found._asdict()
+
+
+# The comparison of two revisions
+
+
+class Compared(NamedTuple):
+    """A figure of two revisions: old and new values and their ratios new/old, one a round."""
+
+    name: str
+    unit: str
+    old: list[float]
+    new: list[float]
+    ratios: list[float]
+
+
+def take_modules(revision: str, folder: Path) -> tuple[Path, Path]:
+    """Folders with the module of a revision, and with a copy of it as it lies in the tree now."""
+    command = ["git", "-C", str(ROOT), "show", f"{revision}:{MODULE}.py"]
+    shown = subprocess.run(command, capture_output=True)
+    if shown.returncode:
+        raise SystemExit(f"--against {revision}: {shown.stderr.decode().strip()}")
+    contents = {"old": shown.stdout, "new": (ROOT / f"{MODULE}.py").read_bytes()}
+    for side, content in contents.items():
+        (folder / side).mkdir()
+        (folder / side / f"{MODULE}.py").write_bytes(content)
+    same = " (the same octets: what differs is noise)" if len(set(contents.values())) == 1 else ""
+    print(f"old: {revision}, new: the working tree{same}\n")
+    return folder / "old", folder / "new"
+
+
+def known_options(folder: Path) -> frozenset[str]:
+    """The options that the module in a folder has by its --help; it is compiled on the way."""
+    path = folder / f"{MODULE}.py"
+    try:
+        # Or the first process would have the memory that the compiler leaves behind.
+        py_compile.compile(str(path), doraise=True)
+    except py_compile.PyCompileError as error:
+        raise SystemExit(f"{folder.name}: {error.msg.strip()}") from None
+    done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{folder.name}: it does not start: {done.stderr[-500:]}")
+    return frozenset(re.findall(r"--[a-z][a-z0-9-]*", done.stdout))
+
+
+def in_turns(name: str, old: Bench, new: Bench, turns: Iterable[int]) -> Iterator[Compared]:
+    """A figure of both revisions, with one value a turn; raises Failed where one can't give it."""
+    found: dict[str, Compared] = {}
+    for turn in turns:
+        # Old, new, new, old: what becomes slower with time disturbs both alike.
+        for side, bench in (("old", old), ("new", new))[:: -1 if turn % 2 else 1]:
+            try:
+                figures = list(FIGURES[name](bench))
+            except (Failed, OSError) as error:
+                raise Failed(f"{side}: {error}") from None
+            for figure in figures:
+                empty = Compared(figure.name, figure.unit, [], [], [])
+                getattr(found.setdefault(figure.name, empty), side).append(figure.value)
+    for row in found.values():
+        pairs = zip(row.old, row.new, strict=True)
+        yield row._replace(ratios=[after / before for before, after in pairs if before])
+
+
+def in_rounds(name: str, old: Bench, new: Bench, rounds: int) -> list[Compared]:
+    """A figure of both revisions, with one value a round: the median of its turns."""
+    found: dict[str, Compared] = {}
+    width = TURNS.get(name, 1)
+    for start in range(0, rounds * width, width):
+        with old.stack, new.stack:
+            for part in in_turns(name, old, new, range(start, start + width)):
+                row = found.setdefault(part.name, Compared(part.name, part.unit, [], [], []))
+                row.old.append(statistics.median(part.old))
+                row.new.append(statistics.median(part.new))
+                row.ratios.extend([statistics.median(part.ratios)] if part.ratios else [])
+    return list(found.values())
+
+
+def show_compared(row: Compared, note: str) -> str:
+    """A comparison as a line of a Markdown table."""
+    old, new = (amount(statistics.median(side), row.unit) for side in (row.old, row.new))
+    ratio, spread = "", ""
+    if row.ratios:
+        ratio = f"{statistics.median(row.ratios):.3f}"
+        spread = f"{min(row.ratios):.3f} to {max(row.ratios):.3f}"
+    better = "less" if row.unit in COSTS else "more"
+    return f"| {row.name} | {old} | {new} | {ratio} | {spread} | {better} | {note} |"
+
+
+def compare(names: Iterable[str], old: Bench, new: Bench, rounds: int) -> Iterator[dict[str, Any]]:
+    """Print the comparison of each figure as it comes, and yield it for --json."""
+    heads = ("figure", "old", "new", "new/old", f"least to greatest of {rounds}", "better", "note")
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    for name in names:
+        rows, failure = [], ""
+        try:
+            rows = in_rounds(name, old, new, rounds)
+        except Failed as error:
+            failure = str(error)
+        remarks = [f"old: {x}" for x in old.remarks] + [f"new: {x}" for x in new.remarks]
+        old.remarks, new.remarks = [], []
+        note = "; ".join(dict.fromkeys(remarks))
+        for row in rows:
+            print(show_compared(row, note), flush=True)
+            yield {**row._asdict(), "note": note}
+        if failure:
+            # Of the end of a log or a traceback the last line says most.
+            first, *others = failure.replace("|", "/").splitlines()
+            reason = " ... ".join(line[:150] for line in (first, *others[-1:], note) if line)
+            print(f"| {name} | | | | | | not compared: {reason} |", flush=True)
+            yield {"name": name, "failed": failure, "note": note}
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -783,8 +1091,19 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="name the figures")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each; the median counts")
     parser.add_argument("--brief", action="store_true", help="short runs")
+    parser.add_argument("--against", metavar="REVISION", help="compare with this revision of git")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds: {options.rounds}; allowed: 1 or more")
+    return options
+
+
+def main() -> int:
+    roles = {"agent": be_agent, "drain": be_drain, "poster": be_poster, "core": be_core}
+    if sys.argv[1:2] == ["--role"]:
+        return roles[sys.argv[2]](sys.argv[3:])
+    options = parse_arguments()
     if options.list:
         for name, figure in FIGURES.items():
             print(f"{name:<12} {figure.__doc__}")
@@ -792,15 +1111,19 @@ def main() -> int:
     if (os.cpu_count() or 1) < 2:
         raise SystemExit("two cores are needed: one for the agent, one for what it talks to")
     os.sched_setaffinity(0, {OTHER_CORE})
-    bench = Bench(options.rounds, options.brief)
-    print(f"{machine()}\n\n| figure | value | target | met | baseline | note |\n{'|---' * 6}|")
-    figures = []
-    for name in options.only or FIGURES:
-        for found in FIGURES[name](bench):
-            figures.append(found)
-            print(show(found), flush=True)
+    # So that the processes and folders of a run that is stopped go with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    names = options.only or list(FIGURES)
+    print(f"{machine()}\n")
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        if options.against:
+            folders = take_modules(options.against, Path(folder))
+            old, new = (Bench(1, options.brief, x, known_options(x)) for x in folders)
+            figures = list(compare(names, old, new, options.rounds))
+        else:
+            figures = list(measure(names, Bench(options.rounds, options.brief)))
     if options.json:
-        content = {"machine": machine(), "figures": [found._asdict() for found in figures]}
+        content = {"machine": machine(), "figures": figures}
         Path(options.json).write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
