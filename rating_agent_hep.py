@@ -909,6 +909,16 @@ class SipMessage:
         return self._vias
 
     @property
+    def branch(self) -> str:
+        """The branch of the lowest hop, which names the transaction of who sent the request."""
+        if self._vias is None:
+            lines = self.headers.get("via")
+            if lines and "," not in lines[-1]:
+                found = _BRANCH.search(lines[-1])
+                return comparable(found[1]) if found else ""
+        return self.vias[-1].branch
+
+    @property
     def session_interval(self) -> int:
         """Seconds of the session that a 2xx agrees on, 0 for none (RFC 4028 sections 4 and 9).
 
@@ -929,11 +939,11 @@ class SipMessage:
 
     @property
     def way(self) -> str:
-        """Where a request goes: a digest of Request-URI and Route.
+        """Where a request goes: Request-URI and Route, or a digest of long ones.
 
         A retransmission goes the same way; what has the same branch and goes another does not.
         """
-        return comparable("".join([self.request_uri, *_ROUTE.findall(self.head)]), 0)
+        return comparable("\n".join([self.request_uri, *_ROUTE.findall(self.head)]))
 
     def header(self, name: str) -> list[str]:
         """All values of the header lines of that name, given without case or compact."""
@@ -1008,7 +1018,7 @@ def parse_sip(payload: bytes, time: int = 0) -> SipMessage | None:
     if headers is None:
         headers = _read_head(head)
         unread = ""
-    call_id = _short(_single(headers, "call-id"))
+    call_id = _single(headers, "call-id")
     number = _CSEQ.fullmatch(_single(headers, "cseq"))
     if number is None or int(number[1]) > _MAX_CSEQ:
         raise SipError("cseq", "CSeq is no number and method")
@@ -1016,13 +1026,16 @@ def parse_sip(payload: bytes, time: int = 0) -> SipMessage | None:
         raise SipError("cseq", f"CSeq of {number[2][:40]!r} in a request with method {method!r}")
     if not method and number[2] not in _REPLIES:
         return None
+    from_tag, to_tag = _tag(_single(headers, "from")), _tag(_single(headers, "to"))
+    if max(len(call_id), len(from_tag), len(to_tag)) > MAX_TEXT:
+        call_id, from_tag, to_tag = _short(call_id), _short(from_tag), _short(to_tag)
     return SipMessage(
         method,
         status,
         request_uri,
         call_id,
-        _short(_tag(_single(headers, "from"))),
-        _short(_tag(_single(headers, "to"))),
+        from_tag,
+        to_tag,
         int(number[1]),
         number[2],
         headers,
@@ -1118,9 +1131,9 @@ def _short(text: str) -> str:
     return f"{text[:64]}^{comparable(text)}"
 
 
-def comparable(text: str, most: int = MAX_COMPARED) -> str:
-    """The text, or a digest of a longer one: the same for the same text, of bounded length."""
-    if len(text) <= most:
+def comparable(text: str) -> str:
+    """The text, or a digest of a long one: the same for the same text, of bounded length."""
+    if len(text) <= MAX_COMPARED:
         return text
     return hashlib.blake2b(text.encode("latin-1"), digest_size=16).hexdigest()
 
@@ -1916,7 +1929,7 @@ class Attempt:
         self.branch = branch
         self.copies: dict[str, tuple[set[str], set[str]]] = {}
         self.caller = ""
-        self.sender = self.receiver = ("", 0)
+        self.sender = self.receiver = (b"", 0)
         self.closed: set[str] = set()
         self.decided = False
         self.time = self.cancelled = 0
@@ -1958,7 +1971,7 @@ class Attempt:
 class Bye:
     """One BYE transaction of a side: when it was sent, and its final reply.
 
-    ``seen`` maps the ways on which it was sent (Request-URI and Route, as a digest) to the HEP time
+    ``seen`` maps the ways on which it was sent (Request-URI and Route) to the HEP time
     of the first copy; empty where only the reply was seen. A retransmission has the same way; a
     caller who sends the same branch on another way sends another request. ``status`` is 0 before
     the reply. ``arrived`` and ``replied_at`` are in seconds of the monotonic clock.
@@ -2078,6 +2091,8 @@ class Call:
 
     def dialog(self, to_tag: str) -> Dialog:
         """The dialog with this To tag; of too many the oldest that nobody answered goes."""
+        if self.dialogs and self.dialogs[0].to_tag == to_tag:
+            return self.dialogs[0]
         dialog = self.find_dialog(to_tag)
         if dialog is None:
             dialog = Dialog(to_tag)
@@ -2106,26 +2121,33 @@ class Call:
 
 # What a message adds
 
+# What `note` returns: a copy adds nothing; a fact is kept; most facts are also judged at once.
+NOTHING, KEPT, TELLING = 0, 1, 2
 
-def note(call: Call, message: SipMessage, now: float) -> bool:
-    """Add what a message says to what is known of its call; whether that is anything new.
 
-    Initial INVITEs are for `note_invite`, which also needs to know whose call it is.
+def note(call: Call, message: SipMessage, now: float) -> int:
+    """Add what a message says to what is known of its call.
+
+    Returns NOTHING, KEPT for a fact from which nothing follows by itself, or TELLING. Initial
+    INVITEs are for `note_invite`, which also needs to know whose call it is.
     """
     method = message.cseq_method
     if message.status:
-        new = not call.replied
+        first = KEPT if not call.replied else NOTHING
         call.replied = True
+        # Rule 10: a provisional reply renews the ringing time-out, which is not judged at once.
+        if message.status < 200:
+            return first
         if method == "BYE":
-            return _note_bye_reply(call, message, now) or new
-        return _note_reply(call, message, now) or new
+            return _note_bye_reply(call, message, now) or first
+        return TELLING if _note_reply(call, message, now) else first
     if method == "ACK":
         return _note_ack(call, message, now)
     if method == "BYE":
         return _note_bye(call, message, now)
     if method == "CANCEL":
         return _note_cancel(call, message)
-    return _note_request(call, message, now)
+    return TELLING if _note_request(call, message, now) else NOTHING
 
 
 def note_invite(
@@ -2137,9 +2159,9 @@ def note_invite(
     nearer to the caller may be needed once more.
     """
     message, packet = sighting.message, sighting.packet
-    hops, branch = len(message.vias), message.vias[-1].branch
-    sender = (packet.source_ip, packet.source_port)
-    receiver = (packet.destination_ip, packet.destination_port)
+    hops, branch = len(message.vias), message.branch
+    sender = (packet.source, packet.source_port)
+    receiver = (packet.destination, packet.destination_port)
     attempt = None
     for other in call.attempts:
         if other.cseq == message.cseq and other.branch == branch:
@@ -2174,11 +2196,7 @@ def note_invite(
 
 
 def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
-    """A reply to an INVITE, a re-INVITE or an UPDATE."""
-    if reply.status < 200:
-        # Rule 10: it renews the ringing time-out, and that alone is nothing to be judged.
-        call.heard = now
-        return False
+    """A final reply to an INVITE, a re-INVITE or an UPDATE."""
     from_caller = call.is_from_caller(reply)
     to_tag = reply.to_tag if from_caller else reply.from_tag
     if reply.cseq_method == "INVITE" and from_caller:
@@ -2196,7 +2214,7 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
 
 
 def _note_refusal(call: Call, reply: SipMessage) -> bool:
-    attempt = call.attempt_of(reply.cseq, reply.vias[-1].branch)
+    attempt = call.attempt_of(reply.cseq, reply.branch)
     if attempt is None:
         if call.begun:
             return False
@@ -2210,7 +2228,7 @@ def _note_refusal(call: Call, reply: SipMessage) -> bool:
 
 def _new_attempt(call: Call, message: SipMessage) -> Attempt:
     """An attempt of which no INVITE copy was seen yet."""
-    attempt = Attempt(message.cseq, message.vias[-1].branch)
+    attempt = Attempt(message.cseq, message.branch)
     if len(call.attempts) < MAX_ATTEMPTS:
         call.attempts += (attempt,)
     return attempt
@@ -2220,7 +2238,7 @@ def _note_answer(dialog: Dialog, answer: SipMessage, now: float) -> bool:
     new = not dialog.answered or answer.cseq != dialog.cseq
     was = dialog.unacknowledged
     if new:
-        dialog.cseq, dialog.branch, dialog.arrived = answer.cseq, answer.vias[-1].branch, now
+        dialog.cseq, dialog.branch, dialog.arrived = answer.cseq, answer.branch, now
         dialog.answered = dialog.repeated = answer.time
         dialog.acked = min((ack.time for ack in dialog.acks), default=dialog.acked)
         dialog.highest = (max(dialog.highest[0], answer.cseq), dialog.highest[1])
@@ -2274,13 +2292,18 @@ def _note_request(call: Call, request: SipMessage, now: float) -> bool:
     return new
 
 
-def _note_ack(call: Call, ack: SipMessage, now: float) -> bool:
+def _note_ack(call: Call, ack: SipMessage, now: float) -> int:
     dialog = call.dialog(ack.to_tag)
     if dialog.answered:
-        new = not dialog.acked
-        dialog.acked = min(dialog.acked or ack.time, ack.time)
-        if new or call.replied:
-            return new
+        if dialog.acked:
+            dialog.acked = min(dialog.acked, ack.time)
+            if call.replied:
+                return NOTHING
+        else:
+            # Of one dialog it only says that the 2xx was no stray one.
+            plain = len(call.dialogs) == 1 and not dialog.unacknowledged and call.begun
+            dialog.acked = ack.time
+            return KEPT if plain else TELLING
     vias = ack.vias
     fact = Ack(
         ack.cseq,
@@ -2297,60 +2320,60 @@ def _note_ack(call: Call, ack: SipMessage, now: float) -> bool:
                 kept = list(dialog.acks)
                 kept[index] = known._replace(time=ack.time)
                 dialog.acks = tuple(kept)
-            return False
+            return NOTHING
     if len(dialog.acks) >= MAX_REQUESTS:
-        return False
+        return NOTHING
     dialog.acks += (fact,)
-    return True
+    return TELLING
 
 
-def _note_cancel(call: Call, cancel: SipMessage) -> bool:
-    attempt = call.attempt_of(cancel.cseq, cancel.vias[-1].branch)
+def _note_cancel(call: Call, cancel: SipMessage) -> int:
+    attempt = call.attempt_of(cancel.cseq, cancel.branch)
     if attempt is None:
         if call.begun:
-            return False
+            return NOTHING
         attempt = _new_attempt(call, cancel)
     if attempt.cancelled and attempt.cancelled <= cancel.time:
-        return False
+        return NOTHING
     attempt.cancelled = cancel.time
-    return True
+    return TELLING
 
 
-def _note_bye(call: Call, bye: SipMessage, now: float) -> bool:
+def _note_bye(call: Call, bye: SipMessage, now: float) -> int:
     if bye.goes_no_further:
-        return False
+        return NOTHING
     from_caller = call.is_from_caller(bye)
     dialog = call.dialog(bye.to_tag if from_caller else bye.from_tag)
     fact = _find_bye(dialog, bye, from_caller)
     way = bye.way
     known = fact.seen.get(way)
     if known is not None and known <= bye.time:
-        return False
+        return NOTHING
     if known is None and len(fact.seen) >= MAX_REQUESTS:
-        return False
+        return NOTHING
     if not fact.seen:
         fact.arrived = now
         fact.cseq = bye.cseq
     fact.seen[way] = bye.time
     if not from_caller:
         dialog.confirmed = max(dialog.confirmed, bye.time)
-    return True
+    return TELLING
 
 
-def _note_bye_reply(call: Call, reply: SipMessage, now: float) -> bool:
+def _note_bye_reply(call: Call, reply: SipMessage, now: float) -> int:
     if reply.status < 200:
-        return False
+        return NOTHING
     from_caller = call.is_from_caller(reply)
     dialog = call.dialog(reply.to_tag if from_caller else reply.from_tag)
     bye = _find_bye(dialog, reply, from_caller)
     if bye.status in _CARRIED_OUT or bye.status == reply.status:
-        return False
+        return NOTHING
     if reply.status not in _CARRIED_OUT and reply.status not in _CHALLENGES:
         call.refusals += 1
     bye.status, bye.reply_time, bye.replied_at = reply.status, reply.time, now
     if from_caller and reply.status < 300:
         dialog.confirmed = max(dialog.confirmed, reply.time)
-    return True
+    return TELLING
 
 
 def _find_bye(dialog: Dialog, message: SipMessage, from_caller: bool) -> Bye:
@@ -2358,7 +2381,10 @@ def _find_bye(dialog: Dialog, message: SipMessage, from_caller: bool) -> Bye:
 
     A proxy that challenges for the caller counts the CSeq on by itself: the branch alone, then.
     """
-    branch = message.vias[-1].branch
+    branch = message.branch
+    if not dialog.byes:
+        dialog.byes = (Bye(message.cseq, branch, from_caller),)
+        return dialog.byes[0]
     alike = [x for x in dialog.byes if x.from_caller == from_caller and x.branch == branch]
     for bye in alike:
         if bye.cseq == message.cseq:
@@ -2426,6 +2452,9 @@ def judge(call: Call, now: float, settings: Settings, closing: bool = False) -> 
     attempts = [attempt for attempt in call.attempts if attempt.copies]
     if not attempts:
         return _judge_orphan(call, now, settings, closing)
+    if not call.dialogs and not attempts[-1].decided:
+        gone = call.heard + settings.invite_timeout
+        return Verdict(TRYING, None, None, gone, now >= gone)
     begin, look = _judge_begin(call, attempts, now, settings, closing)
     if begin is not None:
         return Verdict(ANSWERED, begin, None, now)
@@ -2565,19 +2594,23 @@ def _judge_end(
     """Rules 11 to 17: when a call that was begun has ended, and when there may be more."""
     window = 0.0 if closing else settings.reorder_window
     settled = call.begun_at + window
-    ends: list[End | None] = []
-    look = inf
+    end: End | None = None
+    look, going = inf, False
     for dialog in _counting(call, now - window):
-        end, later = _judge_dialog(call, dialog, now, settings, closing)
-        ends.append(end)
-        look = min(look, later)
-        if not dialog.acked and dialog.arrived + window > now:
-            # From then on it does not count where another one was acknowledged.
-            look = min(look, dialog.arrived + window)
-    reached = [end for end in ends if end is not None]
-    end = max(reached) if reached and len(reached) == len(ends) else None
-    if call.tied_end:
-        end = min(filter(None, (end, End(call.tied_end, "bye_tied"))))
+        over, later = _judge_dialog(call, dialog, now, settings, closing)
+        if later < look:
+            look = later
+        if over is None:
+            going = True
+            if not dialog.acked and now < dialog.arrived + window < look:
+                # From then on it does not count where another one was acknowledged.
+                look = dialog.arrived + window
+        elif end is None or over > end:
+            end = over
+    if going:
+        end = None
+    if call.tied_end and (end is None or call.tied_end < end.time):
+        end = End(call.tied_end, "bye_tied")
     deadline = call.begun_at + settings.max_call_duration
     if end is None and now >= deadline:
         end = End(call.begun + round(settings.max_call_duration * 1_000_000), "deadline")
@@ -2592,11 +2625,13 @@ def _judge_end(
     return None, min(look, settled if end is not None else inf, deadline)
 
 
-def _counting(call: Call, long_ago: float) -> list[Dialog]:
+def _counting(call: Call, long_ago: float) -> Sequence[Dialog]:
     """Rule 11: the answered dialogs; once one of them was acknowledged, those that were.
 
     One that was answered just now counts as well, for its ACK may be on its way.
     """
+    if len(call.dialogs) == 1:
+        return call.dialogs
     answered = []
     attempts = [attempt for attempt in call.attempts if attempt.copies]
     for dialog in call.dialogs:
@@ -2729,7 +2764,9 @@ def _facts(kind: type, *left_out: str) -> tuple[tuple[str, ...], Callable[[Any],
 
 
 _IDENTITY, _identity_values = _facts(Identity, "route")
-_ATTEMPT, _attempt_values = _facts(Attempt, "closed", "copies", "further", "identity")
+_ATTEMPT, _attempt_values = _facts(
+    Attempt, *"closed copies further identity receiver sender".split()
+)
 _DIALOG, _dialog_values = _facts(Dialog, "arrived", "refreshed_at", "acks", "byes")
 _BYE, _bye_values = _facts(Bye, "arrived", "replied_at")
 _CALL, _call_values = _facts(
@@ -2760,6 +2797,7 @@ def pack_call(call: Call, offset: float) -> str:
             [
                 _attempt_values(attempt),
                 identity(attempt.identity),
+                [(side[0].hex(), side[1]) for side in (attempt.sender, attempt.receiver)],
                 list(attempt.closed),
                 {top: [*map(list, sets)] for top, sets in attempt.copies.items()},
                 [[further.head, further.time] for further in attempt.further],
@@ -2805,9 +2843,11 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
     call.begun_at, call.ended_at, call.entered, call.heard = map(clock, clocks)
     call.ties = tuple((tenant, tag) for tenant, tag in call.ties)
     call.identity = unpack_identity(identity)
-    for plain, whose, closed, copies, further in attempts:
+    for plain, whose, sides, closed, copies, further in attempts:
         attempt = _set(Attempt(0, ""), _ATTEMPT, plain)
-        attempt.sender, attempt.receiver = tuple(attempt.sender), tuple(attempt.receiver)
+        attempt.sender, attempt.receiver = (
+            (bytes.fromhex(address), port) for address, port in sides
+        )
         attempt.identity = unpack_identity(whose)
         attempt.closed = set(closed)
         attempt.copies = {top: (set(uris), set(below)) for top, (uris, below) in copies.items()}
@@ -3003,7 +3043,9 @@ class CallTable:
         """The calls that a message which is no initial INVITE belongs to; a new orphan for none."""
         message = sighting.message
         group = self._calls.get(message.call_id, ())
-        owners = [call for call in group if call.concerns(message)]
+        owners: Sequence[Call] = group
+        if len(group) != 1 or group[0].from_tag != message.from_tag:
+            owners = [call for call in group if call.concerns(message)]
         if not owners:
             if message.cseq_method not in _CALL_METHODS:
                 return ()
@@ -3019,10 +3061,10 @@ class CallTable:
                 if call.find_dialog(to_tag if call.is_from_caller(message) else message.from_tag)
             ]
             if not known and message.cseq_method in ("INVITE", "ACK", "CANCEL"):
-                branch = message.vias[-1].branch
+                branch = message.branch
                 known = [call for call in owners if call.attempt_of(message.cseq, branch)]
             owners = known or [call for call in owners if not call.ended_at] or owners
-        if (message.status >= 200 or message.method == "ACK") and owners[0].begun_at:
+        if owners[0].begun_at and owners[0].attempts:
             return [self._split(call, message) for call in owners]
         return owners
 
@@ -3038,12 +3080,12 @@ class CallTable:
 
         Or a caller could let an expensive call go on under the charge of a cheap one.
         """
-        if not call.attempts or message.cseq_method not in ("INVITE", "ACK"):
+        if message.cseq_method not in ("INVITE", "ACK") or not call.is_from_caller(message):
             return call
-        if not call.is_from_caller(message) or message.status >= 300:
+        if message.status >= 300 or (not message.method and message.status < 200):
             return call
         dialog = call.find_dialog(message.to_tag)
-        branch = message.vias[-1].branch
+        branch = message.branch
         attempt = call.attempt_of(message.cseq, branch)
         same = attempt is None or (attempt.cseq, attempt.branch) == (call.cseq, call.branch)
         if same or (dialog is not None and (dialog.answered or dialog.acked)):
@@ -3085,7 +3127,7 @@ class CallTable:
     def _find_invited(self, sighting: Sighting, route: Route) -> Call | None:
         """The call that an initial INVITE belongs to (rules 1, 2 and 18), None for a new one."""
         message = sighting.message
-        capture_id, branch = sighting.packet.capture_id, message.vias[-1].branch
+        capture_id, branch = sighting.packet.capture_id, message.branch
         found = None
         for call in self._calls.get(message.call_id, ()):
             # A copy from the same capture agent is the same call even where its addresses match
@@ -3152,12 +3194,17 @@ class CallTable:
         refusals = call.refusals
         if not call.begun_at:
             call.heard = self._now
-        if not note(call, message, self._now):
+        new = note(call, message, self._now)
+        if new:
+            self._touch(call)
+        if new != TELLING:
+            # An orphan's time runs from its last message, and nothing else has queued it yet.
+            if not call.slot:
+                self._review(call)
             return
         if call.refusals != refusals and call.begun_at:
             self.count("calls.bye_refused")
             self._notice("bye_refused", call, {"status": message.status})
-        self._touch(call)
         self._review(call)
 
     def _note_ended(self, call: Call, message: SipMessage) -> None:
@@ -3235,6 +3282,9 @@ class CallTable:
     def _settle(self, call: Call) -> None:
         """Forget what nothing depends on any more, once no ACK of a fork is waited for."""
         if self._now < call.begun_at + self.settings.reorder_window and not call.replied:
+            return
+        if len(call.attempts) == 1 and call.replied and call.attempts[0].cseq == call.cseq:
+            call.attempts = ()
             return
         for dialog in _counting(call, self._now):
             if not dialog.answered and dialog.acks:
