@@ -892,6 +892,7 @@ class SipMessage:
     head: str = field(default="", repr=False)
     _partial: bool = False
     _vias: tuple[Via, ...] | None = None
+    _parties: dict[str, Uri | None] = field(default_factory=dict)
 
     @property
     def vias(self) -> tuple[Via, ...]:
@@ -907,6 +908,18 @@ class SipMessage:
                 values[MAX_VIAS - 1 : -1] = []
             self._vias = tuple(map(_parse_via, values)) or (Via("", ""),)
         return self._vias
+
+    def party(self, name: str) -> Uri | None:
+        """The URI of "from" or "to", or the "request-uri"; None where it is no URI."""
+        if name not in self._parties:
+            try:
+                if name == "request-uri":
+                    self._parties[name] = parse_uri(self.request_uri)
+                else:
+                    self._parties[name] = address_uri(self.headers[name][0])
+            except SipError:
+                self._parties[name] = None
+        return self._parties[name]
 
     @property
     def branch(self) -> str:
@@ -1392,16 +1405,16 @@ def as_domains(texts: Iterable[str]) -> tuple[str, ...]:
 
 def in_domains(host: str, domains: Sequence[str]) -> bool:
     """Whether a lower-case host is one of the domains; ``*.example`` stands for its subdomains."""
-    return any(
-        host.endswith(domain[1:]) if domain.startswith("*.") else host == domain
-        for domain in domains
-    )
+    for domain in domains:
+        if host == domain or (domain[:2] == "*." and host.endswith(domain[1:])):
+            return True
+    return False
 
 
 def choose_route(rules: Sequence[Rule], sighting: Sighting) -> Route:
     """The route of the first rule whose conditions hold. The last rule has none."""
     for rule in rules:
-        if all(condition(sighting) for condition in rule.conditions):
+        if not rule.conditions or all(condition(sighting) for condition in rule.conditions):
             return rule.route
     raise ValueError("the last rule must be without conditions")
 
@@ -1432,8 +1445,11 @@ def _former_account(route: Route, settings: Settings, message: SipMessage, calle
             ("p-asserted-identity", local or None),
             ("from", local),
         ]
-    tags = (_source_tag(source, domains, settings, message) for source, domains in sources)
-    return next((tag for tag in tags if tag), "")
+    for source, domains in sources:
+        tag = _source_tag(source, domains, settings, message)
+        if tag:
+            return tag
+    return ""
 
 
 def _source_tag(
@@ -1461,10 +1477,11 @@ def _source_tag(
     return ""
 
 
-def _source_uris(source: str, settings: Settings, message: SipMessage) -> list[Uri]:
-    if source == "request-uri":
-        texts = [message.request_uri]
-    elif source == "history-info":
+def _source_uris(source: str, settings: Settings, message: SipMessage) -> Sequence[Uri]:
+    if source in _ADDRESS_SOURCES:
+        uri = message.party(source)
+        return () if uri is None else (uri,)
+    if source == "history-info":
         name, index = settings.sip_header_history_info, settings.sip_header_history_info_index
         lines = message.header(name) if name else []
         entries = [value for line in lines for value in split_leniently(line)]
@@ -1479,7 +1496,7 @@ def _source_uris(source: str, settings: Settings, message: SipMessage) -> list[U
     uris: list[Uri] = []
     for text in texts:
         try:
-            uris.append(parse_uri(text) if source == "request-uri" else address_uri(text))
+            uris.append(address_uri(text))
         except SipError:
             continue
     # RFC 3325 section 9.1: an asserted identity may be one sip and one tel URI; sip goes first.
@@ -1499,12 +1516,8 @@ def transaction_tag(route: Route, sighting: Sighting) -> str:
 
 def party_text(source: str, message: SipMessage) -> str:
     """The source or the destination of a call: the URI of "from", "to" or "request-uri"."""
-    try:
-        if source == "request-uri":
-            return uri_text(parse_uri(message.request_uri))
-        return uri_text(address_uri(message.header(source)[0]))
-    except SipError:
-        return ""
+    uri = message.party(source)
+    return uri_text(uri) if uri is not None else ""
 
 
 def main_route(settings: Settings) -> Route:
@@ -1766,12 +1779,8 @@ def _in_networks(address: bytes | str, networks: Sequence[_Network]) -> bool:
 
 
 def _host(source: str, message: SipMessage) -> str:
-    try:
-        if source == "request-uri":
-            return parse_uri(message.request_uri).host
-        return address_uri(message.header(source)[0]).host
-    except SipError:
-        return ""
+    uri = message.party(source)
+    return uri.host if uri is not None else ""
 
 
 # Room 8: the call: facts, and a judge
@@ -2108,6 +2117,8 @@ class Call:
         The branch of the lowest Via says which (RFC 3261 17.1.3). Where it is hidden by a proxy on
         the way, the CSeq does, and of several the latest that was not refused.
         """
+        if len(self.attempts) == 1 and self.attempts[0].cseq == cseq:
+            return self.attempts[0]
         same = [attempt for attempt in self.attempts if attempt.cseq == cseq]
         if len(same) < 2:
             return same[0] if same else None
@@ -2581,6 +2592,8 @@ def _is_followed(call: Call, dialog: Dialog, ack: Ack) -> bool:
 
 def _is_void(call: Call, dialog: Dialog, answered: int) -> bool:
     """Rule 14: whether a BYE had ended the early dialog before its answer."""
+    if not dialog.byes:
+        return False
     early = [bye for bye in dialog.byes if bye.seen and bye.time < answered]
     if call.replied:
         return any(200 <= bye.status < 300 for bye in early)
@@ -2672,6 +2685,8 @@ def _judge_byes(
     """Rules 12 and 13: the first BYE of a dialog that was carried out, if that is certain."""
     found: End | None = None
     look = inf
+    if not dialog.byes:
+        return None, inf
     for bye in dialog.byes:
         end, certain = _judge_bye(call, dialog, bye, settings)
         if end is None:
@@ -2700,7 +2715,8 @@ def _judge_bye(
         highest = dialog.highest[not bye.from_caller]
         # Where a CSeq was left out, the BYE that was challenged before may be on its way.
         certain = bye.arrived + settings.reorder_window if 0 < highest < bye.cseq - 1 else -inf
-        return End(_first_try(dialog, bye), "bye"), certain
+        time = bye.time if len(dialog.byes) == 1 else _first_try(dialog, bye)
+        return End(time, "bye"), certain
     if bye.status:
         return None, inf
     if not call.replied:
@@ -3109,7 +3125,7 @@ class CallTable:
         route = choose_route(self.rules, sighting)
         call = self._find_invited(sighting, route)
         if call is None:
-            call = self._create(sighting, message.from_tag)
+            call = self._create(sighting, message.from_tag, TRYING)
         elif call.ended_at:
             return
         if not call.tenant:
@@ -3122,7 +3138,10 @@ class CallTable:
         call.heard = self._now
         if note_invite(call, sighting, route, self.settings, len(self.rules) > 1):
             self._touch(call)
-            self._review(call)
+            if call.dialogs or call.state != TRYING:
+                self._review(call)
+            elif not call.slot:
+                self._queue(call, self._now + self.settings.invite_timeout)
 
     def _find_invited(self, sighting: Sighting, route: Route) -> Call | None:
         """The call that an initial INVITE belongs to (rules 1, 2 and 18), None for a new one."""
@@ -3161,7 +3180,7 @@ class CallTable:
                         call.dialogs += (_turned(dialog, other.from_tag),)
                         call.replied |= other.replied
 
-    def _create(self, sighting: Sighting, from_tag: str) -> Call:
+    def _create(self, sighting: Sighting, from_tag: str, state: str = ORPHAN) -> Call:
         message = sighting.message
         if len(self) >= self.settings.max_calls:
             self._evict(message.time)
@@ -3171,6 +3190,7 @@ class CallTable:
         call = Call(message.call_id, from_tag, self._now)
         call.row = self.next_serial()
         call.sender = sighting.sender
+        call.state = state
         self._add(call)
         return call
 
