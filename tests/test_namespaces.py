@@ -147,9 +147,9 @@ def folder(network: Network, tmp_path_factory: Any) -> Iterator[Path]:
         yield folder
 
 
-def scenario(network: Network, *arguments: str) -> tuple[int, str]:
-    """Run the OpenSIPS tutorial's call from where the proxy is; exit status, what was printed."""
-    file = str(sipservers.SCENARIOS / "test_opensips_call.yaml")
+def scenario(network: Network, name: str, *arguments: str) -> tuple[int, str]:
+    """Run a scenario from where the proxy is; exit status, and what was printed."""
+    file = str(sipservers.SCENARIOS / f"{name}.yaml")
     url = f"http://{API_FOR_CALLER}:8000"
     command = [sys.executable, sipservers.RUN_SCENARIO, file, "-a", url, *arguments]
     done = subprocess.run(
@@ -159,16 +159,26 @@ def scenario(network: Network, *arguments: str) -> tuple[int, str]:
 
 
 def test_calls_through_a_proxy_on_another_address(network: Network, folder: Path) -> None:
-    status, output = scenario(network, "--target", f"{PROXY}:5060")
+    status, output = scenario(network, "test_opensips_call", "--target", f"{PROXY}:5060")
     assert status == 0, output
     (begin,), (end,) = agent_lines(folder, "call_begin"), agent_lines(folder, "call_end")
     assert begin["reason"] == "answer" and begin["call_id"] == end["call_id"]
 
 
+def test_a_cancelled_call_gives_the_proxy_nothing_to_complain_of(
+    network: Network, folder: Path
+) -> None:
+    """The carrier's 487 once had the CANCEL's single Via: "no via found in request"."""
+    status, output = scenario(network, "test_cancelled", "--target", f"{PROXY}:5060")
+    assert status == 0, output
+    assert "ERROR" not in (folder / "proxy.log").read_text(errors="replace")
+
+
 def test_a_recorded_opensips_over_tcp_from_another_address(network: Network, folder: Path) -> None:
     before = len(agent_lines(folder, "call_begin"))
     capture = str(harness.SELECTION / CAPTURE)
-    status, output = scenario(network, "--target", f"{AGENT}:9060", "--replay", capture)
+    where = ("--target", f"{AGENT}:9060", "--replay", capture)
+    status, output = scenario(network, "test_opensips_call", *where)
     assert status == 0, output
     assert len(agent_lines(folder, "call_begin")) == before + 1
 
