@@ -49,6 +49,8 @@ def faults(block: str) -> list[str]:
     routes = {name for name in ("route", "local_route") if re.search(rf"^{name} \{{", code, re.M)}
     if "trace(" in code and "route" in routes and "local_route" not in routes:
         found.append("what the proxy sends itself is not mirrored")
+    if re.search(r'^local_route \{\s*trace\([^)]*"m"', code, re.M) and "onreply_route" not in code:
+        found.append("the answer to the proxy's own BYE is not mirrored")
     for before in re.findall(r'^(.*)trace\([^)]*, "d"', code, re.M | re.S):
         if "create_dialog()" not in before.rpartition("\n}")[2]:
             found.append("scope d without create_dialog() warns at each request")
@@ -75,6 +77,7 @@ def test_no_document_shows_a_fault(path: Path) -> None:
         ('socket=hep_tcp:*:1\nmodparam("", "hep_id", "[a] b:1")\n', "may wait"),
         ('modparam("proto_hep", "hep_max_retries", 32767)\n', "do not start"),
         ('route {\n    trace("tid", "m", "sip");\n}\n', "sends itself"),
+        ('local_route {\n    trace("tid", "m", "sip");\n}\n', "own BYE is not"),
         ('route {\n    trace("tid", "d", "sip");\n}\nlocal_route {\n}\n', "warns"),
     ],
 )
