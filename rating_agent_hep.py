@@ -1852,10 +1852,13 @@ MAX_COPY_VALUES = 512
 MAX_INVITE_COPIES = 64
 # Copies further on whose text is kept, for a nearer copy may have another route.
 MAX_FURTHER = 4
-# Attempts, dialogs, and ACKs or BYEs of a dialog that are remembered: forks and retries are few.
+# Attempts and dialogs of a call that are remembered: retries and forks are few. Each fact that a
+# flood leaves behind takes some 0.3 kB.
 MAX_ATTEMPTS = 16
-MAX_DIALOGS = 32
-MAX_REQUESTS = 16
+MAX_DIALOGS = 16
+# ACKs, or BYEs of one side, of a dialog; and ways of one BYE.
+MAX_REQUESTS = 8
+MAX_WAYS = 4
 
 _CARRIED_OUT = frozenset((*range(200, 300), 408, 481))
 _CHALLENGES = frozenset((401, 407))
@@ -2360,7 +2363,7 @@ def _note_bye(call: Call, bye: SipMessage, now: float) -> int:
     known = fact.seen.get(way)
     if known is not None and known <= bye.time:
         return NOTHING
-    if known is None and len(fact.seen) >= MAX_REQUESTS:
+    if known is None and len(fact.seen) >= MAX_WAYS:
         return NOTHING
     if not fact.seen:
         fact.arrived = now
@@ -2941,7 +2944,7 @@ class CallTable:
         self._due: deque[Call] = deque()
         # What makes room first: calls that are over, and the newest ones.
         self._over: dict[str, deque[Call]] = {ENDED: deque(), FAILED: deque(), ORPHAN: deque()}
-        self._newest: deque[Call] = deque(maxlen=2 * EVICTION_LOOK)
+        self._newest: deque[Call] = deque(maxlen=EVICTION_LOOK)
         # Charged calls by tenant and transaction tag; legs without INVITE by what ties them.
         self._tags: dict[str, dict[str, Call]] = {}
         self._legs: dict[tuple[str, str], list[Call]] = {}
@@ -3166,19 +3169,17 @@ class CallTable:
     def _inherit(self, call: Call) -> None:
         """Take over what was seen before its INVITE: from the callee, or in another tenant."""
         for other in self._calls[call.call_id]:
-            if other is call:
-                continue
-            if other.from_tag == call.from_tag and not other.ended_at and not call.dialogs:
-                call.dialogs = deepcopy(other.dialogs)
-                call.replied |= other.replied
-                for attempt in deepcopy(other.attempts):
-                    attempt.copies, attempt.identity, attempt.further = {}, None, []
-                    call.attempts += (attempt,)
-            elif not other.tenant:
+            if not other.tenant:
                 for dialog in other.dialogs:
                     if dialog.to_tag == call.from_tag:
                         call.dialogs += (_turned(dialog, other.from_tag),)
                         call.replied |= other.replied
+            elif other.tenant != call.tenant and other.from_tag == call.from_tag:
+                call.dialogs, call.replied = deepcopy(other.dialogs), other.replied
+                call.attempts = deepcopy(other.attempts)
+                for attempt in call.attempts:
+                    attempt.copies, attempt.identity, attempt.further = {}, None, []
+                return
 
     def _create(self, sighting: Sighting, from_tag: str, state: str = ORPHAN) -> Call:
         message = sighting.message
@@ -3526,21 +3527,23 @@ class CallTable:
         them, gives up its own before those of others; and an answered call of a sender with more
         than half of all goes before what others let ring.
         """
-        for state, calls in self._over.items():
-            while calls:
-                over = calls.popleft()
-                if over.slot >= 0 and over.state == state:
-                    self._evict_call(over, time)
-                    return
-        sample = [*self._oldest(), *islice(self._live(self._newest), EVICTION_LOOK)]
-        ringing = [call for call in sample if call.state == TRYING]
-        answered = [call for call in sample if call.state == ANSWERED]
-        call: Call | None = max(ringing, key=self._excess, default=None)
+        sample = [*self._oldest(), *reversed(self._newest)]
+        sample = [call for call in sample if call.slot > 0]
+        unanswered = (call for call in sample if call.state != ANSWERED)
+        call = max((*self._over_first(), *unanswered), key=self._excess, default=None)
         most = self.settings.max_calls / 2
-        if call is None or (self._share(call) <= most):
+        if call is None or (call.state == TRYING and self._share(call) <= most):
+            answered = [call for call in sample if call.state == ANSWERED]
             large = (other for other in reversed(answered) if self._share(other) > most)
             call = next(large, call) or answered[0]
         self._evict_call(call, time)
+
+    def _over_first(self) -> Iterator[Call]:
+        """The call that was over first, of each state that is."""
+        for state, calls in self._over.items():
+            while calls and (calls[0].slot <= 0 or calls[0].state != state):
+                calls.popleft()
+            yield from islice(calls, 1)
 
     def _evict_call(self, call: Call, time: int) -> None:
         self.count(f"calls.evicted.{call.state}")
@@ -3549,13 +3552,10 @@ class CallTable:
             self._end(call, End(max(time, last, call.begun), "evicted"))
         self._leave(call)
 
-    def _live(self, calls: Iterable[Call]) -> Iterator[Call]:
-        return (call for call in calls if call.slot > 0)
-
     def _oldest(self) -> Iterator[Call]:
         """Calls that were looked at least recently, or so: those that are due next."""
         entries = (call for slot in sorted(self._order)[:4] for call in self._slots[slot])
-        return self._live(islice(entries, EVICTION_LOOK))
+        return islice(entries, EVICTION_LOOK)
 
     def _excess(self, call: Call) -> int:
         """How many more calls its sender has that nobody answered than others, 0 at least."""
