@@ -2996,7 +2996,7 @@ class CallTable:
         budget = 10 * MAX_EXPIRED_PER_TICK
         while self._due and budget > 0:
             call = self._due.popleft()
-            if call.slot == 0 or call.slot > slot:
+            if call.slot <= 0 or call.slot > slot:
                 continue
             call.slot = 0
             budget -= 1
