@@ -2572,7 +2572,10 @@ def _read_ack(call: Call, ack: Ack, attempts: list[Attempt]) -> tuple[Attempt | 
             return attempt, "doubtful" if 0 < attempt.cancelled < ack.time else "answer"
     attempt = call.attempt_of(ack.cseq, ack.lowest) or same[-1]
     copies = attempt.copies.items()
-    if 0 < attempt.cancelled < ack.time or any(ack.uri in uris for _, (uris, _) in copies):
+    # The copy that a proxy sent to the callee's Contact has the URI of an ACK to a 2xx.
+    own = [uris for uris, below in attempt.copies.values() if not below]
+    uris = own or [uris for uris, _ in attempt.copies.values()]
+    if 0 < attempt.cancelled < ack.time or any(ack.uri in known for known in uris):
         return attempt, "doubtful"
     known = any(ack.lowest == branch or ack.lowest in below for branch, (_, below) in copies)
     return attempt, "answer" if not known and ack.sent_by == attempt.caller else "answer later"
