@@ -2091,6 +2091,9 @@ class Call:
         """Whether a message has the caller's tag; tags swap with the direction (12.2)."""
         if message.from_tag == self.from_tag:
             return True
+        if self.state == ORPHAN:
+            # Who called is not known yet.
+            return False
         in_dialog = message.cseq_method not in ("ACK", "CANCEL") and message.to_tag != ""
         return in_dialog and message.to_tag == self.from_tag
 
@@ -2889,18 +2892,21 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
     return call
 
 
-def _turned(dialog: Dialog, to_tag: str) -> Dialog:
-    """A dialog of an orphan whose first message came from the callee, with the sides exchanged."""
-    turned = deepcopy(dialog)
-    turned.to_tag = to_tag
-    turned.highest = (dialog.highest[1], dialog.highest[0])
-    for bye in turned.byes:
-        bye.from_caller = not bye.from_caller
-        if bye.seen and not bye.from_caller:
-            turned.confirmed = max(turned.confirmed, bye.time)
-    if turned.highest[1]:
-        turned.confirmed = max(turned.confirmed, turned.alive)
-    return turned
+def _add_turned(dialog: Dialog, seen: Dialog) -> None:
+    """Add what was seen of the callee's requests before the INVITE, when it was taken for a caller."""
+    byes = deepcopy(seen.byes)
+    for bye in byes:
+        bye.from_caller = False
+        dialog.confirmed = max(dialog.confirmed, *bye.seen.values(), 0)
+    dialog.byes += byes
+    dialog.highest = (dialog.highest[0], max(dialog.highest[1], seen.highest[0]))
+    if seen.highest[0]:
+        dialog.confirmed = max(dialog.confirmed, seen.alive)
+    dialog.alive = max(dialog.alive, seen.alive)
+    if seen.refreshed > dialog.refreshed:
+        dialog.refreshed, dialog.refreshed_at = seen.refreshed, seen.refreshed_at
+    if seen.agreed > dialog.agreed:
+        dialog.session, dialog.agreed = seen.session, seen.agreed
 
 
 def _set(made: Any, names: Sequence[str], values: Sequence[Any]) -> Any:
@@ -3175,7 +3181,7 @@ class CallTable:
             if not other.tenant:
                 for dialog in other.dialogs:
                     if dialog.to_tag == call.from_tag:
-                        call.dialogs += (_turned(dialog, other.from_tag),)
+                        _add_turned(call.dialog(other.from_tag), dialog)
                         call.replied |= other.replied
             elif other.tenant != call.tenant and other.from_tag == call.from_tag:
                 call.dialogs, call.replied = deepcopy(other.dialogs), other.replied
