@@ -27,12 +27,12 @@ class Core:
     """A call table whose clock is that of the packets; `events` is what it reported.
 
     `unix` is UNIX time at the beginning of the recording. With `restart` the agent is stopped and
-    started again after each message and each tick that changed something: only what `pack_call`
+    started again at each so many messages and ticks that changed something: only what `pack_call`
     wrote is left.
     """
 
     def __init__(
-        self, settings: agent.Settings, routes: str = "", unix: float = 0.0, restart: bool = False
+        self, settings: agent.Settings, routes: str = "", unix: float = 0.0, restart: int = 0
     ) -> None:
         self.settings = settings
         self.table = agent.CallTable(settings, agent.parse_routes(routes, "routes.yaml", settings))
@@ -40,6 +40,7 @@ class Core:
         self.now = START
         self._offset = unix - START
         self._restart = restart
+        self._changes = 0
         self._kept: dict[int, str] = {}
         if restart:
             self.table.changed = {}
@@ -86,11 +87,15 @@ class Core:
         changed = self.table.changed
         if not self._restart or not changed:
             return
+        self._changes += 1
         for row, call in changed.items():
             if call is None:
                 self._kept.pop(row, None)
             else:
                 self._kept[row] = agent.pack_call(call, self._offset)
+        changed.clear()
+        if self._changes % self._restart:
+            return
         serial, rules = self.table.next_serial(), self.table.rules
         self.table = agent.CallTable(self.settings, rules)
         self.table.restore(self._kept.items(), serial, self.now, self._offset)

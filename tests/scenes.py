@@ -30,6 +30,7 @@ Options:
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 import hepbuild
 from pure import Arrival
@@ -119,22 +120,43 @@ class Line:
             b"Max-Forwards: 70", f"Max-Forwards: {self.get('mf', '70')}".encode()
         )
 
-    def arrival(self) -> Arrival:
-        """The message as a HEP packet."""
+    def arrival(self, payload: bytes = b"", **options: Any) -> Arrival:
+        """The message as a HEP packet; `options` are those of `hepbuild.hep3`."""
         ends = (CALLEE if self.callee else CALLER), PROXY
         if "hop" in self.options:
             ends = PROXY, (CALLER if self.callee else CALLEE)
         if self.status:
             ends = ends[1], ends[0]
-        frame = hepbuild.hep3(
-            self.payload(),
-            src=ends[0],
-            dst=ends[1],
-            time_us=self.stamp,
-            capture_id=int(self.get("cap", "1")),
-            correlation_id=self.options.get("corr"),
-        )
+        usual = {
+            "src": ends[0],
+            "dst": ends[1],
+            "time_us": self.stamp,
+            "capture_id": int(self.get("cap", "1")),
+            "correlation_id": self.options.get("corr"),
+        }
+        frame = hepbuild.hep3(payload or self.payload(), **{**usual, **options})
         return Arrival(self.time, frame)
+
+    def old_arrival(self) -> Arrival:
+        """The same as HEP2, without padding."""
+        usual = {"time_us": self.stamp, "capture_id": int(self.get("cap", "1")), "padded": False}
+        return Arrival(self.time, hepbuild.hep2(self.payload(), **usual))
+
+    def beyond(self, later: float = 0.005) -> Line:
+        """The same on the other side of the proxy: one Via more, a little later or earlier."""
+        copy = Line(f"{self.time} {self.what}")
+        copy.options, copy.headers = {**self.options, "hop": "p"}, self.headers
+        if not self.status:
+            copy.time += later
+            copy.options["seen"] = str(float(self.get("seen", str(self.time))) + later)
+        return copy
+
+    def forwarded(self, later: float = 0.005) -> Line:
+        """The same message some time later."""
+        copy = Line(f"{self.time + later} {self.what}")
+        copy.options, copy.headers = dict(self.options), self.headers
+        copy.options["seen"] = str(float(self.get("seen", str(self.time))) + later)
+        return copy
 
 
 def read(text: str) -> list[Line]:
@@ -142,6 +164,11 @@ def read(text: str) -> list[Line]:
     return [Line(line) for line in text.strip().splitlines() if line.strip()]
 
 
+def messages(text: str) -> list[Line]:
+    """The lines of a scene that are messages."""
+    return [line for line in read(text) if line.what != "-"]
+
+
 def arrivals(lines: list[Line]) -> list[Arrival]:
     """The packets of a scene."""
-    return [line.arrival() for line in lines if line.what != "-"]
+    return [line.arrival() for line in lines]
