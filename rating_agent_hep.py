@@ -2091,6 +2091,9 @@ class Call:
         """Whether a message has the caller's tag; tags swap with the direction (12.2)."""
         if message.from_tag == self.from_tag:
             return True
+        if self.state == ORPHAN:
+            # Who called is not known yet.
+            return False
         in_dialog = message.cseq_method not in ("ACK", "CANCEL") and message.to_tag != ""
         return in_dialog and message.to_tag == self.from_tag
 
@@ -2488,6 +2491,9 @@ def _judge_orphan(call: Call, now: float, settings: Settings, closing: bool) -> 
             end, look = min(filter(None, (end, found)), default=None), min(look, later)
         if look < inf:
             gone = max(gone, look)
+        if now < call.heard + settings.reorder_window and not closing:
+            # Only then is it clear whether the mirror shows answers.
+            end = None
     return Verdict(ORPHAN, None, end, min(look, gone), now >= gone)
 
 
@@ -2572,7 +2578,10 @@ def _read_ack(call: Call, ack: Ack, attempts: list[Attempt]) -> tuple[Attempt | 
             return attempt, "doubtful" if 0 < attempt.cancelled < ack.time else "answer"
     attempt = call.attempt_of(ack.cseq, ack.lowest) or same[-1]
     copies = attempt.copies.items()
-    if 0 < attempt.cancelled < ack.time or any(ack.uri in uris for _, (uris, _) in copies):
+    # The copy that a proxy sent to the callee's Contact has the URI of an ACK to a 2xx.
+    own = [uris for uris, below in attempt.copies.values() if not below]
+    uris = own or [uris for uris, _ in attempt.copies.values()]
+    if 0 < attempt.cancelled < ack.time or any(ack.uri in known for known in uris):
         return attempt, "doubtful"
     known = any(ack.lowest == branch or ack.lowest in below for branch, (_, below) in copies)
     return attempt, "answer" if not known and ack.sent_by == attempt.caller else "answer later"
@@ -2705,19 +2714,21 @@ def _judge_bye(
     call: Call, dialog: Dialog, bye: Bye, settings: Settings
 ) -> tuple[End | None, float]:
     """What one BYE says, and from when on that is certain; None where it was not carried out."""
+    confirmed = 200 <= bye.status < 300
+    # Of a dialog that nobody saw begin, only a callee that knows it can confirm the end.
+    carried_out = bye.status in _CARRIED_OUT if call.begun_at else confirmed
     if not bye.seen:
-        if bye.status in _CARRIED_OUT:
+        if carried_out:
             return End(bye.reply_time, "bye_reply"), bye.replied_at + settings.reorder_window
         return None, inf
     out_of_order = bye.cseq < dialog.highest[not bye.from_caller]
-    confirmed = 200 <= bye.status < 300
     # Before the answer it ended an early dialog, or nothing (rule 14).
     if bye.time < dialog.answered and bye.arrived < call.begun_at and not confirmed:
         return None, inf
-    if confirmed or (bye.status in _CARRIED_OUT and not out_of_order):
+    if confirmed or (carried_out and not out_of_order):
         highest = dialog.highest[not bye.from_caller]
         # Where a CSeq was left out, the BYE that was challenged before may be on its way.
-        certain = bye.arrived + settings.reorder_window if 0 < highest < bye.cseq - 1 else -inf
+        certain = bye.arrived + settings.reorder_window if highest < bye.cseq - 1 else -inf
         time = bye.time if len(dialog.byes) == 1 else _first_try(dialog, bye)
         return End(time, "bye"), certain
     if bye.status:
@@ -2886,18 +2897,21 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
     return call
 
 
-def _turned(dialog: Dialog, to_tag: str) -> Dialog:
-    """A dialog of an orphan whose first message came from the callee, with the sides exchanged."""
-    turned = deepcopy(dialog)
-    turned.to_tag = to_tag
-    turned.highest = (dialog.highest[1], dialog.highest[0])
-    for bye in turned.byes:
-        bye.from_caller = not bye.from_caller
-        if bye.seen and not bye.from_caller:
-            turned.confirmed = max(turned.confirmed, bye.time)
-    if turned.highest[1]:
-        turned.confirmed = max(turned.confirmed, turned.alive)
-    return turned
+def _add_turned(dialog: Dialog, seen: Dialog) -> None:
+    """Add what was seen of the callee before the INVITE, when it was taken for a caller."""
+    byes = deepcopy(seen.byes)
+    for bye in byes:
+        bye.from_caller = False
+        dialog.confirmed = max(dialog.confirmed, *bye.seen.values(), 0)
+    dialog.byes += byes
+    dialog.highest = (dialog.highest[0], max(dialog.highest[1], seen.highest[0]))
+    if seen.highest[0]:
+        dialog.confirmed = max(dialog.confirmed, seen.alive)
+    dialog.alive = max(dialog.alive, seen.alive)
+    if seen.refreshed > dialog.refreshed:
+        dialog.refreshed, dialog.refreshed_at = seen.refreshed, seen.refreshed_at
+    if seen.agreed > dialog.agreed:
+        dialog.session, dialog.agreed = seen.session, seen.agreed
 
 
 def _set(made: Any, names: Sequence[str], values: Sequence[Any]) -> Any:
@@ -2948,7 +2962,7 @@ class CallTable:
         # Charged calls by tenant and transaction tag; legs without INVITE by what ties them.
         self._tags: dict[str, dict[str, Call]] = {}
         self._legs: dict[tuple[str, str], list[Call]] = {}
-        # Calls by From tag, or how many there are: a proxy that hides topology changes the Call-ID.
+        # Running calls by From tag, or how many there are: see `_tie_tags`.
         self._from_tags: dict[str, Call | int] = {}
 
     def __len__(self) -> int:
@@ -3047,6 +3061,8 @@ class CallTable:
             for dialog in call.dialogs:
                 dialog.refreshed_at = now
             self._add(call)
+            if call.begun_at and not call.ended_at:
+                self._index(call)
             if call.identity and call.charged:
                 tags = self._tags.setdefault(call.identity.route.tenant, {})
                 tags[call.identity.transaction_tag] = call
@@ -3093,6 +3109,25 @@ class CallTable:
         call.ties = tuple({(x.tenant, transaction_tag(x, sighting)): None for x in routes})
         for tie in call.ties:
             self._legs.setdefault(tie, []).append(call)
+            running = self._tags.get(tie[0], {}).get(tie[1])
+            call.replied |= running is not None and running.replied
+
+    def _tie_tags(self, call: Call) -> bool:
+        """Whether an orphan has both tags of a running call, by which it is tied from now on.
+
+        A proxy that hides topology changes the Call-ID and leaves the tags as they are (rule 17).
+        """
+        for dialog in call.dialogs:
+            for ours, theirs in ((call.from_tag, dialog.to_tag), (dialog.to_tag, call.from_tag)):
+                running = self._from_tags.get(ours)
+                if call.ties or min(len(ours), len(theirs)) < MIN_TAG or not dialog.byes:
+                    continue
+                if isinstance(running, Call) and running.find_dialog(theirs):
+                    call.ties = (("", ours),)
+                    self._legs.setdefault(call.ties[0], []).append(call)
+                    call.replied |= running.replied
+                    return True
+        return False
 
     def _split(self, call: Call, message: SipMessage) -> Call:
         """Where another attempt of a call that was begun is answered, that is another call.
@@ -3172,7 +3207,7 @@ class CallTable:
             if not other.tenant:
                 for dialog in other.dialogs:
                     if dialog.to_tag == call.from_tag:
-                        call.dialogs += (_turned(dialog, other.from_tag),)
+                        _add_turned(call.dialog(other.from_tag), dialog)
                         call.replied |= other.replied
             elif other.tenant != call.tenant and other.from_tag == call.from_tag:
                 call.dialogs, call.replied = deepcopy(other.dialogs), other.replied
@@ -3202,6 +3237,8 @@ class CallTable:
         self._newest.append(call)
         if call.state in self._over:
             self._over[call.state].append(call)
+
+    def _index(self, call: Call) -> None:
         known = self._from_tags.get(call.from_tag)
         count = known + 1 if isinstance(known, int) else 2
         self._from_tags[call.from_tag] = call if known is None else count
@@ -3249,6 +3286,8 @@ class CallTable:
         if call.slot < 0:
             return
         verdict = judge(call, self._now, self.settings, closing)
+        if verdict.over and verdict.state == ORPHAN and self._tie_tags(call):
+            verdict = judge(call, self._now, self.settings, closing)
         if verdict.begin is not None:
             self._begin(call, verdict.begin)
             verdict = judge(call, self._now, self.settings, closing)
@@ -3346,31 +3385,12 @@ class CallTable:
                 self._legs[tie] = legs
             else:
                 del self._legs[tie]
-        known = self._from_tags[call.from_tag]
-        if isinstance(known, int) and known > 1:
-            self._from_tags[call.from_tag] = known - 1
-        else:
-            del self._from_tags[call.from_tag]
         if self.changed is not None:
             self.changed[call.row] = None
 
     def _tell_orphan(self, call: Call) -> None:
         """Rule 19: the reorder window is over and no INVITE came."""
         byes = [bye for dialog in call.dialogs for bye in dialog.byes if bye.seen]
-        if byes and not call.ended:
-            # A proxy that hides topology leaves the tags as they are.
-            for dialog in call.dialogs:
-                end = _judge_byes(call, dialog, self._now, self.settings, True)[0]
-                for ours, theirs in (
-                    (call.from_tag, dialog.to_tag),
-                    (dialog.to_tag, call.from_tag),
-                ):
-                    running = self._from_tags.get(ours)
-                    if end is None or min(len(ours), len(theirs)) < MIN_TAG:
-                        continue
-                    if isinstance(running, Call) and running.find_dialog(theirs):
-                        call.ended = end.time
-                        self._tie(running, end.time)
         if call.ended:
             return
         self.count("calls.orphaned" if byes else "messages.orphaned")
@@ -3393,6 +3413,7 @@ class CallTable:
         call.begun, call.begun_at = begin.time, self._now
         self._count_sender(call, 1)
         call.cseq, call.branch = begin.attempt.cseq, begin.attempt.branch
+        self._index(call)
         dialog = begin.dialog
         if not dialog.answered:
             dialog.answered = dialog.repeated = dialog.acked = begin.time
@@ -3448,6 +3469,9 @@ class CallTable:
     def _end(self, call: Call, end: End) -> None:
         call.ended, call.ended_at, call.reason = end.time, self._now, end.reason
         self._touch(call)
+        known = self._from_tags.pop(call.from_tag)
+        if isinstance(known, int) and known > 1:
+            self._from_tags[call.from_tag] = known - 1
         identity = call.identity
         assert identity is not None
         call.attempts = ()
@@ -3473,8 +3497,8 @@ class CallTable:
     def _end_tied(self, leg: Call, time: int) -> None:
         """A leg whose INVITE was not seen ends the calls that it is tied to (rule 17)."""
         for tenant, tag in leg.ties:
-            call = self._tags.get(tenant, {}).get(tag)
-            if call is not None:
+            call = self._tags.get(tenant, {}).get(tag) if tenant else self._from_tags.get(tag)
+            if isinstance(call, Call):
                 self._tie(call, time)
 
     def _tie(self, call: Call, time: int) -> None:
