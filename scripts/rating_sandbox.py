@@ -770,17 +770,16 @@ _LIST_ARGUMENTS = """sortField: String = "id", sortOrder: String = "asc",
 _ANSWER_FIELDS = """tenant: ID transaction_tag: String! account_tag: String
   destination_account_tag: String"""
 # BigInt goes through graphql-core as any literal, and `Sandbox.upsert` looks at its kind and range:
-# GraphQL's own Int ends at 32 bits, which a balance in cents or less does not.
+# GraphQL's own Int ends at 32 bits, which a balance does not.
 SCHEMA = build_schema(f"""
 scalar BigInt
 scalar DateTime
 enum AccountType {{ PREPAID POSTPAID }}
-enum CarrierProtocol {{ UDP TCP TLS }}
-enum Currency {{ AUD BRL CAD CHF CNY CZK DKK EUR GBP HKD HUF INR JPY KRW MXN NOK NZD PLN RON SEK
-  SGD TRY USD ZAR }}
+enum CarrierProtocol {{ UDP TCP }}
+enum PricelistCurrency {{ EUR USD }}
 type DestinationRate {{
   pricelist_tag: String carrier_tag: String prefix: String description: String
-  rate: BigInt rate_increment: BigInt connect_fee: BigInt interval_start: BigInt
+  rate: Int rate_increment: Int connect_fee: Int interval_start: Int
 }}
 type RunningTransaction {{
   transaction_tag: String! source: String source_ip: String destination: String carrier_ip: String
@@ -838,10 +837,10 @@ type Mutation {{
   upsertCarrier(tenant: ID! = "default", carrier_tag: String!, host: String, port: Int,
     protocol: CarrierProtocol, active: Boolean = true): Stored
   upsertPricelist(tenant: ID! = "default", pricelist_tag: String!, name: String,
-    currency: Currency): Stored
+    currency: PricelistCurrency): Stored
   upsertPricelistRate(tenant: ID! = "default", pricelist_tag: String!, carrier_tag: String!,
-    prefix: String!, active: Boolean = true, description: String, rate: BigInt,
-    rate_increment: BigInt, connect_fee: BigInt, interval_start: BigInt): Stored
+    prefix: String!, active: Boolean = true, description: String, rate: Int,
+    rate_increment: Int, connect_fee: Int, interval_start: Int): Stored
 }}
 """)
 

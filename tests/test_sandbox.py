@@ -758,9 +758,9 @@ def rated(server: Server) -> str:
     for pricelist, carrier, prefix, active, numbers in RATES:
         server.graphql(
             """mutation($t: ID!, $p: String!, $c: String!, $x: String!, $a: Boolean,
-              $r: BigInt, $i: BigInt, $f: BigInt, $s: BigInt) {
+              $r: Int, $i: Int, $f: Int, $s: Int) {
               upsertPricelist(tenant: $t, pricelist_tag: $p) {id}
-              upsertCarrier(tenant: $t, carrier_tag: $c, protocol: TLS, host: $c, port: 5061) {id}
+              upsertCarrier(tenant: $t, carrier_tag: $c, protocol: TCP, host: $c, port: 5061) {id}
               upsertPricelistRate(tenant: $t, pricelist_tag: $p, carrier_tag: $c, prefix: $x,
                 active: $a, description: "d", rate: $r, rate_increment: $i, connect_fee: $f,
                 interval_start: $s) {id} }""",
@@ -840,7 +840,7 @@ def test_the_carriers_of_an_account_are_those_that_rate_its_calls(
 def test_the_rate_is_that_of_the_begin(server: Server, tenant: str) -> None:
     def price(rate: int) -> None:
         server.graphql(
-            """mutation($t: ID!, $r: BigInt) { upsertPricelistRate(tenant: $t, pricelist_tag: "p",
+            """mutation($t: ID!, $r: Int) { upsertPricelistRate(tenant: $t, pricelist_tag: "p",
               carrier_tag: "c", prefix: "sip:49", rate: $r) {id} }""",
             **{"t": tenant, "r": rate},
         )
@@ -1112,7 +1112,7 @@ def test_authorization(
     assert status == 200 and "ok" not in answer
     assert (answer["authorized"], answer["unauthorized_reason"]) == (reason is None, reason)
     assert answer["max_available_units"] == seconds
-    assert answer["carriers"][:1] == ([] if reason else ["TLS:c:5061"])
+    assert answer["carriers"][:1] == ([] if reason else ["TCP:c:5061"])
     found = server.graphql(
         """query($t: ID!, $c: String!) {
           allTransactions(filter: {tenant: $t, transaction_tag: $c}) {authorized} }""",
@@ -1148,7 +1148,7 @@ def test_the_carriers_are_the_cheapest_first(server: Server, rated: str) -> None
     server.graphql(query, t=rated)
     body = {"tenant": rated, "transaction_tag": "routed", "account_tag": "routed"}
     answer = server.post("/v1/authorization", {**body, "destination": "sip:44@x"})[1]
-    assert answer["carriers"] == ["TLS:cheap:5061", "TLS:dear:5061"]
+    assert answer["carriers"] == ["TCP:cheap:5061", "TCP:dear:5061"]
 
 
 def test_the_page_lists_calls_and_escapes_what_came_from_the_network(
