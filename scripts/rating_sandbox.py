@@ -898,39 +898,80 @@ def _conditions(table: str, given: Mapping[str, Any] | None) -> list[tuple[str, 
     return where
 
 
-def _roots(sandbox: Sandbox, clock: Callable[[], float]) -> dict[str, Callable[..., Any]]:
-    """Return the resolver of each field of Query and Mutation, by name.
+class GraphQL:
+    """Answers GraphQL documents from a sandbox.
 
     A row may hold functions as well, for what is rarely asked for; see `_resolve`.
     """
 
-    def running(account: Row, _info: Any) -> list[Row]:
+    def __init__(self, sandbox: Sandbox, clock: Callable[[], float]) -> None:
+        self._sandbox = sandbox
+        self._clock = clock
+        self._fields: dict[str, Callable[..., Any]] = {
+            "version": lambda _info: 1,
+            "Account": partial(self._get, "account"),
+            "allAccounts": partial(self._list, "account"),
+            "_allAccountsMeta": partial(self._meta, "account"),
+            "Transaction": partial(self._get, "record"),
+            "allTransactions": partial(self._list, "record"),
+            "_allTransactionsMeta": partial(self._meta, "record"),
+            "beginTransaction": partial(self._agent, "begin_transaction"),
+            "endTransaction": partial(self._agent, "end_transaction"),
+            "rollbackTransaction": partial(self._agent, "rollback_transaction"),
+            "recordTransaction": partial(self._agent, "record_transaction"),
+            "authorization": partial(self._agent, "authorization"),
+            "upsertAccount": partial(self._upsert, "account"),
+            "upsertCarrier": partial(self._upsert, "carrier"),
+            "upsertPricelist": partial(self._upsert, "pricelist"),
+            "upsertPricelistRate": partial(self._upsert, "rate"),
+        }
+
+    def answer(self, query: str, variables: object, name: object) -> tuple[bool, Row]:
+        """Return whether all went well, and the body of the answer, done in part or not."""
+        document = _prepare(query)
+        if isinstance(document, list):
+            return False, {"data": None, "errors": [error.formatted for error in document]}
+        context: Row = {}  # an agent's mutation sets "agent"
+        result = execute_sync(
+            SCHEMA,
+            document,
+            root_value=self._fields,
+            field_resolver=_resolve,
+            context_value=context,
+            variable_values=variables if isinstance(variables, dict) else None,
+            operation_name=name if isinstance(name, str) else None,
+        )
+        if result.errors:
+            errors = [error.formatted for error in result.errors]
+            return False, {"data": result.data, "errors": errors}
+        # The agent service, not the storage service, says besides that there are no errors.
+        return True, {"data": result.data, **({"errors": None} if context else {})}
+
+    def _running(self, account: Row, _info: Any) -> list[Row]:
         where = [("tenant = ?", account["tenant"]), ("account_tag = ?", account["account_tag"])]
-        rows = sandbox.find("running", where, "number")
+        rows = self._sandbox.find("running", where, "number")
         return [{**row, "in_progress": True, "timestamp_end": None} for row in rows]
 
-    def with_running(account: Row) -> Row:
-        return {**account, "running_transactions": partial(running, account)}
+    def _complete(self, table: str, row: Row) -> Row:
+        """Return an account with its running transactions, or a record with its account."""
+        if table == "account":
+            return {**row, "running_transactions": partial(self._running, row)}
+        where = [("tenant = ?", row["tenant"]), ("account_tag = ?", row["account_tag"])]
+        return {**row, "primary": True, "account": lambda _info: self._one("account", where)}
 
-    def one(table: str, where: list[tuple[str, Any]]) -> Row | None:
-        rows = sandbox.find(table, where, limit=1)
-        if not rows:
-            return None
-        return with_running(rows[0]) if table == "account" else with_account(rows[0])
+    def _one(self, table: str, where: list[tuple[str, Any]]) -> Row | None:
+        rows = self._sandbox.find(table, where, limit=1)
+        return self._complete(table, rows[0]) if rows else None
 
-    def with_account(record: Row) -> Row:
-        where = [("tenant = ?", record["tenant"]), ("account_tag = ?", record["account_tag"])]
-        return {**record, "primary": True, "account": lambda _info: one("account", where)}
-
-    def get(table: str, _info: Any, id: str | None = None, **tags: str | None) -> Row | None:
+    def _get(self, table: str, _info: Any, id: str | None = None, **tags: str | None) -> Row | None:
         if id is not None:
-            return one(table, [("id = ?", id)])
+            return self._one(table, [("id = ?", id)])
         wanted = ["tenant", "account_tag", *(["transaction_tag"] if table == "record" else [])]
         if any(tags.get(name) is None for name in wanted):
             raise GraphQLError(f"Provide either the id or {', '.join(wanted)}.")
-        return one(table, [(f"{name} = ?", tags[name]) for name in wanted])
+        return self._one(table, [(f"{name} = ?", tags[name]) for name in wanted])
 
-    def listing(table: str, _info: Any, **given: Any) -> list[Row]:
+    def _list(self, table: str, _info: Any, **given: Any) -> list[Row]:
         page, size, field = given["page"], given["perPage"], given["sortField"]
         if page < 0 or not 1 <= size <= MAX_PAGE:
             raise GraphQLError(f"page must be 0 or more, perPage 1 to {MAX_PAGE}.")
@@ -938,13 +979,13 @@ def _roots(sandbox: Sandbox, clock: Callable[[], float]) -> dict[str, Callable[.
             raise GraphQLError(f"sortField is one of {', '.join(_SORTABLE[table])}, asc or desc.")
         where = _conditions(table, given.get("filter"))
         descending = given["sortOrder"].lower() == "desc"
-        rows = sandbox.find(table, where, field, descending, size, page * size)
-        return [with_running(row) if table == "account" else with_account(row) for row in rows]
+        rows = self._sandbox.find(table, where, field, descending, size, page * size)
+        return [self._complete(table, row) for row in rows]
 
-    def meta(table: str, _info: Any, **given: Any) -> Row:
-        return {"count": sandbox.count(table, _conditions(table, given.get("filter")))}
+    def _meta(self, table: str, _info: Any, **given: Any) -> Row:
+        return {"count": self._sandbox.count(table, _conditions(table, given.get("filter")))}
 
-    def agent(operation: str, info: Any, **arguments: Any) -> Row:
+    def _agent(self, operation: str, info: Any, **arguments: Any) -> Row:
         info.context["agent"] = True
         # A null is like nothing here, for the tenant too.
         given = {name: value for name, value in arguments.items() if value is not None}
@@ -952,30 +993,11 @@ def _roots(sandbox: Sandbox, clock: Callable[[], float]) -> dict[str, Callable[.
             request = read_request(operation, given)
         except Refused as error:
             raise GraphQLError(str(error)) from None
-        return carry_out(sandbox, operation, request, clock())
+        return carry_out(self._sandbox, operation, request, self._clock())
 
-    def upsert(table: str, _info: Any, **arguments: Any) -> Row | None:
-        identity = sandbox.upsert(table, arguments)
-        return one("account", [("id = ?", identity)]) if table == "account" else {"id": identity}
-
-    return {
-        "version": lambda _info: 1,
-        "Account": partial(get, "account"),
-        "allAccounts": partial(listing, "account"),
-        "_allAccountsMeta": partial(meta, "account"),
-        "Transaction": partial(get, "record"),
-        "allTransactions": partial(listing, "record"),
-        "_allTransactionsMeta": partial(meta, "record"),
-        "beginTransaction": partial(agent, "begin_transaction"),
-        "endTransaction": partial(agent, "end_transaction"),
-        "rollbackTransaction": partial(agent, "rollback_transaction"),
-        "recordTransaction": partial(agent, "record_transaction"),
-        "authorization": partial(agent, "authorization"),
-        "upsertAccount": partial(upsert, "account"),
-        "upsertCarrier": partial(upsert, "carrier"),
-        "upsertPricelist": partial(upsert, "pricelist"),
-        "upsertPricelistRate": partial(upsert, "rate"),
-    }
+    def _upsert(self, table: str, _info: Any, **arguments: Any) -> Row | None:
+        identity = self._sandbox.upsert(table, arguments)
+        return self._one(table, [("id = ?", identity)]) if table == "account" else {"id": identity}
 
 
 def _resolve(parent: Row, info: Any, /, **arguments: Any) -> Any:
@@ -1048,21 +1070,10 @@ class HttpError(Exception):
 
 
 Answered = tuple[str, str, bytes]  # status line, content type, body
-Application = Callable[[dict[str, Any], Callable[..., Any]], list[bytes]]
 
 
 def _json(value: object, status: str = "200 OK") -> Answered:
     return status, "application/json", json.dumps(value, separators=(",", ":")).encode()
-
-
-def _graphql_answer(
-    data: object, errors: list[GraphQLError] | None, null_errors: bool = False
-) -> Answered:
-    """Return an answer of GraphQL. Of success the agent service says `"errors": null` besides."""
-    if errors:
-        formatted = [error.formatted for error in errors]
-        return _json({"data": data, "errors": formatted}, "400 Bad Request")
-    return _json({"data": data, "errors": None} if null_errors else {"data": data})
 
 
 def _read_json(environ: dict[str, Any]) -> Any:
@@ -1080,77 +1091,32 @@ def _read_json(environ: dict[str, Any]) -> Any:
         raise HttpError("400 Bad Request", "There was an error parsing the body") from None
 
 
-def make_app(
-    sandbox: Sandbox, token: str = "", clock: Callable[[], float] = time.time
-) -> Application:
-    """Return the WSGI application for a sandbox.
+class App:
+    """The WSGI application for a sandbox."""
 
-    With a token each request but `GET /status` must carry `Authorization: Bearer <token>`.
-    `clock` gives the time of a request that names none, in seconds since 1970.
-    """
-    roots = _roots(sandbox, clock)
-    expected = f"Bearer {token}".encode()
+    def __init__(
+        self, sandbox: Sandbox, token: str = "", clock: Callable[[], float] = time.time
+    ) -> None:
+        """With a token each request but `GET /status` must carry `Authorization: Bearer <token>`.
 
-    def status(_environ: dict[str, Any]) -> Answered:
-        return "204 No Content", "", b""
+        `clock` gives the time of a request that names none, in seconds since 1970.
+        """
+        self._sandbox = sandbox
+        self._expected = f"Bearer {token}".encode() if token else b""
+        self._clock = clock
+        self._graphql = GraphQL(sandbox, clock)
+        self._routes: dict[str, tuple[str, Callable[[dict[str, Any]], Answered]]] = {
+            "/": ("GET", self._page),
+            "/status": ("GET", lambda _environ: ("204 No Content", "", b"")),
+            "/graphql": ("GET, POST", self._query),
+            **{f"/v1/{name}": ("POST", partial(self._agent, name)) for name in OPERATIONS},
+        }
 
-    def page(_environ: dict[str, Any]) -> Answered:
-        return "200 OK", "text/html; charset=utf-8", render_page(sandbox).encode()
-
-    def agent(operation: str, environ: dict[str, Any]) -> Answered:
-        try:
-            request = read_request(operation, _read_json(environ))
-        except Refused as error:
-            raise HttpError("422 Unprocessable Entity", error.detail) from None
-        return _json(carry_out(sandbox, operation, request, clock()))
-
-    def graphql(environ: dict[str, Any]) -> Answered:
-        body = _read_json(environ) if environ["REQUEST_METHOD"] == "POST" else {}
-        if not isinstance(body, dict):
-            raise HttpError("400 Bad Request", "The body is no JSON object")
-        query, variables, name = map(body.get, ("query", "variables", "operationName"))
-        if not isinstance(query, str):
-            return "400 Bad Request", "text/plain", b"No GraphQL query found in the request"
-        document = _prepare(query)
-        if isinstance(document, list):
-            return _graphql_answer(None, document)
-        context: Row = {}  # an agent's mutation sets "agent"
-        result = execute_sync(
-            SCHEMA,
-            document,
-            root_value=roots,
-            field_resolver=_resolve,
-            context_value=context,
-            variable_values=variables if isinstance(variables, dict) else None,
-            operation_name=name if isinstance(name, str) else None,
-        )
-        return _graphql_answer(result.data, result.errors, "agent" in context)
-
-    routes: dict[str, tuple[str, Callable[[dict[str, Any]], Answered]]] = {
-        "/": ("GET", page),
-        "/status": ("GET", status),
-        "/graphql": ("GET, POST", graphql),
-        **{f"/v1/{name}": ("POST", partial(agent, name)) for name in OPERATIONS},
-    }
-
-    def answer(environ: dict[str, Any]) -> Answered:
-        path = environ.get("PATH_INFO", "")
-        if token and path != "/status":
-            given = environ.get("HTTP_AUTHORIZATION", "").encode("latin-1", "replace")
-            if not hmac.compare_digest(given, expected):
-                challenge = ("WWW-Authenticate", "Bearer")
-                raise HttpError("401 Unauthorized", "Unauthorized", challenge)
-        if path not in routes:
-            raise HttpError("404 Not Found", "Not Found")
-        methods, handler = routes[path]
-        if environ["REQUEST_METHOD"] not in methods.split(", "):
-            raise HttpError("405 Method Not Allowed", "Method Not Allowed", ("Allow", methods))
-        return handler(environ)
-
-    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        """Answer one request, as WSGI has it."""
         extra: tuple[tuple[str, str], ...] = ()
         try:
-            status, content_type, body = answer(environ)
+            status, content_type, body = self._answer(environ)
         except HttpError as error:
             status, content_type, body = _json({"detail": error.detail}, error.status)
             extra = error.headers
@@ -1163,7 +1129,39 @@ def make_app(
         start_response(status, headers)
         return [body] if body else []
 
-    return app
+    def _answer(self, environ: dict[str, Any]) -> Answered:
+        path = environ.get("PATH_INFO", "")
+        if self._expected and path != "/status":
+            given = environ.get("HTTP_AUTHORIZATION", "").encode("latin-1", "replace")
+            if not hmac.compare_digest(given, self._expected):
+                challenge = ("WWW-Authenticate", "Bearer")
+                raise HttpError("401 Unauthorized", "Unauthorized", challenge)
+        if path not in self._routes:
+            raise HttpError("404 Not Found", "Not Found")
+        methods, handler = self._routes[path]
+        if environ["REQUEST_METHOD"] not in methods.split(", "):
+            raise HttpError("405 Method Not Allowed", "Method Not Allowed", ("Allow", methods))
+        return handler(environ)
+
+    def _page(self, _environ: dict[str, Any]) -> Answered:
+        return "200 OK", "text/html; charset=utf-8", render_page(self._sandbox).encode()
+
+    def _agent(self, operation: str, environ: dict[str, Any]) -> Answered:
+        try:
+            request = read_request(operation, _read_json(environ))
+        except Refused as error:
+            raise HttpError("422 Unprocessable Entity", error.detail) from None
+        return _json(carry_out(self._sandbox, operation, request, self._clock()))
+
+    def _query(self, environ: dict[str, Any]) -> Answered:
+        body = _read_json(environ) if environ["REQUEST_METHOD"] == "POST" else {}
+        if not isinstance(body, dict):
+            raise HttpError("400 Bad Request", "The body is no JSON object")
+        query, variables, name = map(body.get, ("query", "variables", "operationName"))
+        if not isinstance(query, str):
+            return "400 Bad Request", "text/plain", b"No GraphQL query found in the request"
+        well, answer = self._graphql.answer(query, variables, name)
+        return _json(answer, "200 OK" if well else "400 Bad Request")
 
 
 class Server(WSGIServer):
@@ -1208,7 +1206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rating sandbox: {options.database}: {error}", file=sys.stderr)
         return 1
     log = sys.stderr if options.verbose else None
-    server = Server(options.listen, make_app(sandbox, options.token), log=log)
+    server = Server(options.listen, App(sandbox, options.token), log=log)
     try:
         server.start()
     except OSError as error:

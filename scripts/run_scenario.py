@@ -15,9 +15,9 @@ A scenario is a YAML file with four lists, in the format of the Canyan tutorial'
     teardown  API calls at the end, whatever happened before
 
 `host` is a base URL that takes the place of --api-url; an XML file may also name %(target)s and
-%(basedir)s. Beyond the tutorial: `within`; %(run)s anywhere in the YAML file is a number that differs
-between runs, so that a check sees the calls of its own run only; and with --replay a recorded
-mirror is sent to the agent in the place of the workers, where there is no SIP server.
+%(basedir)s. Beyond the tutorial: `within`; %(run)s anywhere in the YAML file is a number that
+differs between runs, so that a check sees the calls of its own run only; and with --replay a
+recorded mirror is sent to the agent in the place of the workers, where there is no SIP server.
 
 Exit status: 0 all is as expected, 1 a step failed (the difference is shown), 2 usage or file.
 """
