@@ -106,7 +106,7 @@ docker-test:
 	@server=$$($(COMPOSE) $(ALL_PROFILES) ps --services --status running | grep -Ex 'opensips|kamailio' \
 	  | head -n 1); \
 	[ -n "$$server" ] || { echo "first: make docker-start-opensips or docker-start-kamailio"; exit 1; }; \
-	$(COMPOSE) run --rm --build tester $(addprefix /scenarios/,$(notdir $(wildcard tests/scenarios/*.yaml))) \
+	$(COMPOSE) run --rm --build tester $(addprefix /scenarios/,$(notdir $(wildcard tests/scenarios/test_*.yaml))) \
 	  --target "$$server:5060"
 
 docker-logs:

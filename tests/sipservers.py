@@ -84,14 +84,16 @@ def listens(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def proxy(agent: tuple[str, int], folder: Path, *defines: str) -> Iterator[str]:
+def proxy(
+    agent: tuple[str, int], folder: Path, *defines: str, configuration: Path = CONFIGURATION
+) -> Iterator[str]:
     """Kamailio with our configuration, and the carrier behind it; yields where to call."""
     kamailio, sipp = program("kamailio"), program("sipp")
     sip, carrier = free_port(), free_port()
     serve = [sipp, "-sf", str(SCENARIOS / "carrier.xml"), "-i", "127.0.0.1", "-bind_local"]
     serve += ["-p", str(carrier), "-nostdin"]
     # In the foreground, with nothing in a place that another run might use.
-    route = [kamailio, "-DD", "-E", "-f", str(CONFIGURATION), "-Y", str(folder)]
+    route = [kamailio, "-DD", "-E", "-f", str(configuration), "-Y", str(folder)]
     route += ["-m", "32", "-A", f"LISTEN=udp:127.0.0.1:{sip}"]
     route += ["-A", f'AGENT_URI="sip:{agent[0]}:{agent[1]}"']
     route += ["-A", f'CARRIER_URI="sip:127.0.0.1:{carrier}"']
