@@ -56,7 +56,7 @@ test-opensips: $(VENV)/.tests
 	$(BIN)/python -m pytest tests/test_scenarios.py -k opensips_scenario
 
 test-kamailio: $(VENV)/.tests sip-servers
-	$(BIN)/python -m pytest tests/test_scenarios.py -k "kamailio or every_call or both_ways"
+	$(BIN)/python -m pytest tests/test_scenarios.py -k "kamailio or every_call or both_ways or proxy or mirror"
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff format --check $(SOURCES)

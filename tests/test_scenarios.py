@@ -187,7 +187,10 @@ def test_what_users_are_told_to_write_can_stop_no_call(name: str) -> None:
     reply_routes = re.findall(r"^onreply_route \{\n    sip_trace\(.*\n(.*)\n\}", text, re.M)
     assert reply_routes == ["    return 1;"]
     assert OWN_REQUESTS in text
-    assert re.findall(r'"duplicate_uri", "?([^")]+)', text) in (["sip:192.0.2.10:9060"], ["AGENT_URI"])
+    assert re.findall(r'"duplicate_uri", "?([^")]+)', text) in (
+        ["sip:192.0.2.10:9060"],
+        ["AGENT_URI"],
+    )
 
 
 @pytest.mark.parametrize(
