@@ -42,9 +42,9 @@ def program(name: str) -> str:
     return found
 
 
-def free_port() -> int:
-    """A UDP port of 127.0.0.1 that nobody has."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+def free_port(kind: socket.SocketKind = socket.SOCK_DGRAM) -> int:
+    """A port of 127.0.0.1 that nobody has, UDP by default."""
+    with socket.socket(socket.AF_INET, kind) as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import socket
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def test_both_ways_of_mirroring_were_run(stack: Stack, request: pytest.FixtureRe
 OWN_REQUESTS = "event_route[tm:local-request] {\n    sip_trace();\n}\n"
 CALL_LIMIT = 2  # seconds after which the proxy ends a call, give or take a tick of its timer
 # Seconds after which the agent does, where it sees no end; later than the scenario's checks.
-DEADLINE = 10
+DEADLINE = 12
 # What is mirrored of calls that the proxy ends: the defines, and whether with OWN_REQUESTS.
 MIRRORS = {
     "answers and own requests": ([], True),
@@ -177,6 +178,31 @@ def test_calls_go_through_where_the_mirror_cannot(tmp_path: Path) -> None:
     with sipservers.proxy(("agent.invalid", 9060), tmp_path) as target:
         run_scenario.run_worker(scenario.workers[0], target, sipp)
     assert "could not resolve hostname" in (tmp_path / "kamailio.log").read_text(errors="replace")
+
+
+def test_a_call_through_kamailio_mirrored_over_tcp(tmp_path: Path) -> None:
+    """What docs/kamailio.md changes for it."""
+    text = sipservers.CONFIGURATION.read_text(encoding="utf-8")
+    scenario = run_scenario.load(sipservers.SCENARIOS / "test_kamailio_call.yaml", "1")
+    sipp = sipservers.program("sipp")
+    with harness.RatingServer() as api:
+        options = [f"--rating-api-url={api.url}", sipservers.LOCAL]
+        with harness.AgentProcess(*options) as agent:
+            host, port = agent.tcp
+            own = sipservers.free_port(socket.SOCK_STREAM)
+            for line, changed in (
+                ("disable_tcp=yes\n", "disable_tcp=no\n"),
+                ("listen=LISTEN\n", f"listen=LISTEN\nlisten=tcp:127.0.0.1:{own}\n"),
+                ("AGENT_URI)\n", f'"sip:{host}:{port};transport=tcp")\n'),
+            ):
+                assert text.count(line) == 1
+                text = text.replace(line, changed)
+            configuration = tmp_path / "tcp.cfg"
+            configuration.write_text(text, encoding="utf-8")
+            with sipservers.proxy(agent.udp, tmp_path, configuration=configuration) as target:
+                run_scenario.run_worker(scenario.workers[0], target, sipp)
+                harness.wait_until(lambda: len(api.requests) >= 2, "the call is charged")
+    assert [path for path, _ in api.requests] == ["/v1/begin_transaction", "/v1/end_transaction"]
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/kamailio.md", "conf/kamailio/kamailio.cfg"])
