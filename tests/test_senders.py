@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -28,7 +29,6 @@ SERVER: Address = ("192.0.2.5", 5060)
 CARRIER: Address = ("198.51.100.9", 5060)
 DOMAIN = "sip.example.com"
 NUMBER = "sip:+390612345@carrier.example"
-OTHER_NUMBER = "sip:+390654321@carrier.example"
 
 # Seconds, payload, source and destination of a SIP message on the wire.
 Message = tuple[float, bytes, Address, Address]
@@ -123,21 +123,34 @@ class Leg:
         return [(f"{host}:{port}", f"z9hG4bK{branch}{host}") for host, port in hops]
 
 
+# Of a leg that was charged: the accounts of both sides, begin and end in seconds.
+Charge = tuple[str | None, str | None, float, float]
+
+
 def charged(
     messages: Iterable[Message], routes: str, *, stamped: bool = True, **packet: Any
-) -> dict[str, tuple[str | None, str | None, float, float]]:
-    """What the agent reports of a mirror: accounts of both sides, begin and end, by Call-ID."""
-    settings = agent.Settings(**packet.pop("settings", {}))
-    table = agent.CallTable(settings, agent.parse_routes(routes, "routes.yaml", settings))
-    events: list[agent.RatingEvent] = []
-    now = 1000.0
+) -> dict[str, Charge]:
+    """What the agent reports of a mirror, by transaction tag; seconds are after START."""
+    packets = []
     for at, payload, source, destination in sorted(messages, key=lambda message: message[0]):
         time_us = START + round(at * 1_000_000)
         own = {"correlation_id": call_id(payload), **packet}
-        data = hepbuild.hep3(
-            payload, src=source, dst=destination, time_us=time_us if stamped else 0, **own
-        )
-        seen = agent.decode_hep(data, time_us)
+        stamp = time_us if stamped else 0
+        data = hepbuild.hep3(payload, src=source, dst=destination, time_us=stamp, **own)
+        packets.append((at, data))
+    return follow(packets, routes)
+
+
+def follow(
+    packets: Iterable[tuple[float, bytes]], routes: str, **options: Any
+) -> dict[str, Charge]:
+    """The same of HEP packets that arrive so many seconds after START."""
+    settings = agent.Settings(**options)
+    table = agent.CallTable(settings, agent.parse_routes(routes, "routes.yaml", settings))
+    events: list[agent.RatingEvent] = []
+    now = 1000.0
+    for at, data in packets:
+        seen = agent.decode_hep(data, START + round(at * 1_000_000))
         message = agent.parse_sip(seen.payload, seen.time)
         now = 1000.0 + at
         if message is not None:
@@ -170,10 +183,10 @@ def caller_leg(**more: Any) -> Leg:
     return Leg("phone@203.0.113.7", PHONE, SERVER, user, f"sip:+390612345@{DOMAIN}", **values)
 
 
-def carrier_leg(name: str = "first", number: str = NUMBER, **more: Any) -> Leg:
+def carrier_leg(name: str = "first", **more: Any) -> Leg:
     """From the B2BUA to the carrier, under its own Call-ID and address, with the header."""
     values = {"answer": 1.0, "end": 9.1, "headers": [("X-Account", "2000")], **more}
-    return Leg(f"{name}@192.0.2.5", SERVER, CARRIER, f"sip:2000@{SERVER[0]}", number, **values)
+    return Leg(f"{name}@192.0.2.5", SERVER, CARRIER, f"sip:2000@{SERVER[0]}", NUMBER, **values)
 
 
 B2BUAS = {
@@ -233,41 +246,58 @@ def test_other_legs_are_not_charged(name: str) -> None:
     assert charged(messages, ROUTES[name], **B2BUAS[name]) == {}
 
 
-def blind_transfer() -> list[Message]:
-    """The caller transfers the carrier's side to another number, and is gone.
-
-    As seen of Asterisk: REFER and 202, then its BYE to the phone; the first leg to the carrier
-    goes on beside a second one, which has the header by inheritance.
-    """
-    phone = caller_leg(end=5.0, hangs_up="callee")
-    referred = [("Refer-To", "<sip:+390654321@sip.example.com>")]
-    refer = phone.request("REFER", 4, headers=referred)
-    accepted = phone.reply(202, 4, "REFER")
-    by = [("X-Account", "2000"), ("Referred-By", f"<sip:2000@{DOMAIN}>")]
-    second = carrier_leg("second", OTHER_NUMBER, answer=6.0, end=20.0, headers=by)
-    first = carrier_leg(end=20.1, hangs_up="callee")
-    return [
-        *phone.messages(),
-        (4.8, *phone.way(refer, True)),
-        (4.9, *phone.way(accepted, False)),
-        *first.messages(),
-        *((at if at >= 6.0 else at + 5.0, *rest) for at, *rest in second.messages()),
-    ]
+def recording(name: str) -> list[tuple[float, bytes]]:
+    """What Asterisk 22.10.1 sent, set up by the page but for addresses (the forms of captures)."""
+    path = harness.ROOT / "tests" / "senders" / f"asterisk-22.10_{name}.hepl"
+    lines = map(json.loads, path.read_text(encoding="ascii").splitlines())
+    return [(line["t"], base64.b64decode(line["data"])) for line in lines]
 
 
-def test_a_blind_transfer_is_charged_leg_by_leg() -> None:
-    reported = charged(blind_transfer(), ROUTES["Asterisk"], **B2BUAS["Asterisk"])
-    assert reported == {
-        "first@192.0.2.5": ("2000", None, 1.0, 20.1),
-        "second@192.0.2.5": ("2000", None, 6.0, 20.0),
-    }
+def answered_legs(packets: Iterable[tuple[float, bytes]]) -> dict[str, tuple[float, float]]:
+    """When each leg was answered and hung up by what is in the packets, read without the agent."""
+    found: dict[str, dict[str, float]] = {}
+    for _, data in packets:
+        (text,) = re.findall(rb"\x00\x00\x00\x0f..(.*)", data, re.S)
+        seconds, micros = (
+            int.from_bytes(re.findall(rb"\x00\x00\x00" + kind + rb"\x00\x0a(.{4})", data, re.S)[0])
+            for kind in (rb"\x09", rb"\x0a")
+        )
+        at = round(seconds + micros / 1_000_000 - START / 1_000_000, 3)
+        if text.startswith(b"SIP/2.0 200") and re.search(rb"CSeq: \d+ INVITE", text):
+            found.setdefault(call_id(text), {}).setdefault("answer", at)
+        elif text.startswith(b"BYE"):
+            found.setdefault(call_id(text), {}).setdefault("end", at)
+    return {name: (times["answer"], times["end"]) for name, times in found.items()}
+
+
+# Who is a carrier's leg in them, by what Asterisk's own log said; the others are the phone's.
+RECORDED = {
+    # A phone that writes an X-Account of its own calls, and transfers the callee to another number.
+    "caller_transfers": "dd660fd1-cfd3-4788-a6d1-5f056548d088 f7e6c3ad-6bce-4269-8040-7901415d526f",
+    # A phone is called by the carrier, and transfers that call to a number.
+    "callee_transfers": "f7a0a7ac-01e2-4366-a17b-dcf77f2f4359",
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_blind_transfer_is_charged_leg_by_leg(name: str) -> None:
+    """REFER: the phone is gone, and the other side is connected under a new leg to the carrier."""
+    packets = recording(name)
+    legs = answered_legs(packets)
+    assert len(legs) == 3
+    routes = ROUTES["Asterisk"].replace("198.51.100.0/24", "127.0.0.30/32")
+    reported = follow(packets, routes)
+    assert reported == {leg: ("2000", None, *legs[leg]) for leg in RECORDED[name].split()}
 
 
 def test_what_the_page_warns_of() -> None:
     """Without the routes a transferred call is free; the correlation id charges both legs."""
-    local = {"sip_local_domains": (DOMAIN,)}
-    reported = charged(blind_transfer(), "", settings=local, **B2BUAS["Asterisk"])
-    assert reported == {"phone@203.0.113.7": ("2000", "+390612345", 1.1, 5.0)}
+    packets = recording("caller_transfers")
+    legs = answered_legs(packets)
+    (phone,) = set(legs) - set(RECORDED["caller_transfers"].split())
+    reported = follow(packets, "", sip_local_domains=("pbx.example",))
+    assert reported == {phone: ("2000", "2001", *legs[phone])}
+    assert max(end for _, end in legs.values()) > legs[phone][1] + 1.0
     tied = "- {name: tied, account: [from], transaction_tag: correlation-id}\n"
     messages = [*caller_leg().messages(), *carrier_leg().messages()]
     assert len(charged(messages, tied, **B2BUAS["Asterisk"])) == 2
