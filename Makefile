@@ -56,7 +56,7 @@ test-opensips: $(VENV)/.tests
 	$(BIN)/python -m pytest tests/test_scenarios.py -k opensips_scenario
 
 test-kamailio: $(VENV)/.tests sip-servers
-	$(BIN)/python -m pytest tests/test_scenarios.py -k "kamailio or every_call or both_ways"
+	$(BIN)/python -m pytest tests/test_scenarios.py -k "kamailio or every_call or both_ways or proxy or mirror"
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff format --check $(SOURCES)
@@ -106,7 +106,7 @@ docker-test:
 	@server=$$($(COMPOSE) $(ALL_PROFILES) ps --services --status running | grep -Ex 'opensips|kamailio' \
 	  | head -n 1); \
 	[ -n "$$server" ] || { echo "first: make docker-start-opensips or docker-start-kamailio"; exit 1; }; \
-	$(COMPOSE) run --rm --build tester $(addprefix /scenarios/,$(notdir $(wildcard tests/scenarios/*.yaml))) \
+	$(COMPOSE) run --rm --build tester $(addprefix /scenarios/,$(notdir $(wildcard tests/scenarios/test_*.yaml))) \
 	  --target "$$server:5060"
 
 docker-logs:
