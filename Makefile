@@ -25,9 +25,9 @@ run: $(VENV)/.runs
 test: lint sip-servers browser
 	$(BIN)/python -m pytest --durations=5
 
-# The kills and restarts of tests/test_crash.py, ten times as many: some ten minutes.
+# The kills and restarts of tests/test_crash.py and tests/test_sockets.py, ten times as many: some ten minutes.
 chaos: $(VENV)/.tests
-	CHAOS=10 $(BIN)/python -m pytest -rP tests/test_crash.py
+	CHAOS=10 $(BIN)/python -m pytest -rP tests/test_crash.py tests/test_sockets.py
 
 # Ten minutes of inputs that no server would send; FUZZ=--seed=7 for others.
 FUZZ := --seconds 600 --processes 2
