@@ -238,12 +238,21 @@ class Unbroken(Traffic):
 
     def _send(self, to: harness.AgentProcess, number: int, data: bytes) -> None:
         assert self._tcp is not None
+        self.sent.setdefault(f"call-{number}@host", []).append(time.monotonic())
         # The agent never says anything, so this is its end.
         if select.select([self._tcp], [], [], 0)[0]:
-            self._tcp.close()
-            self._tcp = socket.create_connection(to.tcp)
-        self.sent.setdefault(f"call-{number}@host", []).append(time.monotonic())
-        super()._send(to, number, data)
+            self._connect(to)
+        try:
+            super()._send(to, number, data)
+        except ConnectionError:
+            # Closed at this very moment: nothing of it was taken.
+            self._connect(to)
+            super()._send(to, number, data)
+
+    def _connect(self, to: harness.AgentProcess) -> None:
+        assert self._tcp is not None
+        self._tcp.close()
+        self._tcp = socket.create_connection(to.tcp)
 
     def wrong(self, api: RatingApi) -> set[str]:
         """The calls that are charged otherwise than they were."""
@@ -257,7 +266,9 @@ class Unbroken(Traffic):
         return found
 
 
-def restarts(folder: Path, number: int, times: int, seed: int) -> tuple[Unbroken, set[str], list]:
+def restarts(
+    folder: Path, number: int, times: int, seed: int
+) -> tuple[Unbroken, set[str], list[float]]:
     """End the agent by a signal some times under traffic that goes on.
 
     Returns the traffic, the calls that were charged wrongly, and when the agents were ended.
@@ -266,23 +277,24 @@ def restarts(folder: Path, number: int, times: int, seed: int) -> tuple[Unbroken
     options = [f"--rating-api-url={api.url}", LOCAL, f"--state-dir={folder / 'state'}"]
     options += [f"--reorder-window={WAITS}"]
     process = first = harness.AgentProcess(*options, sockets=held)
-    ends = []
-    chance = random.Random(seed)
-    sending = gevent.spawn(traffic.run, first, 1e9)
-    for _ in range(times):
-        gevent.sleep(chance.uniform(0.3, 0.7))
-        ends.append(time.monotonic())
-        process.stop(number)
-        process = harness.AgentProcess(*options, sockets=held)
-    traffic.calling = False
-    harness.wait_until(lambda: traffic.over, "all calls are over")
-    sending.kill()
-    with contextlib.suppress(AssertionError):
-        harness.wait_until(lambda: not traffic.wrong(api), "all calls are right", 2 * WAITS)
-    assert process.stop() == 0
-    for sock in held.values():
-        sock.close()
-    api.close()
+    sending, chance, ends = gevent.spawn(traffic.run, first, 1e9), random.Random(seed), []
+    try:
+        for _ in range(times):
+            gevent.sleep(chance.uniform(0.3, 0.7))
+            ends.append(time.monotonic())
+            process.stop(number)
+            process = harness.AgentProcess(*options, sockets=held)
+        traffic.calling = False
+        harness.wait_until(lambda: traffic.over, "all calls are over")
+        with contextlib.suppress(AssertionError):
+            harness.wait_until(lambda: not traffic.wrong(api), "all are right", 2 * WAITS)
+        assert process.stop() == 0
+    finally:
+        process.__exit__()
+        sending.kill()
+        for sock in held.values():
+            sock.close()
+        api.close()
     assert api.faults == []
     return traffic, traffic.wrong(api), ends
 
