@@ -11,7 +11,7 @@ ALL_PROFILES := --profile opensips --profile kamailio --profile tester --profile
 SCENARIO := /scenarios/test_
 
 .PHONY: demo run test chaos bench fuzz soak lint format docs clean sip-servers browser test-opensips \
-  test-kamailio \
+  test-kamailio test-images \
   docker-build docker-pull docker-start docker-start-opensips docker-start-kamailio \
   docker-start-canyan docker-start-statsd docker-test-opensips docker-test-kamailio docker-test \
   docker-logs docker-stop docker-clean
@@ -57,6 +57,12 @@ test-opensips: $(VENV)/.tests
 
 test-kamailio: $(VENV)/.tests sip-servers
 	$(BIN)/python -m pytest tests/test_scenarios.py -k "kamailio or every_call or both_ways"
+
+# The images of the Dockerfile built by Buildah, and the compose file's services run in them.
+test-images: $(VENV)/.runs
+	@sh scripts/install_for_tests.sh "Buildah and debootstrap" "buildah debootstrap ip" \
+	  "buildah debootstrap iproute2"
+	@$(BIN)/python scripts/test_images.py
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff format --check $(SOURCES)
