@@ -33,7 +33,7 @@ RATE = 50
 # what is sent over TCP while the kernel takes the process apart. It is some ms, on a busy machine
 # more; to start takes longer.
 NEAR = 0.25
-# Calls that one kill may cost: it is 1.0 on average.
+# Calls that one kill may cost: it is 0.9 on average.
 COST = 5
 # Seconds that the agent waits for a missing message.
 WAITS = 0.5
