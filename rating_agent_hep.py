@@ -64,7 +64,7 @@ import traceback
 import zlib
 from base64 import b64decode, b64encode
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
@@ -180,6 +180,9 @@ STATSD_FLUSH = 1.0
 STATSD_RESOLVE = 60.0
 # Seconds between two looks at the deadlines of the call table.
 TICK = 0.1
+# Seconds in which senders over TCP may close their connections when the agent stops; those that
+# look whether the other side has closed, as SIP servers do, need some ms.
+HANG_UP = 0.5
 # Seconds between two commits of the journal: what a power cut or kill -9 may cost.
 JOURNAL_INTERVAL = 0.01
 # Calls put down for the journal in one go, some 15 us each, before others get the loop.
@@ -3841,8 +3844,80 @@ def _read_secret(option: Option, path: str) -> str:
     return lines[0]
 
 
+# The names by which sockets are passed, and the options whose place they take.
+_PASSED = {
+    "hep-udp": "listen_udp",
+    "hep-tcp": "listen_tcp",
+    "hep-tls": "listen_tls",
+    "status": "listen_status",
+}
+# The variables of sd_listen_fds(3) that say so, and the first descriptor: SD_LISTEN_FDS_START.
+PASSING = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+_FIRST_PASSED = 3
+
+
+def passed_sockets(environ: Mapping[str, str]) -> dict[str, socket.socket]:
+    """The sockets that systemd or the like holds open for this process, by option.
+
+    As sd_listen_fds_with_names(3), with the names hep-udp, hep-tcp, hep-tls and status. Raises
+    ConfigError.
+    """
+    pid, count, names = (environ.get(name, "") for name in PASSING)
+    if pid != str(os.getpid()) or count in ("", "0"):
+        return {}
+    listed = names.split(":") if names else []
+    if count != str(len(listed)):
+        raise ConfigError(
+            f"LISTEN_FDS, LISTEN_FDNAMES: {count!r}, {names!r}; allowed: a name for each socket"
+        )
+    found: dict[str, socket.socket] = {}
+    for descriptor, name in enumerate(listed, _FIRST_PASSED):
+        option = _PASSED.get(name)
+        if option is None or option in found:
+            allowed = ", ".join(_PASSED)
+            raise ConfigError(f"LISTEN_FDNAMES: {names!r}; allowed: {allowed}, each once")
+        try:
+            found[option] = _adopt(descriptor, option)
+        except (OSError, ConfigError) as error:
+            reason = getattr(error, "strerror", None) or error
+            kind = "a bound UDP" if option == "listen_udp" else "a listening TCP"
+            text = f"descriptor {descriptor}, in the place of {option}: {reason}"
+            raise ConfigError(f"{name}: {text}; allowed: {kind} socket of IPv4 or IPv6") from None
+    return found
+
+
+def _adopt(descriptor: int, option: str) -> socket.socket:
+    """A socket that another process holds, too. Raises OSError, ConfigError with the reason.
+
+    Its options stay as they are: its buffer is perhaps larger than this process may ask for.
+    """
+    os.set_inheritable(descriptor, False)
+    sock = socket.socket(fileno=descriptor)
+    kind = socket.SOCK_DGRAM if option == "listen_udp" else socket.SOCK_STREAM
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        raise ConfigError(f"its family is {sock.family}")
+    if sock.type != kind:
+        raise ConfigError(f"its type is {sock.type}")
+    if kind == socket.SOCK_STREAM:
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ConfigError("it does not listen")
+    elif not sock.getsockname()[1]:
+        raise ConfigError("it is not bound")
+    sock.setblocking(False)
+    return sock
+
+
+def bound_to(sock: socket.socket) -> str:
+    """HOST:PORT or [IPv6]:PORT of a socket."""
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Configuration(NamedTuple):
-    """What the command line, environment and files say together."""
+    """What the command line, environment and files say together.
+
+    ``sockets`` are those that were passed, by option; the option then is its socket's address.
+    """
 
     command: str
     arguments: list[str]
@@ -3850,6 +3925,7 @@ class Configuration(NamedTuple):
     rules: tuple[Rule, ...]
     warnings: list[str]
     tls: ssl.SSLContext | None
+    sockets: dict[str, socket.socket]
 
 
 def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configuration:
@@ -3874,6 +3950,8 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
             )
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
+    sockets = passed_sockets(environ)
+    converted.update((option, bound_to(sock)) for option, sock in sockets.items())
     settings = Settings(**converted)
     if not any((settings.listen_udp, settings.listen_tcp, settings.listen_tls)):
         raise ConfigError(
@@ -3887,7 +3965,7 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
         names = ", ".join(sorted(set(former)))
         warnings.append(f"options of the former agent that have no effect yet: {names}")
     rules, tls = load_rules(settings), load_tls(settings)
-    return Configuration(command, arguments, settings, rules, warnings, tls)
+    return Configuration(command, arguments, settings, rules, warnings, tls, sockets)
 
 
 def _read_options(
@@ -6124,10 +6202,11 @@ class Connection:
     ``since`` is when the waiting began, seconds of a monotonic clock.
     """
 
-    __slots__ = ("greenlet", "inside", "sender", "since")
+    __slots__ = ("greenlet", "inside", "sender", "since", "sock")
 
-    def __init__(self, sender: Sender, now: float) -> None:
+    def __init__(self, sender: Sender, sock: socket.socket, now: float) -> None:
         self.sender = sender
+        self.sock = sock
         self.greenlet = gevent.getcurrent()
         self.inside = False
         self.since = now
@@ -6182,19 +6261,30 @@ class TcpServer(gevent.server.StreamServer):
         self._open.discard(connection)
         connection.greenlet.kill(block=False)
 
+    def hang_up(self) -> bool:
+        """Tell the senders that no more is to come; what they send until they close is read.
+
+        Returns whether there are connections left.
+        """
+        for connection in self._open:
+            # Not SSLSocket's own, which would end the reading, too.
+            with suppress(OSError):
+                socket.socket.shutdown(connection.sock, socket.SHUT_WR)
+        return bool(self.pool)
+
     def _secure(self, sock: socket.socket) -> socket.socket:
         return sock
 
     def _converse(self, sock: socket.socket, sender: Sender) -> None:
         agent, splitter = self._agent, HepSplitter()
-        connection = Connection(sender, time.monotonic())
+        connection = Connection(sender, sock, time.monotonic())
         agent.connections += 1
         agent.metrics.count("connections.opened")
         handled = 0
         try:
             # A sender that is gone without a word would keep its place for ever.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock = self._secure(sock)
+            sock = connection.sock = self._secure(sock)
             self._open.add(connection)
             while data := sock.recv(splitter.room):
                 whole = False
@@ -6655,7 +6745,8 @@ def run(configuration: Configuration) -> int:
             address = f"127.0.0.1{address}"
         if address:
             try:
-                servers.append(server_class(bind(address, server_class.kind), agent))
+                sock = configuration.sockets.get(option) or bind(address, server_class.kind)
+                servers.append(server_class(sock, agent))
             except (OSError, UnicodeError) as error:
                 reason = getattr(error, "strerror", None) or error
                 return _fail(f"{option}: {address}: {reason}; allowed: a free address of this host")
@@ -6673,12 +6764,9 @@ def run(configuration: Configuration) -> int:
     gevent.signal_handler(signal.SIGUSR1, agent.log_status)
     for server in servers:
         server.start()
-        host, port = server.socket.getsockname()[:2]
-        extra = {
-            "event": "listening",
-            "address": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
-        }
+        extra: dict[str, Any] = {"event": "listening", "address": bound_to(server.socket)}
         extra["transport"] = server.transport
+        extra["inherited"] = f"listen_{server.transport}" in configuration.sockets
         extra["receive_buffer"] = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         agent.listeners.append({name: extra[name] for name in ("transport", "address")})
         log.info("listening", extra=extra)
@@ -6696,7 +6784,7 @@ def run(configuration: Configuration) -> int:
             if isinstance(server, TcpServer):
                 server.close_overdue(time.monotonic())
     notifier.say("STOPPING=1")
-    _shut_down(agent, servers, background)
+    _shut_down(agent, servers, background, configuration.sockets)
     return 0
 
 
@@ -6776,7 +6864,10 @@ def _tell_restored(agent: Agent, journal: Journal) -> None:
 
 
 def _shut_down(
-    agent: Agent, servers: Sequence[UdpServer | TcpServer], background: list[gevent.Greenlet]
+    agent: Agent,
+    servers: Sequence[UdpServer | TcpServer | StatusServer],
+    background: list[gevent.Greenlet],
+    inherited: Collection[str],
 ) -> None:
     log.info("stopping", extra={"event": "stopping", "waiting": len(agent.delivery)})
     timeout, journal = agent.settings.shutdown_timeout, agent.journal
@@ -6784,11 +6875,11 @@ def _shut_down(
     # Some of the time is for the last commit and the last metrics.
     last_send = deadline - min(timeout / 4, STATSD_FLUSH)
     for server in servers:
-        if isinstance(server, UdpServer):
+        # What waits in an inherited socket is the next agent's.
+        if isinstance(server, UdpServer) and "listen_udp" not in inherited:
             server.do_read()
         server.close()
-    # The greenlets of TCP connections finish what they have read.
-    gevent.sleep(TICK)
+    _hang_up([server for server in servers if isinstance(server, TcpServer)], deadline)
     for server in servers:
         server.stop(timeout=0)
     # What waits for a late message is decided with what is known now, where nobody keeps it.
@@ -6813,6 +6904,14 @@ def _shut_down(
     if journal:
         journal.close(max(deadline - time.monotonic(), 0.1))
     log.info("stopped", extra={"event": "stopped"})
+
+
+def _hang_up(servers: Sequence[TcpServer], deadline: float) -> None:
+    """Read what senders have sent until they know that they are not heard any more."""
+    last = min(time.monotonic() + HANG_UP, deadline)
+    # All, without a stop at the first that has some.
+    while sum(server.hang_up() for server in servers) and time.monotonic() < last:
+        gevent.sleep(TICK / 10)
 
 
 def decode_files(names: Sequence[str], out: Any) -> int:
@@ -6946,8 +7045,10 @@ def _fail(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status: 0, or 2 for what the operator has to mend."""
     try:
-        arguments = sys.argv[1:] if argv is None else argv
-        configuration = load_configuration(arguments, dict(os.environ))
+        arguments, environ = sys.argv[1:] if argv is None else argv, dict(os.environ)
+        for name in PASSING:
+            os.environ.pop(name, None)
+        configuration = load_configuration(arguments, environ)
     except ConfigError as error:
         return _fail(str(error))
     command, arguments = configuration.command, configuration.arguments

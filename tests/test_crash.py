@@ -108,13 +108,14 @@ class RatingApi(Server):
 
 
 class Traffic:
-    """Calls at RATE a second over UDP and TCP; some ring for long, some are refused.
+    """Calls at a rate a second over UDP and TCP; some ring for long, some are refused.
 
     Each call keeps to one of the two: spread over both, its ACK may be read before all its replies,
     and then the call begins with the ACK, some ms late, as in a mirror without replies.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, rate: float = RATE) -> None:
+        self._rate = rate
         self._chance = random.Random(seed)
         self._due: list[tuple[float, int, bytes]] = []
         self._sent: deque[tuple[float, int, bytes]] = deque()
@@ -139,7 +140,7 @@ class Traffic:
         while self._clock < begun + seconds:
             gevent.sleep(0.004)
             self._clock = begun + time.monotonic() - started
-            while self.calling and self.number < self._clock * RATE:
+            while self.calling and self.number < self._clock * self._rate:
                 self._call()
             self._due.sort()
             while self._due and self._due[0][0] <= self._clock:
