@@ -68,7 +68,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import islice
 from math import inf
 from operator import attrgetter
@@ -149,8 +149,6 @@ RETRY_LAST = 30.0
 MAX_RETRY_AFTER = 300.0
 # Failures in a row after which an API counts as down and is asked by one probe at a time.
 DOWN_AFTER = 3
-# Seconds for which events go one by one after an API did not take a batch of them.
-SINGLE_PAUSE = 60.0
 # Octets. An answer of the rating API is about 150; more than this is not read.
 MAX_API_ANSWER = 65_536
 # Datagrams handled in one go before other greenlets get the loop (about 10 ms of work).
@@ -286,10 +284,6 @@ class DeliveryError(AgentError):
         self.wait = wait
 
 
-class BatchRefused(AgentError):
-    """The rating API did not look at a request of several events; nothing of it was done."""
-
-
 @dataclass(frozen=True)
 class Settings:
     """All options with their defaults; the table in room 10 says what each one means."""
@@ -310,7 +304,6 @@ class Settings:
     rating_api_url: str = "http://localhost:8080"
     rating_api_timeout: float = 5.0
     rating_api_concurrency: int = 16
-    rating_api_batch: int = 1
     rating_api_ca_file: str = ""
     rating_api_token: str = field(default="", repr=False)
     rating_api_token_file: str = ""
@@ -2808,7 +2801,6 @@ OPTIONS = (
     Option("rating_api_url", "Rating API", api_url, "base URL of the rating API"),
     Option("rating_api_timeout", "Rating API", number(0.1, 300), "seconds for one request"),
     Option("rating_api_concurrency", "Rating API", number(1, 1000, int), "requests at one time"),
-    Option("rating_api_batch", "Rating API", number(1, 100, int), "events of one request, at most"),
     Option("rating_api_ca_file", "Rating API", str, "file of CAs trusted, not the system's; PEM"),
     Option("rating_api_token", "Rating API", _token, "bearer token of each request", secret=True),
     Option("rating_api_token_file", "Rating API", str, "file of that token"),
@@ -3885,38 +3877,6 @@ class _TlsConnection(urllib3.connection.HTTPSConnection):
             raise urllib3.exceptions.NewConnectionError(self, str(error)) from None
 
 
-# Arguments of the GraphQL mutations by the kind of event: those of REST but for product_tag.
-_WHO = {
-    "tenant": "String!",
-    "transaction_tag": "String!",
-    "account_tag": "String",
-    "destination_account_tag": "String",
-}
-_ARGUMENTS = {
-    "begin": {
-        **_WHO,
-        "source": "String",
-        "source_ip": "String",
-        "destination": "String",
-        "tags": "[String!]",
-        "timestamp_begin": "String",
-    },
-    "end": {**_WHO, "timestamp_end": "String"},
-}
-
-
-@lru_cache(maxsize=256)
-def _batch_document(begins: int, ends: int) -> str:
-    """The GraphQL document for so many begins, then ends: values are variables, never pasted."""
-    declared, fields = [], []
-    for alias, kind in enumerate(["begin"] * begins + ["end"] * ends):
-        names = _ARGUMENTS[kind]
-        declared += [f"$e{alias}_{name}: {kind_of}" for name, kind_of in names.items()]
-        arguments = ", ".join(f"{name}: $e{alias}_{name}" for name in names)
-        fields.append(f"e{alias}: {kind}Transaction({arguments}) {{ ok }}")
-    return f"mutation({', '.join(declared)}) {{ {' '.join(fields)} }}"
-
-
 class RatingApi:
     """A client of one rating API: one synchronous POST for each event, never retried in here."""
 
@@ -3961,47 +3921,6 @@ class RatingApi:
         self._check_status(status, retry_after)
         event.answer = f"status {status}"
         return REJECTED
-
-    def send_batch(self, events: Sequence[RatingEvent]) -> list[str | DeliveryError]:
-        """Tell the API events of different calls in one GraphQL request.
-
-        Returns for each, in order, what `send` returns or raises. Raises DeliveryError where none
-        got an answer that counts, BatchRefused where the API did not carry out any.
-        """
-        # Begins first, so that there are few different documents and a server may keep them.
-        places = sorted(range(len(events)), key=lambda place: events[place].kind)
-        begins = sum(event.kind == "begin" for event in events)
-        variables = {}
-        for alias, place in enumerate(places):
-            arguments = _ARGUMENTS[events[place].kind]
-            for name, value in json.loads(events[place].body).items():
-                # GraphQL knows no product_tag, and what it does not know it refuses.
-                if name in arguments:
-                    variables[f"e{alias}_{name}"] = value
-        document = _batch_document(begins, len(events) - begins)
-        body = _compact_json({"query": document, "variables": variables}).encode()
-        status, retry_after, answer = self._post("/graphql", body)
-        if not 200 <= status < 300:
-            self._check_status(status, retry_after)
-            raise BatchRefused("batch", f"status {status}")
-        try:
-            content = json.loads(answer)
-            faults = [str(fault["message"]) for fault in content.get("errors") or ()]
-            if "data" not in content and faults:
-                raise BatchRefused("batch", faults[0][:200])
-            data = content["data"] or {}
-            outcomes: list[str | DeliveryError] = [REFUSED_BY_API] * len(events)
-            for alias, place in enumerate(places):
-                result = data.get(f"e{alias}")
-                if result is None:
-                    # The API broke off: what of it was done is unknown.
-                    text = faults[0][:200] if faults else "no answer for one event of a batch"
-                    outcomes[place] = DeliveryError("answer", text, True)
-                elif result["ok"] is True:
-                    outcomes[place] = DELIVERED
-            return outcomes
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise DeliveryError("answer", "an answer that is no rating API's", True) from None
 
     @staticmethod
     def _check_status(status: int, retry_after: str) -> None:
@@ -4199,31 +4118,6 @@ class Outbox:
             self._probe = event
         return event
 
-    def take_several(self, now: float, most: int, spare: int) -> list[RatingEvent]:
-        """Up to ``most`` events, of different calls, where more are ready than ``spare``.
-
-        What was tried before goes alone: it may be why a batch failed.
-        """
-        event = self.take(now)
-        events = [event] if event else []
-        while events and events[0].attempts == 1 and len(events) < most:
-            if len(self._ready) <= spare or self.down:
-                break
-            event = self.take(now)
-            if event is None:
-                break
-            if event.attempts > 1:
-                self.put_back(event)
-                break
-            events.append(event)
-        return events
-
-    def put_back(self, event: RatingEvent) -> None:
-        """An event that was taken was not sent."""
-        self._back(event)
-        event.attempts -= 1
-        self._make_ready(event.key, self._calls[event.key])
-
     def settle(
         self, event: RatingEvent, outcome: str, now: float, hold: bool = False
     ) -> tuple[str, list[RatingEvent]]:
@@ -4281,15 +4175,10 @@ class Outbox:
         if queue:
             self._make_ready(key, queue)
 
-    def fail(
-        self, event: RatingEvent, error: DeliveryError, now: float, another: bool = False
-    ) -> None:
-        """The API gave no answer that counts: the event is sent again, the same octets, later.
-
-        ``another`` says that it was in the same request as the one before.
-        """
+    def fail(self, event: RatingEvent, error: DeliveryError, now: float) -> None:
+        """The API gave no answer that counts: the event is sent again, the same octets, later."""
         # Requests that were under way together fail together: that is one outage, not many.
-        if not another and (not self.down or self._probe is event):
+        if not self.down or self._probe is event:
             self._failures += 1
             if self.down:
                 pause = self._backoff(self._failures - DOWN_AFTER + 1)
@@ -4372,7 +4261,6 @@ class _Lane:
         self.outbox = Outbox()
         self.idle: list[gevent.event.Event] = []
         self.was_down = False
-        self.single_until = 0.0
         # Seconds of a monotonic clock: when it went down or came up, and when it last failed.
         self.since = time.monotonic()
         self.failed = 0.0
@@ -4543,46 +4431,29 @@ class Delivery:
     def _work(self, lane: _Lane) -> None:
         wake = gevent.event.Event()
         while True:
-            now = time.monotonic()
-            most = self._settings.rating_api_batch if now >= lane.single_until else 1
-            events = lane.outbox.take_several(now, most, len(lane.idle))
-            if not events:
+            event = lane.outbox.take(time.monotonic())
+            if event is None:
                 wake.clear()
                 lane.idle.append(wake)
                 wake.wait()
                 continue
             # There may be more than this worker can do.
             self._wake(lane)
-            self._deliver(lane, events)
+            self._deliver(lane, event)
 
-    def _deliver(self, lane: _Lane, events: list[RatingEvent]) -> None:
+    def _deliver(self, lane: _Lane, event: RatingEvent) -> None:
         started = time.monotonic()
-        outcomes: Sequence[str | DeliveryError]
         try:
-            if len(events) == 1:
-                outcomes = [lane.api.send(events[0])]
-            else:
-                outcomes = lane.api.send_batch(events)
-                self._metrics.count("api.batches")
-        except BatchRefused as error:
-            self._single(lane, events, error)
-            return
+            self._settle(lane, event, lane.api.send(event))
         except DeliveryError as error:
-            outcomes = [error] * len(events)
+            self._failed(lane, event, error)
         except Exception as error:
             # A fault of ours must not end the worker: the event is tried again like any other.
-            outcomes = [DeliveryError("internal", type(error).__name__, True)] * len(events)
             # The error's text may hold a header, and that a token: only where it came from.
             where = "".join(traceback.format_tb(error.__traceback__))
-            extra = {"event": "internal_error", "where": where, **events[0].fields()}
+            extra = {"event": "internal_error", "where": where, **event.fields()}
             log.warning("delivery failed: %s", type(error).__name__, extra=extra)
-        failed: DeliveryError | None = None
-        for event, outcome in zip(events, outcomes, strict=True):
-            if isinstance(outcome, DeliveryError):
-                self._failed(lane, event, outcome, another=failed is outcome)
-                failed = outcome
-            else:
-                self._settle(lane, event, outcome)
+            self._failed(lane, event, DeliveryError("internal", type(error).__name__, True))
         self._metrics.time("api.time", time.monotonic() - started)
         if lane.outbox.down != lane.was_down:
             lane.was_down, lane.since = lane.outbox.down, time.monotonic()
@@ -4590,18 +4461,9 @@ class Delivery:
             extra["waiting"] = lane.waiting
             log.warning("rating API is %s", "down" if lane.was_down else "up again", extra=extra)
 
-    def _single(self, lane: _Lane, events: list[RatingEvent], error: BatchRefused) -> None:
-        """The API does not take batches, or not this one: its events go one by one."""
-        lane.single_until = time.monotonic() + SINGLE_PAUSE
-        for event in events:
-            lane.outbox.put_back(event)
-        self._metrics.count("api.batches_refused")
-        extra = {"event": "api_batch_refused", "api": lane.api.url}
-        log.warning("rating API takes no batch, events go one by one: %s", error, extra=extra)
-
-    def _failed(self, lane: _Lane, event: RatingEvent, error: DeliveryError, another: bool) -> None:
+    def _failed(self, lane: _Lane, event: RatingEvent, error: DeliveryError) -> None:
         lane.failed, lane.fault = time.monotonic(), str(error)
-        lane.outbox.fail(event, error, lane.failed, another)
+        lane.outbox.fail(event, error, lane.failed)
         self._metrics.count(f"api.errors.{error.kind}")
         if error.kind != "internal":
             self._metrics.count("api.retries")
