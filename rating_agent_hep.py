@@ -139,9 +139,20 @@ MAX_REFUSED_CALLS = 100_000
 # Attempts of an event that the API answers with ``ok: false`` before that is believed. With the
 # delays below they spread over two minutes: a storage service that restarts answers exactly so.
 MAX_REFUSALS = 10
-# Refusals of an end that may have been carried out already, each after the API said ok to another
-# event since the refusal before: then its storage service lives, and the end had been done.
+# Refusals of an event that may have been carried out already, each after the API said ok to some
+# event since the refusal before: then its storage service lives. An end had been done; of a begin
+# with both parties one is unknown, so it was not done.
 MAX_CONFIRMED_REFUSALS = 2
+# Seconds. A begin with both parties is refused twice so far apart before one is tried alone, and
+# one is tried alone only so shortly after both were: a storage service that restarts takes longer.
+REFUSED_APART = 1.0
+# Seconds for which a party that the API does not know is left out of further begins.
+UNKNOWN_PAUSE = 60.0
+# Parties of one API that are left out; of more the oldest is tried again sooner. 0.2 kB each.
+MAX_UNKNOWN_PARTIES = 10_000
+# Running calls of one API that were begun with one party alone, 0.2 kB each: more than one agent
+# follows. Over that both parties or none are begun, for a call's end must not name another party.
+MAX_ONE_SIDED = 1_000_000
 # Seconds. Delays between attempts: the first, doubled each time, up to the last.
 RETRY_FIRST = 1.0
 RETRY_LAST = 30.0
@@ -304,6 +315,7 @@ class Settings:
     rating_api_url: str = "http://localhost:8080"
     rating_api_timeout: float = 5.0
     rating_api_concurrency: int = 16
+    unknown_party: str = "drop"
     rating_api_ca_file: str = ""
     rating_api_token: str = field(default="", repr=False)
     rating_api_token_file: str = ""
@@ -466,6 +478,9 @@ def unpack_route(text: str) -> Route:
 
 # Rating API, tenant and transaction tag.
 CallKey = tuple[str, str, str]
+# The two parties of a call, and which tag an event that names one alone leaves out.
+CALLER, CALLEE = "caller", "callee"
+_OTHER_TAG = {CALLER: "destination_account_tag", CALLEE: "account_tag"}
 
 
 @dataclass(slots=True, eq=False)
@@ -476,7 +491,8 @@ class RatingEvent:
     event ("answer", "ack", "bye", "deadline", "session", "evicted"), ``body`` the JSON octets of
     the request: made once, so that a retry sends the same. ``row`` numbers the call, ``serial`` the
     events in the order in which they came about. ``unknown`` says that an attempt may have been
-    carried out, ``answer`` what became of the last one.
+    carried out, ``answer`` what became of the last one. ``party`` is CALLER or CALLEE where that
+    one alone is named to the API, ``left_out`` the tag of the other once that is settled.
     """
 
     kind: str
@@ -492,16 +508,34 @@ class RatingEvent:
     row: int = 0
     serial: int = 0
     attempts: int = 0
+    failures: int = 0
     refusals: int = 0
     confirmed: int = 0
     refused_at: float = 0.0
     unknown: bool = False
     answer: str = ""
+    party: str = ""
+    left_out: str = ""
 
     @property
     def key(self) -> CallKey:
         """Events with the same key belong to one call and are delivered in order."""
         return (self.api_url, self.tenant, self.transaction_tag)
+
+    def request(self) -> bytes:
+        """The octets to send: ``body``, or what is left of it with one party alone."""
+        if not self.party:
+            return self.body
+        content = json.loads(self.body)
+        content.pop(_OTHER_TAG[self.party], None)
+        return _compact_json(content).encode()
+
+    def keep_only(self, party: str) -> None:
+        """Take the other party out for good."""
+        self.party = party
+        self.body = self.request()
+        self.left_out = getattr(self, _OTHER_TAG[party])
+        setattr(self, _OTHER_TAG[party], "")
 
     def fields(self) -> dict[str, Any]:
         """What a log line says of this event."""
@@ -2801,6 +2835,12 @@ OPTIONS = (
     Option("rating_api_url", "Rating API", api_url, "base URL of the rating API"),
     Option("rating_api_timeout", "Rating API", number(0.1, 300), "seconds for one request"),
     Option("rating_api_concurrency", "Rating API", number(1, 1000, int), "requests at one time"),
+    Option(
+        "unknown_party",
+        "Rating API",
+        _choice("drop", "reject"),
+        "where the API knows one of two accounts: drop the other, or reject the call",
+    ),
     Option("rating_api_ca_file", "Rating API", str, "file of CAs trusted, not the system's; PEM"),
     Option("rating_api_token", "Rating API", _token, "bearer token of each request", secret=True),
     Option("rating_api_token_file", "Rating API", str, "file of that token"),
@@ -3383,12 +3423,13 @@ JOURNAL_FILE = "journal.sqlite"
 # Statements that bring a file from the version that is their index to the next. A row of ``calls``
 # stays until its call has left the table and both events were answered. ``call`` is the text of
 # `pack_call`, empty once it left; a serial is greater than 0 while its event waits; attempts and
-# answer are of the event that goes next.
+# answer are of the event that goes next; party is whom alone the begin was taken with.
 MIGRATIONS = (
     """
     CREATE TABLE calls (
         id INTEGER PRIMARY KEY, api TEXT, call TEXT, begin_event TEXT, begin_serial INTEGER,
-        end_event TEXT, end_serial INTEGER, attempts INTEGER, answer TEXT, given_up INTEGER
+        end_event TEXT, end_serial INTEGER, attempts INTEGER, answer TEXT, given_up INTEGER,
+        party TEXT
     );
     CREATE INDEX begins ON calls (api, begin_serial) WHERE begin_serial > 0;
     CREATE INDEX ends ON calls (api, end_serial) WHERE end_serial > 0;
@@ -3398,7 +3439,8 @@ MIGRATIONS = (
     );
     """,
 )
-_COLUMNS = "api call begin_event begin_serial end_event end_serial attempts answer given_up".split()
+_COLUMNS = "api call begin_event begin_serial end_event end_serial".split()
+_COLUMNS += "attempts answer given_up party".split()
 _PLACES = {name: place for place, name in enumerate(_COLUMNS)}
 # In a row to be written: a column that keeps its value, a call that left, an event that went.
 _SAME, _LEFT, _WENT = None, "", 0
@@ -3418,14 +3460,15 @@ _CLEAN_REJECTED = """
 """
 # Waiting events after a serial in order, as one row for the same reason.
 _WAITING = """
-    SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer)) FROM (
+    SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer, party))
+    FROM (
         SELECT begin_serial AS serial, id, api, begin_event AS event,
-            coalesce(attempts, 0) AS attempts, coalesce(answer, '') AS answer
+            coalesce(attempts, 0) AS attempts, coalesce(answer, '') AS answer, '' AS party
         FROM calls WHERE api = ?1 AND begin_serial > 0 AND begin_serial > ?2
         UNION ALL
         SELECT end_serial, id, api, end_event,
             iif(begin_serial > 0, 0, coalesce(attempts, 0)),
-            iif(begin_serial > 0, '', coalesce(answer, ''))
+            iif(begin_serial > 0, '', coalesce(answer, '')), coalesce(party, '')
         FROM calls WHERE api = ?1 AND end_serial > 0 AND end_serial > ?2
         ORDER BY serial LIMIT ?3
     )
@@ -3437,7 +3480,7 @@ _WAITING_COUNTS = """
     ) GROUP BY api
 """
 _REJECTED = """
-    SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer)) FROM (
+    SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer, '')) FROM (
         SELECT * FROM rejected WHERE retry = ?1 AND serial > ?2 ORDER BY serial LIMIT ?3
     )
 """
@@ -3467,9 +3510,11 @@ def _write_calls(number: int) -> str:
 
 def _unpack_waiting(text: str) -> list[RatingEvent]:
     events = []
-    for serial, row, api_url, values, attempts, answer in json.loads(text):
+    for serial, row, api_url, values, attempts, answer, party in json.loads(text):
         event = unpack_event(values, api_url, row, serial)
         event.attempts, event.answer = attempts, answer
+        if party:
+            event.keep_only(party)
         events.append(event)
     return sorted(events, key=attrgetter("serial"))
 
@@ -3677,6 +3722,15 @@ class Journal:
             keys.append(unpack_event(json.loads(begin), api_url, 0, 0).key)
         return keys
 
+    def one_sided(self) -> dict[CallKey, str]:
+        """The running calls that were begun with one party alone, and which."""
+        return {
+            unpack_event(json.loads(begin), api_url, 0, 0).key: party
+            for api_url, begin, party in self._db.execute(
+                "SELECT api, begin_event, party FROM calls WHERE party != '' AND end_event IS NULL"
+            )
+        }
+
     # What is written
 
     def change(self, row: int, **values: Any) -> None:
@@ -3705,6 +3759,8 @@ class Journal:
     def went(self, event: RatingEvent) -> None:
         """Note that an event was answered and waits no more."""
         values = {f"{event.kind}_event": "", f"{event.kind}_serial": 0}
+        if event.kind == "begin" and event.left_out:
+            values |= {"begin_event": _compact_json(event.pack()), "party": event.party}
         self.change(event.row, attempts=0, answer="", **values)
 
     def reject(self, event: RatingEvent) -> None:
@@ -3912,7 +3968,7 @@ class RatingApi:
         Raises DeliveryError where the API gave no answer that counts.
         """
         path = f"/v1/{event.kind}_transaction"
-        status, retry_after, answer = self._post(path, event.body)
+        status, retry_after, answer = self._post(path, event.request())
         if 200 <= status < 300:
             try:
                 return DELIVERED if json.loads(answer)["ok"] is True else REFUSED_BY_API
@@ -4044,11 +4100,23 @@ class Outbox:
     It sends nothing itself. `take` gives out an event, and `settle` or `fail` say what became of
     it; ``now`` is seconds of a monotonic clock. At most one event of a call is out at a time, and
     of several that may go the one that came about first.
+
+    With ``drop`` a begin that is refused with both parties is sent with the caller alone, then with
+    the callee alone. What the API keeps of a running call for one party has the same values either
+    way and is stored once, so both may be sent again at any time, also after a restart. That one
+    was taken alone is believed only where both cannot have been begun by an attempt of unknown
+    outcome: they were refused again while the API's storage service is known to live.
     """
 
-    def __init__(self, limit: int = MAX_WAITING_EVENTS, jitter: Callable[[], float] | None = None):
+    def __init__(
+        self,
+        limit: int = MAX_WAITING_EVENTS,
+        jitter: Callable[[], float] | None = None,
+        drop: bool = True,
+    ) -> None:
         self.limit = limit
         self._jitter = jitter or (lambda: random.uniform(0.75, 1.25))
+        self._drop = drop
         self._calls: dict[CallKey, deque[RatingEvent]] = {}
         # Entries whose queue is no more that of the call are stale, and left out.
         self._ready: list[tuple[int, int, CallKey, deque[RatingEvent]]] = []
@@ -4057,6 +4125,10 @@ class Outbox:
         self._out: set[CallKey] = set()
         # Calls whose begin was given up: their end must not be sent alone.
         self._given_up: OrderedDict[CallKey, None] = OrderedDict()
+        # Whom alone the begins of running calls were taken with: their ends must name no other.
+        self._one_sided: dict[CallKey, str] = {}
+        # Tenants and tags that the API does not know, and until when they are left out.
+        self._unknown: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._waiting = 0
         self._sequence = 0
         self._failures = 0
@@ -4083,6 +4155,7 @@ class Outbox:
             del self._given_up[event.key]
             return False, []
         self._given_up.pop(event.key, None)
+        self.restrict(event)
         queue = self._calls.get(event.key)
         if queue is None:
             queue = self._calls[event.key] = deque()
@@ -4097,6 +4170,28 @@ class Outbox:
         self._given_up[key] = None
         if len(self._given_up) > MAX_REFUSED_CALLS:
             self._given_up.popitem(last=False)
+
+    def begun(self, key: CallKey, party: str) -> None:
+        """A begin was taken with one party alone; its end will name no other."""
+        self._one_sided[key] = party
+
+    def restrict(self, event: RatingEvent) -> None:
+        """Leave in an end whom its begin was taken with."""
+        party = self._one_sided.pop(event.key, "")
+        if party and event.kind == "end":
+            event.keep_only(party)
+
+    def leave_out(self, event: RatingEvent, now: float) -> bool:
+        """Leave who was left out of a begin out of others for a while; True where that is news."""
+        unknown, key = self._unknown, (event.tenant, event.left_out)
+        while unknown and next(iter(unknown.values())) <= now:
+            unknown.popitem(last=False)
+        if key in unknown:
+            return False
+        unknown[key] = now + UNKNOWN_PAUSE
+        if len(unknown) > MAX_UNKNOWN_PARTIES:
+            unknown.popitem(last=False)
+        return True
 
     def take(self, now: float) -> RatingEvent | None:
         """The next event to send, or None while there is none that may go."""
@@ -4113,6 +4208,7 @@ class Outbox:
             return None
         event = queue[0]
         self._out.add(event.key)
+        event.party = self._party(event, now)
         event.attempts += 1
         if self.down:
             self._probe = event
@@ -4137,22 +4233,17 @@ class Outbox:
         self._failures = 0
         self._back(event)
         if outcome == REFUSED_BY_API:
-            event.refusals += 1
-            event.answer = NOT_OK
-            event.confirmed += event.refusals > 1 and self._last_ok > event.refused_at
-            event.refused_at = now
-            # A dead storage service answers ok: false as well, so that is believed only after
-            # some minutes. Then it means for an end that may have arrived: it had.
-            done_before = event.kind == "end" and event.unknown
-            done_surely = done_before and event.confirmed >= MAX_CONFIRMED_REFUSALS
-            if event.refusals < MAX_REFUSALS and not done_surely:
-                self._delay(event, now, event.refusals)
-                return REFUSED_BY_API, []
-            outcome = DELIVERED if done_before else REJECTED
+            outcome = self._refused(event, now)
         elif outcome == DELIVERED:
-            self._last_ok = now
+            outcome = self._accepted(event, now)
+        if outcome == REFUSED_BY_API:
+            return REFUSED_BY_API, []
         queue = self._calls[event.key]
         gone = [queue.popleft()]
+        if event.kind == "begin" and event.left_out:
+            self._one_sided[event.key] = event.party
+            if queue:
+                self.restrict(queue[0])
         if outcome == REJECTED and event.kind == "begin":
             # Its end goes with it, but not the begin of another call with the same tag.
             while queue and queue[0].kind == "end":
@@ -4187,9 +4278,11 @@ class Outbox:
             self._failures = max(self._failures, DOWN_AFTER)
             self._down_until = max(self._down_until, now + error.wait)
         self._back(event)
-        event.unknown |= error.unknown
+        if error.unknown:
+            event.unknown, event.confirmed = True, 0
         event.answer = str(error)
-        self._delay(event, now, event.attempts - event.refusals)
+        event.failures += 1
+        self._delay(event, now, event.failures)
 
     def undelivered(self) -> list[RatingEvent]:
         """All that still waits, the calls in order of their oldest event."""
@@ -4198,6 +4291,57 @@ class Outbox:
             if key in self._calls:
                 self._calls[key][0].unknown = True
         return [event for queue in self._calls.values() for event in queue]
+
+    def _party(self, event: RatingEvent, now: float) -> str:
+        """Whom alone the next request names, "" for all that the event has."""
+        if not self._may_drop(event):
+            return ""
+        if event.refusals:
+            return event.party if now - event.refused_at < REFUSED_APART else ""
+        if event.attempts or event.unknown:
+            return ""
+        tags = (event.account_tag, event.destination_account_tag)
+        caller, callee = (self._unknown.get((event.tenant, tag), 0.0) > now for tag in tags)
+        return "" if caller == callee else CALLEE if caller else CALLER
+
+    def _may_drop(self, event: RatingEvent) -> bool:
+        both = event.account_tag and event.destination_account_tag
+        room = len(self._one_sided) < MAX_ONE_SIDED
+        return bool(self._drop and event.kind == "begin" and both and room)
+
+    def _accepted(self, event: RatingEvent, now: float) -> str:
+        self._last_ok = now
+        if event.kind == "begin" and event.party:
+            if event.unknown and event.confirmed < MAX_CONFIRMED_REFUSALS:
+                # Both may be begun already, while the storage service was away just before.
+                self._delay(event, now, max(event.refusals, 1))
+                return REFUSED_BY_API
+            event.keep_only(event.party)
+        return DELIVERED
+
+    def _refused(self, event: RatingEvent, now: float) -> str:
+        event.answer = NOT_OK
+        party = ""
+        if event.kind == "end" or not event.party:
+            again = event.refusals > 0 and now - event.refused_at >= REFUSED_APART
+            event.refusals += 1
+            event.confirmed += event.refusals > 1 and self._last_ok > event.refused_at
+            event.refused_at = now
+            party = CALLER if again and self._may_drop(event) else ""
+        elif event.refusals and event.party == CALLER:
+            party = CALLEE
+        if party:
+            event.party = party
+            self._make_ready(event.key, self._calls[event.key])
+            return REFUSED_BY_API
+        # A dead storage service answers ok: false as well, so that is believed only after
+        # some minutes. Then it means for an end that may have arrived: it had.
+        done_before = event.kind == "end" and event.unknown
+        done_surely = done_before and event.confirmed >= MAX_CONFIRMED_REFUSALS
+        if event.refusals < MAX_REFUSALS and not done_surely:
+            self._delay(event, now, max(event.refusals, 1))
+            return REFUSED_BY_API
+        return DELIVERED if done_before else REJECTED
 
     def _back(self, event: RatingEvent) -> None:
         self._out.discard(event.key)
@@ -4256,9 +4400,9 @@ class _Lane:
     event that the outbox got.
     """
 
-    def __init__(self, api: RatingApi) -> None:
+    def __init__(self, api: RatingApi, outbox: Outbox) -> None:
         self.api = api
-        self.outbox = Outbox()
+        self.outbox = outbox
         self.idle: list[gevent.event.Event] = []
         self.was_down = False
         # Seconds of a monotonic clock: when it went down or came up, and when it last failed.
@@ -4297,6 +4441,8 @@ class Delivery:
             self._open(url).behind = count
         for key in journal.given_up() if journal else ():
             self._lane(key[0]).outbox.give_up(key)
+        for key, party in journal.one_sided().items() if journal else ():
+            self._lane(key[0]).outbox.begun(key, party)
 
     def put(self, event: RatingEvent, on_disk: bool = False) -> None:
         """Hand over an event for delivery; never waits."""
@@ -4373,6 +4519,8 @@ class Delivery:
         """End the workers and log each event that was not delivered, so that it can be replayed."""
         self.kill()
         for lane in self._lanes.values():
+            for event in lane.unwritten:
+                lane.outbox.restrict(event)
             for event in (*lane.outbox.undelivered(), *lane.unwritten):
                 self._log_whole(event, "event_undelivered", "an event was not delivered")
 
@@ -4380,7 +4528,8 @@ class Delivery:
         return self._lanes.get(url) or self._open(url)
 
     def _open(self, url: str) -> _Lane:
-        lane = self._lanes[url] = _Lane(RatingApi(url, self._settings))
+        outbox = Outbox(drop=self._settings.unknown_party == "drop")
+        lane = self._lanes[url] = _Lane(RatingApi(url, self._settings), outbox)
         count = self._settings.rating_api_concurrency
         self._workers += [gevent.spawn(self._work, lane) for _ in range(count)]
         return lane
@@ -4401,6 +4550,7 @@ class Delivery:
 
     def _lose(self, event: RatingEvent) -> None:
         self._metrics.count("events.lost")
+        self._lane(event.api_url).outbox.restrict(event)
         self._log_whole(event, "event_lost", "an event left memory undelivered: too many wait")
         if self._journal:
             self._journal.went(event)
@@ -4480,12 +4630,15 @@ class Delivery:
             done = "done before" if outcome == REFUSED_BY_API else "ok"
             extra = {"event": f"call_{event.kind}", "outcome": done, **event.fields()}
             log.info("call %s", "begun" if event.kind == "begin" else "ended", extra=extra)
+            if event.kind == "begin" and event.left_out:
+                self._left_out(lane, event)
             if journal:
                 journal.went(event)
         elif meaning == REFUSED_BY_API:
             self._metrics.count("api.retries")
-            extra = {"event": "api_refused", "api": lane.api.url, **event.fields()}
-            log.warning("rating API refused, to be tried again", extra=extra)
+            if outcome == REFUSED_BY_API:
+                extra = {"event": "api_refused", "api": lane.api.url, **event.fields()}
+                log.warning("rating API refused, to be tried again", extra=extra)
             if journal:
                 journal.attempted(event)
         for rejected in gone:
@@ -4493,6 +4646,12 @@ class Delivery:
             self._reject(rejected, reason)
         if journal and meaning != REFUSED_BY_API:
             self._settled.append((lane, event.key))
+
+    def _left_out(self, lane: _Lane, event: RatingEvent) -> None:
+        self._metrics.count("events.unknown_party")
+        if lane.outbox.leave_out(event, time.monotonic()):
+            extra = {"event": "unknown_party", "api": lane.api.url, **event.fields()}
+            log.warning("the rating API does not know %s: left out", event.left_out, extra=extra)
 
     def _reject(self, event: RatingEvent, reason: str) -> None:
         event.answer = event.answer or reason

@@ -1503,7 +1503,7 @@ def test_stop_with_nothing_left_is_silent(deliveries: Any, server: Server, log: 
 def test_an_event_that_is_lost_is_logged_whole(
     deliveries: Any, server: Server, log: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent, "Outbox", lambda: outbox(limit=3))
+    monkeypatch.setattr(agent, "Outbox", lambda **_: outbox(limit=3))
     server.behave = lambda *_: gevent.sleep(harness.DEADLINE * 2)
     delivery = deliveries(rating_api_timeout=20.0, rating_api_concurrency=1)
     first = event("begin", "out", server.url)
