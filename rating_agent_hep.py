@@ -4279,7 +4279,9 @@ class Outbox:
             self._down_until = max(self._down_until, now + error.wait)
         self._back(event)
         if error.unknown:
-            event.unknown, event.confirmed = True, 0
+            # What was known before says nothing of this attempt.
+            event.unknown, event.confirmed, event.refused_at = True, 0, now
+        event.party = ""
         event.answer = str(error)
         event.failures += 1
         self._delay(event, now, event.failures)
