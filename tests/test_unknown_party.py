@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -366,7 +367,9 @@ class AgentMachine(RuleBasedStateMachine):
         self.patches.setattr(agent, "time", self.clock)
         self.patches.setattr(agent.Delivery, "_work", lambda *_: None)
         self.patches.setattr(agent.RatingApi, "send", lambda _, event: self.send(event))
-        self.folder = tempfile.TemporaryDirectory()
+        # In memory where there is such a place: a commit is soon done.
+        memory = "/dev/shm"
+        self.folder = tempfile.TemporaryDirectory(dir=memory if os.path.isdir(memory) else None)
         self.api = Canyan({"2000", "2001"})
         self.frozen: list[tuple[str, bytes]] = []
         self.fate = "answered"
@@ -412,6 +415,7 @@ class AgentMachine(RuleBasedStateMachine):
             stamp = round(self.clock.time() * 1_000_000)
             self.agent.receive(hepbuild.hep3(text, time_us=stamp), "udp", sender)
 
+    @precondition(lambda self: len(self.calls) < 4)
     @rule(parties=st.sampled_from(CALLS))
     def answer(self, parties: tuple[str, str]) -> None:
         number = len(self.calls) + 1
@@ -428,7 +432,6 @@ class AgentMachine(RuleBasedStateMachine):
         self.feed(number, bye(), reply(200, 2, to="s"))
         self.commit()
 
-    @rule()
     def commit(self) -> None:
         self.agent.commit()
 
@@ -440,43 +443,44 @@ class AgentMachine(RuleBasedStateMachine):
             gevent.sleep(0)
         return lane
 
-    def one(self, fate: str) -> bool:
-        """One request, if one may go."""
-        lane = self.load()
-        each = lane.outbox.take(self.clock.now)
-        if each is None:
-            return False
-        self.clock.now += 0.05
-        self.fate = fate
-        self.agent.delivery._deliver(lane, each)
-        return True
-
-    @rule(fate=st.sampled_from(["answered"] * 4 + ["lost", "frozen", "answer lost", "closed"]))
-    def deliver(self, fate: str) -> None:
-        self.one(fate)
-
-    @rule(fate=st.sampled_from(["answered", "answered", "answer lost", "frozen"]))
-    def deliver_and_kill(self, fate: str) -> None:
-        """The process dies before anything of the answer is on disk."""
-        self.one(fate)
-        self.kill()
-
-    @rule(seconds=st.sampled_from([0.05, 0.5, 1.0, 2.0, 5.0]))
-    def wait(self, seconds: float) -> None:
+    def pass_time(self, seconds: float) -> None:
         self.clock.now += seconds
         if not self.api.alive and self.clock.now - self.died > 30:
             self.api.alive = True
 
-    @precondition(lambda self: self.api.alive and self.deaths < 2)
-    @rule()
-    def storage_goes_away(self) -> None:
-        self.api.alive, self.died = False, self.clock.now
-        self.deaths += 1
+    def deliver(self, fate: str) -> None:
+        """The next request, as soon as one may go."""
+        lane = self.load()
+        each = lane.outbox.take(self.clock.now)
+        # What waits for a commit never may.
+        while each is None and lane.outbox._delayed:
+            self.pass_time(0.25)
+            each = lane.outbox.take(self.clock.now)
+        if each is not None:
+            self.pass_time(0.05)
+            self.fate = fate
+            self.agent.delivery._deliver(lane, each)
 
-    @precondition(lambda self: not self.api.alive and self.clock.now - self.died >= 1)
-    @rule()
-    def storage_comes_back(self) -> None:
-        self.api.alive = True
+    @precondition(lambda self: self.agent.waiting)
+    @rule(
+        storage=st.sampled_from(["", "", "", "away", "back"]),
+        fate=st.sampled_from([*["answered"] * 6, "lost", "frozen", "answer lost", "closed"]),
+        then=st.sampled_from(["commit", "commit", "commit", "", "kill"]),
+    )
+    def request(self, storage: str, fate: str, then: str) -> None:
+        """One request, the storage service as it is or not, and what comes behind the answer."""
+        if storage == "away" and self.api.alive and self.deaths < 2:
+            self.api.alive, self.died = False, self.clock.now
+            self.deaths += 1
+        if storage == "back" and self.clock.now - self.died >= 1:
+            self.api.alive = True
+        self.deliver(fate)
+        if then:
+            getattr(self, then)()
+
+    @rule(seconds=st.sampled_from([0.05, 1.0, 70.0]))
+    def wait(self, seconds: float) -> None:
+        self.pass_time(seconds)
 
     @rule()
     def kill(self) -> None:
@@ -502,11 +506,9 @@ class AgentMachine(RuleBasedStateMachine):
             self.feed(number, bye(), reply(200, 2, to="s"))
         for _ in range(1000):
             self.commit()
-            while self.one("answered"):
-                self.commit()
             if not self.agent.waiting:
                 break
-            self.clock.now += 5
+            self.deliver("answered")
         assert self.agent.waiting == 0
         assert self.api.faults == []
         assert self.agent.journal is not None
