@@ -3013,7 +3013,8 @@ def _read_options(
         default_config_files=[],
     )
     commands = (
-        "run (the default), check, decode FILE..., outbox [list | retry [CALL...] | drop CALL...]"
+        "run (the default; also agent), check, decode FILE..., "
+        "outbox [list | retry [CALL...] | drop CALL...]"
     )
     parser.add_argument("words", nargs="*", metavar="COMMAND", help=commands)
     parser.add_argument("--version", action="version", version=__version__)
@@ -3045,8 +3046,10 @@ def _read_options(
             raise ConfigError(f"{name}: unknown; allowed: the options that --help lists")
     # argparse gives up on positional arguments that stand behind an option.
     command, *arguments = [*found["words"], *unknown] or ["run"]
+    # The former agent's command line.
+    command = "run" if command == "agent" else command
     if command not in ("run", "check", "decode", "outbox"):
-        raise ConfigError("command: unknown; allowed: run, check, decode FILE..., outbox")
+        raise ConfigError("command: unknown; allowed: run, agent, check, decode FILE..., outbox")
     if arguments and command in ("run", "check"):
         raise ConfigError(f"files: unexpected; allowed: {command} alone, decode FILE...")
     return {option.name: found[option.name] for option in OPTIONS}, command, arguments, former
@@ -4653,7 +4656,8 @@ class Delivery:
         self._metrics.count("events.unknown_party")
         if lane.outbox.leave_out(event, time.monotonic()):
             extra = {"event": "unknown_party", "api": lane.api.url, **event.fields()}
-            log.warning("the rating API does not know %s: left out", event.left_out, extra=extra)
+            account = printable(event.left_out)
+            log.warning("the rating API does not know account %s: left out", account, extra=extra)
 
     def _reject(self, event: RatingEvent, reason: str) -> None:
         event.answer = event.answer or reason

@@ -8,7 +8,6 @@ import random
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ assert deliveries and log and server  # fixtures
 LOCAL = "--sip-local-domains=sip.canyan.io"
 BOTH, CALLER, CALLEE = ["2000", "39"], ["2000"], ["39"]
 # Random lives of one call; each takes some 0.5 ms.
-MODEL_SEEDS = 8_000
+MODEL_SEEDS = 4_000
 
 
 def event(kind: str, call: str = "a", tags: Any = ("2000", "39"), **more: Any) -> agent.RatingEvent:
@@ -321,7 +320,7 @@ Leg = tuple[str, str]
 
 
 class Canyan:
-    """Accounts, running entries and records as reference/rating-api.md says; `faults` must stay []."""
+    """Accounts, running entries, records as reference/rating-api.md says; `faults` stay []."""
 
     def __init__(self, known: set[str]) -> None:
         self.known = known
@@ -527,7 +526,10 @@ class AgentMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.talking)
     @rule(data=st.data())
     def hang_up(self, data: st.DataObject) -> None:
-        number = self.talking.pop(data.draw(st.integers(0, len(self.talking) - 1)))
+        self.end(data.draw(st.sampled_from(self.talking)))
+
+    def end(self, number: int) -> None:
+        self.talking.remove(number)
         self.feed(number, bye(), reply(200, 2, to="s"))
         self.commit()
 
@@ -587,6 +589,9 @@ class AgentMachine(RuleBasedStateMachine):
         self.start()
 
     def teardown(self) -> None:
+        self.close()
+
+    def close(self) -> None:
         try:
             self.finish()
         finally:
@@ -634,3 +639,125 @@ TestAgentMachine.settings = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+
+@pytest.mark.parametrize("committed", [False, True])
+@pytest.mark.parametrize("parties", AgentMachine.CALLS)
+def test_a_kill_behind_any_request(parties: tuple[str, str], committed: bool) -> None:
+    """Each request in turn is the last of a process: the next one ends the call as it began."""
+    for killed in range(12):
+        machine = AgentMachine()
+        machine.answer(parties)
+        for number in range(killed + 1):
+            if number == killed - 3:
+                machine.end(1)
+            machine.deliver("answered")
+            if number < killed or committed:
+                machine.commit()
+        machine.kill()
+        machine.close()
+
+
+# The whole, with workers, a journal and HTTP
+
+
+def known(*accounts: str) -> Any:
+    """An answer of a `RatingServer` by the accounts that a request names."""
+    names = ("account_tag", "destination_account_tag")
+    return lambda _, body: (
+        "200 OK",
+        {"ok": all(body[name] in accounts for name in names if name in body)},
+    )
+
+
+def asked(api: harness.RatingServer, kind: str) -> list[list[str]]:
+    """Whom the requests of a kind named, in order."""
+    return [
+        parties(json.dumps(body).encode())
+        for path, body in api.requests
+        if path == f"/v1/{kind}_transaction"
+    ]
+
+
+def test_what_is_logged_and_counted(deliveries: Any, log: Any, api: harness.RatingServer) -> None:
+    api.answer = known("2000")
+    delivery = deliveries()
+    for call in "abc":
+        delivery.put(event("begin", call, url=api.url))
+    work(delivery, lambda: len(delivery) == 0, "all are begun")
+    delivery.put(event("begin", "d", url=api.url))
+    for call in "abcd":
+        delivery.put(event("end", call, url=api.url))
+    work(delivery, lambda: len(delivery) == 0, "all are ended")
+    begins = asked(api, "begin")
+    # Where two refusals are less than a second apart there is a third.
+    assert begins.count(CALLER) == 4 and 6 <= begins.count(BOTH) == len(begins) - 4 <= 9
+    assert asked(api, "end") == [CALLER] * 4
+    (line,) = [line for line in log() if line["event"] == "unknown_party"]
+    assert line["level"] == "WARNING" and "account 39" in line["message"]
+    assert (line["api"], line["tenant"]) == (api.url, "default")
+    assert delivery._metrics.totals["events.unknown_party"] == 4
+    begun = [line for line in log() if line["event"] == "call_begin"]
+    assert [line["destination_account_tag"] for line in begun] == [""] * 4
+    assert not [line for line in log() if line["event"] == "event_rejected"]
+
+
+def test_with_reject_nobody_is_dropped(
+    deliveries: Any, log: Any, api: harness.RatingServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "RETRY_LAST", 0.01)
+    api.answer = known("2000")
+    delivery = deliveries(unknown_party="reject")
+    delivery.put(event("begin", url=api.url))
+    work(delivery, lambda: len(delivery) == 0, "it is rejected")
+    assert asked(api, "begin") == [BOTH] * agent.MAX_REFUSALS
+
+
+@pytest.mark.parametrize("at", ["both", "alone", "running", "end"])
+def test_kill_9_of_the_process(at: str, api: harness.RatingServer, tmp_path: Path) -> None:
+    """The process dies while the API holds a request, or while the call runs; the next goes on."""
+    options = [f"--rating-api-url={api.url}", f"--state-dir={tmp_path / 'state'}", LOCAL]
+    options += ["--rating-api-concurrency=1", "--rating-api-timeout=60"]
+    canyan = Canyan({"2000"})
+    released = gevent.event.Event()
+    holding = {"both": ("begin", 2), "alone": ("begin", 3), "end": ("end", 1)}.get(at)
+
+    def behave(path: str, body: dict[str, Any]) -> tuple[str, Any]:
+        kind = path.removeprefix("/v1/").removesuffix("_transaction")
+        ok = canyan.carry_out(kind, json.dumps(body).encode())
+        if holding == (kind, len(asked(api, kind))) and not released.is_set():
+            held.set()
+            released.wait()
+        return "200 OK", {"ok": ok}
+
+    held = gevent.event.Event()
+    api.answer = behave
+    head, tail = [invite(), reply(200), ack()], [bye(), reply(200, 2, to="s")]
+    stamps = iter(range(1_790_000_000_000_000, 1_790_000_100_000_000, 1_000_000))
+    frames = [hepbuild.hep3(payload, time_us=next(stamps)) for payload in head + tail]
+    with harness.AgentProcess(*options) as process:
+        harness.send_tcp(process.tcp, frames[:3])
+        if at in ("running", "end"):
+            harness.wait_until(lambda: process.events("call_begin"), "it is begun")
+        if at == "end":
+            harness.send_tcp(process.tcp, frames[3:])
+        if at != "running":
+            assert held.wait(harness.DEADLINE)
+        assert process.stop(signal.SIGKILL) == -signal.SIGKILL
+    released.set()
+    with harness.AgentProcess(*options) as process:
+        if at != "end":
+            harness.send_tcp(process.tcp, frames[3:])
+        # Others are answered meanwhile, so that both are soon believed to be refused.
+        for number in range(2, 30):
+            if canyan.records["call-1@host"]:
+                break
+            payloads = [invite(), reply(200), *tail]
+            other = [numbered(x, number).replace(b"2001@", b"2000@") for x in payloads]
+            harness.send_tcp(process.tcp, [hepbuild.hep3(x) for x in other])
+            gevent.sleep(0.5)
+        assert process.stop() == 0
+    assert canyan.faults == []
+    assert canyan.running["call-1@host"] == {}
+    assert canyan.records["call-1@host"] == {("account_tag", "2000")}
+    assert set(map(tuple, asked(api, "end"))) <= {("2000",), ("2000", "2000")}
