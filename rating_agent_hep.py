@@ -150,8 +150,8 @@ REFUSED_APART = 1.0
 UNKNOWN_PAUSE = 60.0
 # Parties of one API that are left out; of more the oldest is tried again sooner. 0.2 kB each.
 MAX_UNKNOWN_PARTIES = 10_000
-# Running calls of one API that were begun with one party alone, 0.2 kB each: more than one agent
-# follows. Over that both parties or none are begun, for a call's end must not name another party.
+# Running calls of one API that were begun with one party alone, 0.2 kB each: five times the default
+# of max_calls. Over that both parties or none are begun, for an end must not name another party.
 MAX_ONE_SIDED = 1_000_000
 # Seconds. Delays between attempts: the first, doubled each time, up to the last.
 RETRY_FIRST = 1.0
