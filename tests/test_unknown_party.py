@@ -154,6 +154,14 @@ def test_two_refusals_within_a_second_do_not_count() -> None:
     assert named == [BOTH, BOTH, BOTH, CALLER]
 
 
+def test_after_a_failure_both_go_again_however_soon() -> None:
+    box = Outbox(jitter=lambda: 0.75)
+    put(box, event("begin"))
+    sent = talk(box, "no no no refused no")
+    assert [named for _, named in sent] == [BOTH, BOTH, BOTH, CALLER, BOTH]
+    assert sent[4][0] - sent[3][0] < agent.REFUSED_APART
+
+
 def test_one_alone_that_had_to_wait_goes_with_both_again() -> None:
     """Such as behind an API that is down: the reason of the refusals may be over by then."""
     box = outbox()
@@ -245,7 +253,7 @@ def test_a_party_that_was_left_out_wrongly_is_tried_again() -> None:
     box = outbox()
     take_alone(box)
     put(box, event("begin", "b"))
-    assert [each for _, each in talk(box, "no ok", 9.0)] == [CALLER, BOTH]
+    assert talk(box, "no ok", 9.0) == [(9.0, CALLER), (10.125, BOTH)]
 
 
 def test_an_event_that_may_be_begun_with_both_leaves_nobody_out_at_once() -> None:
@@ -700,6 +708,26 @@ def test_what_is_logged_and_counted(deliveries: Any, log: Any, api: harness.Rati
     begun = [line for line in log() if line["event"] == "call_begin"]
     assert [line["destination_account_tag"] for line in begun] == [""] * 4
     assert not [line for line in log() if line["event"] == "event_rejected"]
+
+
+def test_an_end_for_replay_names_whom_its_begin_was_taken_with(
+    deliveries: Any, log: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind events that are on disk only, while the journal fails."""
+    delivery = deliveries()
+    lane = delivery._lane(URL)
+    lane.behind = 1
+    monkeypatch.setattr(agent, "MAX_WAITING_EVENTS", 1)
+    for call in "ab":
+        each = event("end", call)
+        lane.outbox.begun(each.key, agent.CALLER)
+        delivery.put(each)
+    delivery.stop()
+    replays = {line["event"]: line["replay"]["body"] for line in log() if "replay" in line}
+    assert replays["event_lost"]["transaction_tag"] == "a"
+    assert replays["event_undelivered"]["transaction_tag"] == "b"
+    for body in replays.values():
+        assert parties(json.dumps(body).encode()) == CALLER
 
 
 def test_with_reject_nobody_is_dropped(
