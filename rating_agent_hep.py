@@ -69,7 +69,7 @@ from contextlib import closing, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import islice
 from math import inf
 from operator import attrgetter
@@ -117,9 +117,20 @@ MAX_REFUSED_CALLS = 100_000
 # Attempts of an event that the API answers with ``ok: false`` before that is believed. With the
 # delays below they spread over two minutes: a storage service that restarts answers exactly so.
 MAX_REFUSALS = 10
-# Refusals of an end that may have been carried out already, each after the API said ok to another
-# event since the refusal before: then its storage service lives, and the end had been done.
+# Refusals of an event that may have been carried out already, each after the API said ok to some
+# event since the refusal before: then its storage service lives. An end had been done; of a begin
+# with both parties one is unknown, so it was not done.
 MAX_CONFIRMED_REFUSALS = 2
+# Seconds. A begin with both parties is refused twice so far apart before one is tried alone, and
+# one is tried alone only so shortly after both were: a storage service that restarts takes longer.
+REFUSED_APART = 1.0
+# Seconds for which a party that the API does not know is left out of further begins.
+UNKNOWN_PAUSE = 60.0
+# Parties of one API that are left out; of more the oldest is tried again sooner. 0.2 kB each.
+MAX_UNKNOWN_PARTIES = 10_000
+# Running calls of one API that were begun with one party alone, 0.2 kB each: five times the default
+# of max_calls. Over that both parties or none are begun, for an end must not name another party.
+MAX_ONE_SIDED = 1_000_000
 # Seconds. Delays between attempts: the first, doubled each time, up to the last.
 RETRY_FIRST = 1.0
 RETRY_LAST = 30.0
@@ -127,8 +138,6 @@ RETRY_LAST = 30.0
 MAX_RETRY_AFTER = 300.0
 # Failures in a row after which an API counts as down and is asked by one probe at a time.
 DOWN_AFTER = 3
-# Seconds for which events go one by one after an API did not take a batch of them.
-SINGLE_PAUSE = 60.0
 # Octets. An answer of the rating API is about 150; more than this is not read.
 MAX_API_ANSWER = 65_536
 # Datagrams handled in one go before other greenlets get the loop (about 10 ms of work).
@@ -267,10 +276,6 @@ class DeliveryError(AgentError):
         self.wait = wait
 
 
-class BatchRefused(AgentError):
-    """The rating API did not look at a request of several events; nothing of it was done."""
-
-
 @dataclass(frozen=True)
 class Settings:
     """All options with their defaults; the table in room 10 says what each one means."""
@@ -291,7 +296,7 @@ class Settings:
     rating_api_url: str = "http://localhost:8080"
     rating_api_timeout: float = 5.0
     rating_api_concurrency: int = 16
-    rating_api_batch: int = 1
+    unknown_party: str = "drop"
     rating_api_ca_file: str = ""
     rating_api_token: str = field(default="", repr=False)
     rating_api_token_file: str = ""
@@ -456,6 +461,9 @@ def unpack_route(text: str) -> Route:
 
 # Rating API, tenant and transaction tag.
 CallKey = tuple[str, str, str]
+# The two parties of a call, and which tag an event that names one alone leaves out.
+CALLER, CALLEE = "caller", "callee"
+_OTHER_TAG = {CALLER: "destination_account_tag", CALLEE: "account_tag"}
 
 
 @dataclass(slots=True, eq=False)
@@ -466,7 +474,8 @@ class RatingEvent:
     event ("answer", "ack", "bye", "deadline", "session", "evicted"), ``body`` the JSON octets of
     the request: made once, so that a retry sends the same. ``row`` numbers the call, ``serial`` the
     events in the order in which they came about. ``unknown`` says that an attempt may have been
-    carried out, ``answer`` what became of the last one.
+    carried out, ``answer`` what became of the last one. ``party`` is CALLER or CALLEE where that
+    one alone is named to the API, ``left_out`` the tag of the other once that is settled.
     """
 
     kind: str
@@ -482,16 +491,34 @@ class RatingEvent:
     row: int = 0
     serial: int = 0
     attempts: int = 0
+    failures: int = 0
     refusals: int = 0
     confirmed: int = 0
     refused_at: float = 0.0
     unknown: bool = False
     answer: str = ""
+    party: str = ""
+    left_out: str = ""
 
     @property
     def key(self) -> CallKey:
         """Events with the same key belong to one call and are delivered in order."""
         return (self.api_url, self.tenant, self.transaction_tag)
+
+    def request(self) -> bytes:
+        """The octets to send: ``body``, or what is left of it with one party alone."""
+        if not self.party:
+            return self.body
+        content = json.loads(self.body)
+        content.pop(_OTHER_TAG[self.party], None)
+        return _compact_json(content).encode()
+
+    def keep_only(self, party: str) -> None:
+        """Take the other party out for good."""
+        self.party = party
+        self.body = self.request()
+        self.left_out = getattr(self, _OTHER_TAG[party])
+        setattr(self, _OTHER_TAG[party], "")
 
     def fields(self) -> dict[str, Any]:
         """What a log line says of this event."""
@@ -3730,7 +3757,12 @@ OPTIONS = (
     Option("rating_api_url", "Rating API", api_url, "base URL of the rating API"),
     Option("rating_api_timeout", "Rating API", number(0.1, 300), "seconds for one request"),
     Option("rating_api_concurrency", "Rating API", number(1, 1000, int), "requests at one time"),
-    Option("rating_api_batch", "Rating API", number(1, 100, int), "events of one request, at most"),
+    Option(
+        "unknown_party",
+        "Rating API",
+        _choice("drop", "reject"),
+        "where the API knows one of two accounts: drop the other, or reject the call",
+    ),
     Option("rating_api_ca_file", "Rating API", str, "file of CAs trusted, not the system's; PEM"),
     Option("rating_api_token", "Rating API", _token, "bearer token of each request", secret=True),
     Option("rating_api_token_file", "Rating API", str, "file of that token"),
@@ -3984,7 +4016,8 @@ def _read_options(
         default_config_files=[],
     )
     commands = (
-        "run (the default), check, decode FILE..., outbox [list | retry [CALL...] | drop CALL...]"
+        "run (the default; also agent), check, decode FILE..., "
+        "outbox [list | retry [CALL...] | drop CALL...]"
     )
     parser.add_argument("words", nargs="*", metavar="COMMAND", help=commands)
     parser.add_argument("--version", action="version", version=__version__)
@@ -4016,8 +4049,10 @@ def _read_options(
             raise ConfigError(f"{name}: unknown; allowed: the options that --help lists")
     # argparse gives up on positional arguments that stand behind an option.
     command, *arguments = [*found["words"], *unknown] or ["run"]
+    # The former agent's command line.
+    command = "run" if command == "agent" else command
     if command not in ("run", "check", "decode", "outbox"):
-        raise ConfigError("command: unknown; allowed: run, check, decode FILE..., outbox")
+        raise ConfigError("command: unknown; allowed: run, agent, check, decode FILE..., outbox")
     if arguments and command in ("run", "check"):
         raise ConfigError(f"files: unexpected; allowed: {command} alone, decode FILE...")
     return {option.name: found[option.name] for option in OPTIONS}, command, arguments, former
@@ -4394,12 +4429,13 @@ JOURNAL_FILE = "journal.sqlite"
 # Statements that bring a file from the version that is their index to the next. A row of ``calls``
 # stays until its call has left the table and both events were answered. ``call`` is the text of
 # `pack_call`, empty once it left; a serial is greater than 0 while its event waits; attempts and
-# answer are of the event that goes next.
+# answer are of the event that goes next; party is whom alone the begin was taken with.
 MIGRATIONS = (
     """
     CREATE TABLE calls (
         id INTEGER PRIMARY KEY, api TEXT, call TEXT, begin_event TEXT, begin_serial INTEGER,
-        end_event TEXT, end_serial INTEGER, attempts INTEGER, answer TEXT, given_up INTEGER
+        end_event TEXT, end_serial INTEGER, attempts INTEGER, answer TEXT, given_up INTEGER,
+        party TEXT
     );
     CREATE INDEX begins ON calls (api, begin_serial) WHERE begin_serial > 0;
     CREATE INDEX ends ON calls (api, end_serial) WHERE end_serial > 0;
@@ -4409,7 +4445,8 @@ MIGRATIONS = (
     );
     """,
 )
-_COLUMNS = "api call begin_event begin_serial end_event end_serial attempts answer given_up".split()
+_COLUMNS = "api call begin_event begin_serial end_event end_serial".split()
+_COLUMNS += "attempts answer given_up party".split()
 _PLACES = {name: place for place, name in enumerate(_COLUMNS)}
 # In a row to be written: a column that keeps its value, a call that left, an event that went.
 _SAME, _LEFT, _WENT = None, "", 0
@@ -4429,14 +4466,15 @@ _CLEAN_REJECTED = """
 """
 # Waiting events after a serial in order, as one row for the same reason.
 _WAITING = """
-    SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer)) FROM (
+    SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer, party))
+    FROM (
         SELECT begin_serial AS serial, id, api, begin_event AS event,
-            coalesce(attempts, 0) AS attempts, coalesce(answer, '') AS answer
+            coalesce(attempts, 0) AS attempts, coalesce(answer, '') AS answer, '' AS party
         FROM calls WHERE api = ?1 AND begin_serial > 0 AND begin_serial > ?2
         UNION ALL
         SELECT end_serial, id, api, end_event,
             iif(begin_serial > 0, 0, coalesce(attempts, 0)),
-            iif(begin_serial > 0, '', coalesce(answer, ''))
+            iif(begin_serial > 0, '', coalesce(answer, '')), coalesce(party, '')
         FROM calls WHERE api = ?1 AND end_serial > 0 AND end_serial > ?2
         ORDER BY serial LIMIT ?3
     )
@@ -4448,7 +4486,7 @@ _WAITING_COUNTS = """
     ) GROUP BY api
 """
 _REJECTED = """
-    SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer)) FROM (
+    SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer, '')) FROM (
         SELECT * FROM rejected WHERE retry = ?1 AND serial > ?2 ORDER BY serial LIMIT ?3
     )
 """
@@ -4478,9 +4516,11 @@ def _write_calls(number: int) -> str:
 
 def _unpack_waiting(text: str) -> list[RatingEvent]:
     events = []
-    for serial, row, api_url, values, attempts, answer in json.loads(text):
+    for serial, row, api_url, values, attempts, answer, party in json.loads(text):
         event = unpack_event(values, api_url, row, serial)
         event.attempts, event.answer = attempts, answer
+        if party:
+            event.keep_only(party)
         events.append(event)
     return sorted(events, key=attrgetter("serial"))
 
@@ -4688,6 +4728,15 @@ class Journal:
             keys.append(unpack_event(json.loads(begin), api_url, 0, 0).key)
         return keys
 
+    def one_sided(self) -> dict[CallKey, str]:
+        """The running calls that were begun with one party alone, and which."""
+        return {
+            unpack_event(json.loads(begin), api_url, 0, 0).key: party
+            for api_url, begin, party in self._db.execute(
+                "SELECT api, begin_event, party FROM calls WHERE party != '' AND end_event IS NULL"
+            )
+        }
+
     # What is written
 
     def change(self, row: int, **values: Any) -> None:
@@ -4716,6 +4765,8 @@ class Journal:
     def went(self, event: RatingEvent) -> None:
         """Note that an event was answered and waits no more."""
         values = {f"{event.kind}_event": "", f"{event.kind}_serial": 0}
+        if event.kind == "begin" and event.left_out:
+            values |= {"begin_event": _compact_json(event.pack()), "party": event.party}
         self.change(event.row, attempts=0, answer="", **values)
 
     def reject(self, event: RatingEvent) -> None:
@@ -4888,38 +4939,6 @@ class _TlsConnection(urllib3.connection.HTTPSConnection):
             raise urllib3.exceptions.NewConnectionError(self, str(error)) from None
 
 
-# Arguments of the GraphQL mutations by the kind of event: those of REST but for product_tag.
-_WHO = {
-    "tenant": "String!",
-    "transaction_tag": "String!",
-    "account_tag": "String",
-    "destination_account_tag": "String",
-}
-_ARGUMENTS = {
-    "begin": {
-        **_WHO,
-        "source": "String",
-        "source_ip": "String",
-        "destination": "String",
-        "tags": "[String!]",
-        "timestamp_begin": "String",
-    },
-    "end": {**_WHO, "timestamp_end": "String"},
-}
-
-
-@lru_cache(maxsize=256)
-def _batch_document(begins: int, ends: int) -> str:
-    """The GraphQL document for so many begins, then ends: values are variables, never pasted."""
-    declared, fields = [], []
-    for alias, kind in enumerate(["begin"] * begins + ["end"] * ends):
-        names = _ARGUMENTS[kind]
-        declared += [f"$e{alias}_{name}: {kind_of}" for name, kind_of in names.items()]
-        arguments = ", ".join(f"{name}: $e{alias}_{name}" for name in names)
-        fields.append(f"e{alias}: {kind}Transaction({arguments}) {{ ok }}")
-    return f"mutation({', '.join(declared)}) {{ {' '.join(fields)} }}"
-
-
 class RatingApi:
     """A client of one rating API: one synchronous POST for each event, never retried in here."""
 
@@ -4955,7 +4974,7 @@ class RatingApi:
         Raises DeliveryError where the API gave no answer that counts.
         """
         path = f"/v1/{event.kind}_transaction"
-        status, retry_after, answer = self._post(path, event.body)
+        status, retry_after, answer = self._post(path, event.request())
         if 200 <= status < 300:
             try:
                 return DELIVERED if json.loads(answer)["ok"] is True else REFUSED_BY_API
@@ -4964,47 +4983,6 @@ class RatingApi:
         self._check_status(status, retry_after)
         event.answer = f"status {status}"
         return REJECTED
-
-    def send_batch(self, events: Sequence[RatingEvent]) -> list[str | DeliveryError]:
-        """Tell the API events of different calls in one GraphQL request.
-
-        Returns for each, in order, what `send` returns or raises. Raises DeliveryError where none
-        got an answer that counts, BatchRefused where the API did not carry out any.
-        """
-        # Begins first, so that there are few different documents and a server may keep them.
-        places = sorted(range(len(events)), key=lambda place: events[place].kind)
-        begins = sum(event.kind == "begin" for event in events)
-        variables = {}
-        for alias, place in enumerate(places):
-            arguments = _ARGUMENTS[events[place].kind]
-            for name, value in json.loads(events[place].body).items():
-                # GraphQL knows no product_tag, and what it does not know it refuses.
-                if name in arguments:
-                    variables[f"e{alias}_{name}"] = value
-        document = _batch_document(begins, len(events) - begins)
-        body = _compact_json({"query": document, "variables": variables}).encode()
-        status, retry_after, answer = self._post("/graphql", body)
-        if not 200 <= status < 300:
-            self._check_status(status, retry_after)
-            raise BatchRefused("batch", f"status {status}")
-        try:
-            content = json.loads(answer)
-            faults = [str(fault["message"]) for fault in content.get("errors") or ()]
-            if "data" not in content and faults:
-                raise BatchRefused("batch", faults[0][:200])
-            data = content["data"] or {}
-            outcomes: list[str | DeliveryError] = [REFUSED_BY_API] * len(events)
-            for alias, place in enumerate(places):
-                result = data.get(f"e{alias}")
-                if result is None:
-                    # The API broke off: what of it was done is unknown.
-                    text = faults[0][:200] if faults else "no answer for one event of a batch"
-                    outcomes[place] = DeliveryError("answer", text, True)
-                elif result["ok"] is True:
-                    outcomes[place] = DELIVERED
-            return outcomes
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise DeliveryError("answer", "an answer that is no rating API's", True) from None
 
     @staticmethod
     def _check_status(status: int, retry_after: str) -> None:
@@ -5128,11 +5106,23 @@ class Outbox:
     It sends nothing itself. `take` gives out an event, and `settle` or `fail` say what became of
     it; ``now`` is seconds of a monotonic clock. At most one event of a call is out at a time, and
     of several that may go the one that came about first.
+
+    With ``drop`` a begin that is refused with both parties is sent with the caller alone, then with
+    the callee alone. What the API keeps of a running call for one party has the same values either
+    way and is stored once, so both may be sent again at any time, also after a restart. That one
+    was taken alone is believed only where both cannot have been begun by an attempt of unknown
+    outcome: they were refused again while the API's storage service is known to live.
     """
 
-    def __init__(self, limit: int = MAX_WAITING_EVENTS, jitter: Callable[[], float] | None = None):
+    def __init__(
+        self,
+        limit: int = MAX_WAITING_EVENTS,
+        jitter: Callable[[], float] | None = None,
+        drop: bool = True,
+    ) -> None:
         self.limit = limit
         self._jitter = jitter or (lambda: random.uniform(0.75, 1.25))
+        self._drop = drop
         self._calls: dict[CallKey, deque[RatingEvent]] = {}
         # Entries whose queue is no more that of the call are stale, and left out.
         self._ready: list[tuple[int, int, CallKey, deque[RatingEvent]]] = []
@@ -5141,6 +5131,10 @@ class Outbox:
         self._out: set[CallKey] = set()
         # Calls whose begin was given up: their end must not be sent alone.
         self._given_up: OrderedDict[CallKey, None] = OrderedDict()
+        # Whom alone the begins of running calls were taken with: their ends must name no other.
+        self._one_sided: dict[CallKey, str] = {}
+        # Tenants and tags that the API does not know, and until when they are left out.
+        self._unknown: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._waiting = 0
         self._sequence = 0
         self._failures = 0
@@ -5167,6 +5161,7 @@ class Outbox:
             del self._given_up[event.key]
             return False, []
         self._given_up.pop(event.key, None)
+        self.restrict(event)
         queue = self._calls.get(event.key)
         if queue is None:
             queue = self._calls[event.key] = deque()
@@ -5181,6 +5176,28 @@ class Outbox:
         self._given_up[key] = None
         if len(self._given_up) > MAX_REFUSED_CALLS:
             self._given_up.popitem(last=False)
+
+    def begun(self, key: CallKey, party: str) -> None:
+        """A begin was taken with one party alone; its end will name no other."""
+        self._one_sided[key] = party
+
+    def restrict(self, event: RatingEvent) -> None:
+        """Leave in an end whom its begin was taken with."""
+        party = self._one_sided.pop(event.key, "")
+        if party and event.kind == "end":
+            event.keep_only(party)
+
+    def leave_out(self, event: RatingEvent, now: float) -> bool:
+        """Leave who was left out of a begin out of others for a while; True where that is news."""
+        unknown, key = self._unknown, (event.tenant, event.left_out)
+        while unknown and next(iter(unknown.values())) <= now:
+            unknown.popitem(last=False)
+        if key in unknown:
+            return False
+        unknown[key] = now + UNKNOWN_PAUSE
+        if len(unknown) > MAX_UNKNOWN_PARTIES:
+            unknown.popitem(last=False)
+        return True
 
     def take(self, now: float) -> RatingEvent | None:
         """The next event to send, or None while there is none that may go."""
@@ -5197,35 +5214,11 @@ class Outbox:
             return None
         event = queue[0]
         self._out.add(event.key)
+        event.party = self._party(event, now)
         event.attempts += 1
         if self.down:
             self._probe = event
         return event
-
-    def take_several(self, now: float, most: int, spare: int) -> list[RatingEvent]:
-        """Up to ``most`` events, of different calls, where more are ready than ``spare``.
-
-        What was tried before goes alone: it may be why a batch failed.
-        """
-        event = self.take(now)
-        events = [event] if event else []
-        while events and events[0].attempts == 1 and len(events) < most:
-            if len(self._ready) <= spare or self.down:
-                break
-            event = self.take(now)
-            if event is None:
-                break
-            if event.attempts > 1:
-                self.put_back(event)
-                break
-            events.append(event)
-        return events
-
-    def put_back(self, event: RatingEvent) -> None:
-        """An event that was taken was not sent."""
-        self._back(event)
-        event.attempts -= 1
-        self._make_ready(event.key, self._calls[event.key])
 
     def settle(
         self, event: RatingEvent, outcome: str, now: float, hold: bool = False
@@ -5246,22 +5239,17 @@ class Outbox:
         self._failures = 0
         self._back(event)
         if outcome == REFUSED_BY_API:
-            event.refusals += 1
-            event.answer = NOT_OK
-            event.confirmed += event.refusals > 1 and self._last_ok > event.refused_at
-            event.refused_at = now
-            # A dead storage service answers ok: false as well, so that is believed only after
-            # some minutes. Then it means for an end that may have arrived: it had.
-            done_before = event.kind == "end" and event.unknown
-            done_surely = done_before and event.confirmed >= MAX_CONFIRMED_REFUSALS
-            if event.refusals < MAX_REFUSALS and not done_surely:
-                self._delay(event, now, event.refusals)
-                return REFUSED_BY_API, []
-            outcome = DELIVERED if done_before else REJECTED
+            outcome = self._refused(event, now)
         elif outcome == DELIVERED:
-            self._last_ok = now
+            outcome = self._accepted(event, now)
+        if outcome == REFUSED_BY_API:
+            return REFUSED_BY_API, []
         queue = self._calls[event.key]
         gone = [queue.popleft()]
+        if event.kind == "begin" and event.left_out:
+            self._one_sided[event.key] = event.party
+            if queue:
+                self.restrict(queue[0])
         if outcome == REJECTED and event.kind == "begin":
             # Its end goes with it, but not the begin of another call with the same tag.
             while queue and queue[0].kind == "end":
@@ -5284,15 +5272,10 @@ class Outbox:
         if queue:
             self._make_ready(key, queue)
 
-    def fail(
-        self, event: RatingEvent, error: DeliveryError, now: float, another: bool = False
-    ) -> None:
-        """The API gave no answer that counts: the event is sent again, the same octets, later.
-
-        ``another`` says that it was in the same request as the one before.
-        """
+    def fail(self, event: RatingEvent, error: DeliveryError, now: float) -> None:
+        """The API gave no answer that counts: the event is sent again, the same octets, later."""
         # Requests that were under way together fail together: that is one outage, not many.
-        if not another and (not self.down or self._probe is event):
+        if not self.down or self._probe is event:
             self._failures += 1
             if self.down:
                 pause = self._backoff(self._failures - DOWN_AFTER + 1)
@@ -5301,9 +5284,13 @@ class Outbox:
             self._failures = max(self._failures, DOWN_AFTER)
             self._down_until = max(self._down_until, now + error.wait)
         self._back(event)
-        event.unknown |= error.unknown
+        if error.unknown:
+            # What was known before says nothing of this attempt.
+            event.unknown, event.confirmed, event.refused_at = True, 0, now
+        event.party = ""
         event.answer = str(error)
-        self._delay(event, now, event.attempts - event.refusals)
+        event.failures += 1
+        self._delay(event, now, event.failures)
 
     def undelivered(self) -> list[RatingEvent]:
         """All that still waits, the calls in order of their oldest event."""
@@ -5312,6 +5299,57 @@ class Outbox:
             if key in self._calls:
                 self._calls[key][0].unknown = True
         return [event for queue in self._calls.values() for event in queue]
+
+    def _party(self, event: RatingEvent, now: float) -> str:
+        """Whom alone the next request names, "" for all that the event has."""
+        if not self._may_drop(event):
+            return ""
+        if event.refusals:
+            return event.party if now - event.refused_at < REFUSED_APART else ""
+        if event.attempts or event.unknown:
+            return ""
+        tags = (event.account_tag, event.destination_account_tag)
+        caller, callee = (self._unknown.get((event.tenant, tag), 0.0) > now for tag in tags)
+        return "" if caller == callee else CALLEE if caller else CALLER
+
+    def _may_drop(self, event: RatingEvent) -> bool:
+        both = event.account_tag and event.destination_account_tag
+        room = len(self._one_sided) < MAX_ONE_SIDED
+        return bool(self._drop and event.kind == "begin" and both and room)
+
+    def _accepted(self, event: RatingEvent, now: float) -> str:
+        self._last_ok = now
+        if event.kind == "begin" and event.party:
+            if event.unknown and event.confirmed < MAX_CONFIRMED_REFUSALS:
+                # Both may be begun already, while the storage service was away just before.
+                self._delay(event, now, max(event.refusals, 1))
+                return REFUSED_BY_API
+            event.keep_only(event.party)
+        return DELIVERED
+
+    def _refused(self, event: RatingEvent, now: float) -> str:
+        event.answer = NOT_OK
+        party = ""
+        if event.kind == "end" or not event.party:
+            again = event.refusals > 0 and now - event.refused_at >= REFUSED_APART
+            event.refusals += 1
+            event.confirmed += event.refusals > 1 and self._last_ok > event.refused_at
+            event.refused_at = now
+            party = CALLER if again and self._may_drop(event) else ""
+        elif event.refusals and event.party == CALLER:
+            party = CALLEE
+        if party:
+            event.party = party
+            self._make_ready(event.key, self._calls[event.key])
+            return REFUSED_BY_API
+        # A dead storage service answers ok: false as well, so that is believed only after
+        # some minutes. Then it means for an end that may have arrived: it had.
+        done_before = event.kind == "end" and event.unknown
+        done_surely = done_before and event.confirmed >= MAX_CONFIRMED_REFUSALS
+        if event.refusals < MAX_REFUSALS and not done_surely:
+            self._delay(event, now, max(event.refusals, 1))
+            return REFUSED_BY_API
+        return DELIVERED if done_before else REJECTED
 
     def _back(self, event: RatingEvent) -> None:
         self._out.discard(event.key)
@@ -5370,12 +5408,11 @@ class _Lane:
     event that the outbox got.
     """
 
-    def __init__(self, api: RatingApi) -> None:
+    def __init__(self, api: RatingApi, outbox: Outbox) -> None:
         self.api = api
-        self.outbox = Outbox()
+        self.outbox = outbox
         self.idle: list[gevent.event.Event] = []
         self.was_down = False
-        self.single_until = 0.0
         # Seconds of a monotonic clock: when it went down or came up, and when it last failed.
         self.since = time.monotonic()
         self.failed = 0.0
@@ -5412,6 +5449,8 @@ class Delivery:
             self._open(url).behind = count
         for key in journal.given_up() if journal else ():
             self._lane(key[0]).outbox.give_up(key)
+        for key, party in journal.one_sided().items() if journal else ():
+            self._lane(key[0]).outbox.begun(key, party)
 
     def put(self, event: RatingEvent, on_disk: bool = False) -> None:
         """Hand over an event for delivery; never waits."""
@@ -5488,6 +5527,8 @@ class Delivery:
         """End the workers and log each event that was not delivered, so that it can be replayed."""
         self.kill()
         for lane in self._lanes.values():
+            for event in lane.unwritten:
+                lane.outbox.restrict(event)
             for event in (*lane.outbox.undelivered(), *lane.unwritten):
                 self._log_whole(event, "event_undelivered", "an event was not delivered")
 
@@ -5495,7 +5536,8 @@ class Delivery:
         return self._lanes.get(url) or self._open(url)
 
     def _open(self, url: str) -> _Lane:
-        lane = self._lanes[url] = _Lane(RatingApi(url, self._settings))
+        outbox = Outbox(drop=self._settings.unknown_party == "drop")
+        lane = self._lanes[url] = _Lane(RatingApi(url, self._settings), outbox)
         count = self._settings.rating_api_concurrency
         self._workers += [gevent.spawn(self._work, lane) for _ in range(count)]
         return lane
@@ -5516,6 +5558,7 @@ class Delivery:
 
     def _lose(self, event: RatingEvent) -> None:
         self._metrics.count("events.lost")
+        self._lane(event.api_url).outbox.restrict(event)
         self._log_whole(event, "event_lost", "an event left memory undelivered: too many wait")
         if self._journal:
             self._journal.went(event)
@@ -5546,46 +5589,29 @@ class Delivery:
     def _work(self, lane: _Lane) -> None:
         wake = gevent.event.Event()
         while True:
-            now = time.monotonic()
-            most = self._settings.rating_api_batch if now >= lane.single_until else 1
-            events = lane.outbox.take_several(now, most, len(lane.idle))
-            if not events:
+            event = lane.outbox.take(time.monotonic())
+            if event is None:
                 wake.clear()
                 lane.idle.append(wake)
                 wake.wait()
                 continue
             # There may be more than this worker can do.
             self._wake(lane)
-            self._deliver(lane, events)
+            self._deliver(lane, event)
 
-    def _deliver(self, lane: _Lane, events: list[RatingEvent]) -> None:
+    def _deliver(self, lane: _Lane, event: RatingEvent) -> None:
         started = time.monotonic()
-        outcomes: Sequence[str | DeliveryError]
         try:
-            if len(events) == 1:
-                outcomes = [lane.api.send(events[0])]
-            else:
-                outcomes = lane.api.send_batch(events)
-                self._metrics.count("api.batches")
-        except BatchRefused as error:
-            self._single(lane, events, error)
-            return
+            self._settle(lane, event, lane.api.send(event))
         except DeliveryError as error:
-            outcomes = [error] * len(events)
+            self._failed(lane, event, error)
         except Exception as error:
             # A fault of ours must not end the worker: the event is tried again like any other.
-            outcomes = [DeliveryError("internal", type(error).__name__, True)] * len(events)
             # The error's text may hold a header, and that a token: only where it came from.
             where = "".join(traceback.format_tb(error.__traceback__))
-            extra = {"event": "internal_error", "where": where, **events[0].fields()}
+            extra = {"event": "internal_error", "where": where, **event.fields()}
             log.warning("delivery failed: %s", type(error).__name__, extra=extra)
-        failed: DeliveryError | None = None
-        for event, outcome in zip(events, outcomes, strict=True):
-            if isinstance(outcome, DeliveryError):
-                self._failed(lane, event, outcome, another=failed is outcome)
-                failed = outcome
-            else:
-                self._settle(lane, event, outcome)
+            self._failed(lane, event, DeliveryError("internal", type(error).__name__, True))
         self._metrics.time("api.time", time.monotonic() - started)
         if lane.outbox.down != lane.was_down:
             lane.was_down, lane.since = lane.outbox.down, time.monotonic()
@@ -5593,18 +5619,9 @@ class Delivery:
             extra["waiting"] = lane.waiting
             log.warning("rating API is %s", "down" if lane.was_down else "up again", extra=extra)
 
-    def _single(self, lane: _Lane, events: list[RatingEvent], error: BatchRefused) -> None:
-        """The API does not take batches, or not this one: its events go one by one."""
-        lane.single_until = time.monotonic() + SINGLE_PAUSE
-        for event in events:
-            lane.outbox.put_back(event)
-        self._metrics.count("api.batches_refused")
-        extra = {"event": "api_batch_refused", "api": lane.api.url}
-        log.warning("rating API takes no batch, events go one by one: %s", error, extra=extra)
-
-    def _failed(self, lane: _Lane, event: RatingEvent, error: DeliveryError, another: bool) -> None:
+    def _failed(self, lane: _Lane, event: RatingEvent, error: DeliveryError) -> None:
         lane.failed, lane.fault = time.monotonic(), str(error)
-        lane.outbox.fail(event, error, lane.failed, another)
+        lane.outbox.fail(event, error, lane.failed)
         self._metrics.count(f"api.errors.{error.kind}")
         if error.kind != "internal":
             self._metrics.count("api.retries")
@@ -5621,12 +5638,15 @@ class Delivery:
             done = "done before" if outcome == REFUSED_BY_API else "ok"
             extra = {"event": f"call_{event.kind}", "outcome": done, **event.fields()}
             log.info("call %s", "begun" if event.kind == "begin" else "ended", extra=extra)
+            if event.kind == "begin" and event.left_out:
+                self._left_out(lane, event)
             if journal:
                 journal.went(event)
         elif meaning == REFUSED_BY_API:
             self._metrics.count("api.retries")
-            extra = {"event": "api_refused", "api": lane.api.url, **event.fields()}
-            log.warning("rating API refused, to be tried again", extra=extra)
+            if outcome == REFUSED_BY_API:
+                extra = {"event": "api_refused", "api": lane.api.url, **event.fields()}
+                log.warning("rating API refused, to be tried again", extra=extra)
             if journal:
                 journal.attempted(event)
         for rejected in gone:
@@ -5634,6 +5654,13 @@ class Delivery:
             self._reject(rejected, reason)
         if journal and meaning != REFUSED_BY_API:
             self._settled.append((lane, event.key))
+
+    def _left_out(self, lane: _Lane, event: RatingEvent) -> None:
+        self._metrics.count("events.unknown_party")
+        if lane.outbox.leave_out(event, time.monotonic()):
+            extra = {"event": "unknown_party", "api": lane.api.url, **event.fields()}
+            account = printable(event.left_out)
+            log.warning("the rating API does not know account %s: left out", account, extra=extra)
 
     def _reject(self, event: RatingEvent, reason: str) -> None:
         event.answer = event.answer or reason
