@@ -2097,6 +2097,10 @@ class Call:
         in_dialog = message.cseq_method not in ("ACK", "CANCEL") and message.to_tag != ""
         return in_dialog and message.to_tag == self.from_tag
 
+    def is_initial(self, branch: str) -> bool:
+        """Whether a branch is that of an initial INVITE, whatever its CSeq was changed to."""
+        return branch == self.branch or any(x.branch == branch for x in self.attempts)
+
     def find_dialog(self, to_tag: str) -> Dialog | None:
         """The dialog with this To tag, if something is known of it."""
         for dialog in self.dialogs:
@@ -2220,7 +2224,7 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
         if reply.status >= 300:
             return _note_refusal(call, reply)
         dialog = call.dialog(to_tag)
-        reinvite = 0 < dialog.reinvited <= reply.cseq
+        reinvite = 0 < dialog.reinvited <= reply.cseq and not call.is_initial(reply.branch)
         if not reinvite and (not dialog.answered or reply.cseq <= dialog.cseq):
             return _note_answer(dialog, reply, now)
     elif reply.status >= 300:
@@ -2301,7 +2305,7 @@ def _note_request(call: Call, request: SipMessage, now: float) -> bool:
     dialog.highest = (highest[0], highest[1])
     if request.method == "INVITE" and from_caller:
         dialog.reinvited = min(dialog.reinvited or request.cseq, request.cseq)
-        if dialog.cseq >= dialog.reinvited:
+        if dialog.cseq >= dialog.reinvited and not call.is_initial(dialog.branch):
             # What was taken for the answer was the 2xx to this.
             dialog.answered = dialog.repeated = dialog.cseq = 0
     if request.method in ("INVITE", "UPDATE", "INFO"):
