@@ -3103,6 +3103,8 @@ class CallTable:
                 branch = message.branch
                 known = [call for call in owners if call.attempt_of(message.cseq, branch)]
             owners = known or [call for call in owners if not call.ended_at] or owners
+            # Of a caller with more attempts than one call keeps, it is the latest call.
+            owners = owners if known else list({call.tenant: call for call in owners}.values())
         if owners[0].begun_at and owners[0].attempts:
             return [self._split(call, message) for call in owners]
         return owners
@@ -3201,6 +3203,10 @@ class CallTable:
             known = any(x.cseq == message.cseq and x.branch == branch for x in call.attempts)
             if known or call.ended_at or (call.cseq, call.branch) == (message.cseq, branch):
                 return call
+            if len(call.attempts) >= MAX_ATTEMPTS:
+                acks = list(call.acks)
+                spare = next((x for x in call.attempts if x.refused(acks)), None)
+                call.attempts = tuple(x for x in call.attempts if x is not spare)
             if len(call.attempts) < MAX_ATTEMPTS:
                 found = call
         return found
