@@ -1989,12 +1989,13 @@ class Bye:
     the reply. ``arrived`` and ``replied_at`` are in seconds of the monotonic clock.
     """
 
-    __slots__ = tuple("arrived branch cseq from_caller replied_at reply_time seen status".split())
+    __slots__ = tuple("arrived branch cseq from_caller late replied_at reply_time seen status".split())
 
     def __init__(self, cseq: int, branch: str, from_caller: bool) -> None:
         self.cseq = cseq
         self.branch = branch
         self.from_caller = from_caller
+        self.late = False
         self.seen: dict[str, int] = {}
         self.arrived = self.replied_at = 0.0
         self.status = self.reply_time = 0
@@ -2014,11 +2015,11 @@ class Dialog:
     ``agreed`` of the 2xx that set ``session``, its interval in seconds. ``arrived`` and
     ``refreshed_at`` are in seconds of the monotonic clock. ``cseq`` and ``branch`` are those of the
     INVITE that was answered, ``highest`` the highest CSeq of the caller's and of the callee's
-    requests, ``reinvited`` the lowest of the caller's re-INVITEs.
+    requests, ``highest_at`` their HEP times, ``reinvited`` the lowest of the caller's re-INVITEs.
     """
 
     __slots__ = tuple(
-        "acked acks agreed alive answered arrived branch byes confirmed cseq highest refreshed "
+        "acked acks agreed alive answered arrived branch byes confirmed cseq highest highest_at refreshed "
         "refreshed_at reinvited repeated session to_tag".split()
     )
 
@@ -2029,8 +2030,20 @@ class Dialog:
         self.arrived = self.refreshed_at = 0.0
         self.branch = ""
         self.highest: tuple[int, int] = (0, 0)
+        self.highest_at: tuple[int, int] = (0, 0)
         self.acks: tuple[Ack, ...] = ()
         self.byes: tuple[Bye, ...] = ()
+
+    def note_cseq(self, cseq: int, time: int, from_caller: bool) -> bool:
+        """Take in the CSeq of a side's request; whether it is the highest by now."""
+        side = int(not from_caller)
+        if cseq <= self.highest[side]:
+            return False
+        other = 1 - side
+        values = {side: (cseq, time), other: (self.highest[other], self.highest_at[other])}
+        self.highest = (values[0][0], values[1][0])
+        self.highest_at = (values[0][1], values[1][1])
+        return True
 
     @property
     def unacknowledged(self) -> bool:
@@ -2262,7 +2275,7 @@ def _note_answer(dialog: Dialog, answer: SipMessage, now: float) -> bool:
         dialog.cseq, dialog.branch, dialog.arrived = answer.cseq, answer.branch, now
         dialog.answered = dialog.repeated = answer.time
         dialog.acked = min((ack.time for ack in dialog.acks), default=dialog.acked)
-        dialog.highest = (max(dialog.highest[0], answer.cseq), dialog.highest[1])
+        dialog.note_cseq(answer.cseq, 0, from_caller=True)
     if not dialog.refreshed:
         dialog.refreshed, dialog.refreshed_at = answer.time, now
     dialog.answered = min(dialog.answered, answer.time)
@@ -2299,10 +2312,10 @@ def _note_request(call: Call, request: SipMessage, now: float) -> bool:
     """A re-INVITE or UPDATE, or another request of a dialog, whose CSeq counts (12.2.2)."""
     from_caller = call.is_from_caller(request)
     dialog = call.dialog(request.to_tag if from_caller else request.from_tag)
-    highest = list(dialog.highest)
-    highest[not from_caller] = max(highest[not from_caller], request.cseq)
-    new = tuple(highest) != dialog.highest
-    dialog.highest = (highest[0], highest[1])
+    new = dialog.note_cseq(request.cseq, request.time, from_caller)
+    for bye in dialog.byes:
+        if bye.from_caller == from_caller and bye.seen and bye.cseq < request.cseq:
+            bye.late = bye.late or request.time < bye.time
     if request.method == "INVITE" and from_caller:
         dialog.reinvited = min(dialog.reinvited or request.cseq, request.cseq)
         if dialog.cseq >= dialog.reinvited and not call.is_initial(dialog.branch):
@@ -2375,6 +2388,8 @@ def _note_bye(call: Call, bye: SipMessage, now: float) -> int:
     if not fact.seen:
         fact.arrived = now
         fact.cseq = bye.cseq
+        side = int(not from_caller)
+        fact.late = bye.cseq < dialog.highest[side] and dialog.highest_at[side] <= bye.time
     fact.seen[way] = bye.time
     if not from_caller:
         dialog.confirmed = max(dialog.confirmed, bye.time)
@@ -2725,7 +2740,7 @@ def _judge_bye(
         if carried_out:
             return End(bye.reply_time, "bye_reply"), bye.replied_at + settings.reorder_window
         return None, inf
-    out_of_order = bye.cseq < dialog.highest[not bye.from_caller]
+    out_of_order = bye.late or (bye.from_caller and bye.cseq < dialog.cseq)
     # Before the answer it ended an early dialog, or nothing (rule 14).
     if bye.time < dialog.answered and bye.arrived < call.begun_at and not confirmed:
         return None, inf
@@ -2891,6 +2906,7 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
     for plain, clocks, acks, byes in dialogs:
         dialog = _set(Dialog(""), _DIALOG, plain)
         dialog.highest = (dialog.highest[0], dialog.highest[1])
+        dialog.highest_at = (dialog.highest_at[0], dialog.highest_at[1])
         dialog.arrived, dialog.refreshed_at = map(clock, clocks)
         dialog.acks = tuple(Ack._make([*ack[:6], clock(ack[6])]) for ack in acks)
         for plain, arrived, replied_at in byes:
@@ -2908,7 +2924,7 @@ def _add_turned(dialog: Dialog, seen: Dialog) -> None:
         bye.from_caller = False
         dialog.confirmed = max(dialog.confirmed, *bye.seen.values(), 0)
     dialog.byes += byes
-    dialog.highest = (dialog.highest[0], max(dialog.highest[1], seen.highest[0]))
+    dialog.note_cseq(seen.highest[0], seen.highest_at[0], from_caller=False)
     if seen.highest[0]:
         dialog.confirmed = max(dialog.confirmed, seen.alive)
     dialog.alive = max(dialog.alive, seen.alive)
@@ -3429,7 +3445,7 @@ class CallTable:
             dialog.answered = dialog.repeated = dialog.acked = begin.time
             dialog.cseq, dialog.arrived = call.cseq, self._now
             dialog.refreshed, dialog.refreshed_at = begin.time, self._now
-            dialog.highest = (max(dialog.highest[0], call.cseq), dialog.highest[1])
+            dialog.note_cseq(call.cseq, 0, from_caller=True)
         self._enter(call, ANSWERED)
         self._settle(call)
         if not identity.rated:
