@@ -1859,6 +1859,8 @@ MAX_DIALOGS = 16
 # ACKs, or BYEs of one side, of a dialog; and ways of one BYE.
 MAX_REQUESTS = 8
 MAX_WAYS = 4
+# Requests of a side whose CSeq and time are remembered: only the reorder window has more than one.
+MAX_CSEQS = 4
 
 _CARRIED_OUT = frozenset((*range(200, 300), 408, 481))
 _CHALLENGES = frozenset((401, 407))
@@ -2006,6 +2008,10 @@ class Bye:
         return max(self.seen.values())
 
 
+# Requests of one side, as (CSeq, HEP time): the higher, the later.
+Requests = tuple[tuple[int, int], ...]
+
+
 class Dialog:
     """What is known under one To tag of a call (RFC 3261 section 12).
 
@@ -2014,13 +2020,13 @@ class Dialog:
     ``confirmed`` of the last one by the callee's side, ``refreshed`` of the last refresh and
     ``agreed`` of the 2xx that set ``session``, its interval in seconds. ``arrived`` and
     ``refreshed_at`` are in seconds of the monotonic clock. ``cseq`` and ``branch`` are those of the
-    INVITE that was answered, ``highest`` the highest CSeq of the caller's and of the callee's
-    requests, ``highest_at`` their HEP times, ``reinvited`` the lowest of the caller's re-INVITEs.
+    INVITE that was answered, ``sent`` the CSeqs of the caller's and of the callee's requests behind
+    it, ``reinvited`` the lowest of the caller's re-INVITEs.
     """
 
     __slots__ = tuple(
-        "acked acks agreed alive answered arrived branch byes confirmed cseq highest highest_at refreshed "
-        "refreshed_at reinvited repeated session to_tag".split()
+        "acked acks agreed alive answered arrived branch byes confirmed cseq refreshed "
+        "refreshed_at reinvited repeated sent session to_tag".split()
     )
 
     def __init__(self, to_tag: str) -> None:
@@ -2029,21 +2035,25 @@ class Dialog:
         self.refreshed = self.agreed = self.session = self.cseq = self.reinvited = 0
         self.arrived = self.refreshed_at = 0.0
         self.branch = ""
-        self.highest: tuple[int, int] = (0, 0)
-        self.highest_at: tuple[int, int] = (0, 0)
+        self.sent: tuple[Requests, Requests] = ((), ())
         self.acks: tuple[Ack, ...] = ()
         self.byes: tuple[Bye, ...] = ()
 
+    def highest(self, from_caller: bool) -> int:
+        """The highest CSeq that was seen of a side, 0 for none."""
+        sent = self.sent[not from_caller]
+        return max(sent[-1][0] if sent else 0, self.cseq if from_caller else 0)
+
     def note_cseq(self, cseq: int, time: int, from_caller: bool) -> bool:
         """Take in the CSeq of a side's request; whether it is the highest by now."""
-        side = int(not from_caller)
-        if cseq <= self.highest[side]:
+        new = cseq > self.highest(from_caller)
+        sent: Requests = self.sent[not from_caller]
+        if any(other >= cseq and at <= time for other, at in sent):
             return False
-        other = 1 - side
-        values = {side: (cseq, time), other: (self.highest[other], self.highest_at[other])}
-        self.highest = (values[0][0], values[1][0])
-        self.highest_at = (values[0][1], values[1][1])
-        return True
+        sent = tuple(x for x in sent if x[0] > cseq or x[1] < time) + ((cseq, time),)
+        sent = tuple(sorted(sent)[-MAX_CSEQS:])
+        self.sent = (sent, self.sent[1]) if from_caller else (self.sent[0], sent)
+        return new
 
     @property
     def unacknowledged(self) -> bool:
@@ -2275,7 +2285,6 @@ def _note_answer(dialog: Dialog, answer: SipMessage, now: float) -> bool:
         dialog.cseq, dialog.branch, dialog.arrived = answer.cseq, answer.branch, now
         dialog.answered = dialog.repeated = answer.time
         dialog.acked = min((ack.time for ack in dialog.acks), default=dialog.acked)
-        dialog.note_cseq(answer.cseq, 0, from_caller=True)
     if not dialog.refreshed:
         dialog.refreshed, dialog.refreshed_at = answer.time, now
     dialog.answered = min(dialog.answered, answer.time)
@@ -2388,8 +2397,8 @@ def _note_bye(call: Call, bye: SipMessage, now: float) -> int:
     if not fact.seen:
         fact.arrived = now
         fact.cseq = bye.cseq
-        side = int(not from_caller)
-        fact.late = bye.cseq < dialog.highest[side] and dialog.highest_at[side] <= bye.time
+        sent = dialog.sent[not from_caller]
+        fact.late = any(cseq > bye.cseq and time <= bye.time for cseq, time in sent)
     fact.seen[way] = bye.time
     if not from_caller:
         dialog.confirmed = max(dialog.confirmed, bye.time)
@@ -2715,7 +2724,7 @@ def _judge_byes(
 ) -> tuple[End | None, float]:
     """Rules 12 and 13: the first BYE of a dialog that was carried out, if that is certain."""
     found: End | None = None
-    look = inf
+    earlier, look = inf, inf
     if not dialog.byes:
         return None, inf
     for bye in dialog.byes:
@@ -2724,9 +2733,12 @@ def _judge_byes(
             continue
         if certain > now and not closing:
             look = min(look, certain)
+            if end.reason != "bye_unanswered":
+                earlier = min(earlier, end.time)
         elif found is None or end.time < found.time:
             found = end
-    return found, look
+    # What was carried out before is certain soon.
+    return (found if found is not None and found.time <= earlier else None), look
 
 
 def _judge_bye(
@@ -2745,7 +2757,7 @@ def _judge_bye(
     if bye.time < dialog.answered and bye.arrived < call.begun_at and not confirmed:
         return None, inf
     if confirmed or (carried_out and not out_of_order):
-        highest = dialog.highest[not bye.from_caller]
+        highest = dialog.highest(bye.from_caller)
         # Where a CSeq was left out, the BYE that was challenged before may be on its way.
         certain = bye.arrived + settings.reorder_window if highest < bye.cseq - 1 else -inf
         time = bye.time if len(dialog.byes) == 1 else _first_try(dialog, bye)
@@ -2905,8 +2917,8 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
         call.attempts += (attempt,)
     for plain, clocks, acks, byes in dialogs:
         dialog = _set(Dialog(""), _DIALOG, plain)
-        dialog.highest = (dialog.highest[0], dialog.highest[1])
-        dialog.highest_at = (dialog.highest_at[0], dialog.highest_at[1])
+        caller, callee = (tuple((cseq, at) for cseq, at in side) for side in dialog.sent)
+        dialog.sent = (caller, callee)
         dialog.arrived, dialog.refreshed_at = map(clock, clocks)
         dialog.acks = tuple(Ack._make([*ack[:6], clock(ack[6])]) for ack in acks)
         for plain, arrived, replied_at in byes:
@@ -2924,8 +2936,9 @@ def _add_turned(dialog: Dialog, seen: Dialog) -> None:
         bye.from_caller = False
         dialog.confirmed = max(dialog.confirmed, *bye.seen.values(), 0)
     dialog.byes += byes
-    dialog.note_cseq(seen.highest[0], seen.highest_at[0], from_caller=False)
-    if seen.highest[0]:
+    for cseq, time in seen.sent[0]:
+        dialog.note_cseq(cseq, time, from_caller=False)
+    if seen.sent[0]:
         dialog.confirmed = max(dialog.confirmed, seen.alive)
     dialog.alive = max(dialog.alive, seen.alive)
     if seen.refreshed > dialog.refreshed:
@@ -3445,7 +3458,6 @@ class CallTable:
             dialog.answered = dialog.repeated = dialog.acked = begin.time
             dialog.cseq, dialog.arrived = call.cseq, self._now
             dialog.refreshed, dialog.refreshed_at = begin.time, self._now
-            dialog.note_cseq(call.cseq, 0, from_caller=True)
         self._enter(call, ANSWERED)
         self._settle(call)
         if not identity.rated:
