@@ -2936,8 +2936,8 @@ def _add_turned(dialog: Dialog, seen: Dialog) -> None:
         bye.from_caller = False
         dialog.confirmed = max(dialog.confirmed, *bye.seen.values(), 0)
     dialog.byes += byes
-    for cseq, time in seen.sent[0]:
-        dialog.note_cseq(cseq, time, from_caller=False)
+    for cseq, at in seen.sent[0]:
+        dialog.note_cseq(cseq, at, from_caller=False)
     if seen.sent[0]:
         dialog.confirmed = max(dialog.confirmed, seen.alive)
     dialog.alive = max(dialog.alive, seen.alive)

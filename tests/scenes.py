@@ -32,8 +32,9 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-import hepbuild
 from pure import Arrival
+
+import hepbuild
 
 # UNIX time of a scene's second 0: 2026-11-25T10:00:00Z.
 UNIX = 1_795_600_800
