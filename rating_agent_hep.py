@@ -2505,7 +2505,9 @@ def judge(call: Call, now: float, settings: Settings, closing: bool = False) -> 
         return Verdict(ANSWERED, begin, None, now)
     acks = list(call.acks)
     refused = all(attempt.refused(acks) for attempt in attempts)
-    gone = call.heard + (LINGER if refused else settings.invite_timeout)
+    # A caller may acknowledge a refusal that there never was, and let it ring.
+    certain = refused and all(attempt.decided for attempt in attempts)
+    gone = call.heard + (LINGER if certain else settings.invite_timeout)
     return Verdict(FAILED if refused else TRYING, None, None, min(look, gone), now >= gone)
 
 
