@@ -2756,7 +2756,9 @@ def _judge_bye(
         return None, inf
     out_of_order = bye.late or (bye.from_caller and bye.cseq < dialog.cseq)
     # Before the answer it ended an early dialog, or nothing (rule 14).
-    if bye.time < dialog.answered and bye.arrived < call.begun_at and not confirmed:
+    overdue = settings.reorder_window if call.replied and not bye.status else 0.0
+    early = bye.time < dialog.answered and bye.arrived < call.begun_at + overdue
+    if early and not confirmed:
         return None, inf
     if confirmed or (carried_out and not out_of_order):
         highest = dialog.highest(bye.from_caller)
