@@ -1991,7 +1991,9 @@ class Bye:
     the reply. ``arrived`` and ``replied_at`` are in seconds of the monotonic clock.
     """
 
-    __slots__ = tuple("arrived branch cseq from_caller late replied_at reply_time seen status".split())
+    __slots__ = tuple(
+        "arrived branch cseq from_caller late replied_at reply_time seen status".split()
+    )
 
     def __init__(self, cseq: int, branch: str, from_caller: bool) -> None:
         self.cseq = cseq

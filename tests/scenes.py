@@ -162,7 +162,8 @@ class Line:
 
 def read(text: str) -> list[Line]:
     """The lines of a scene."""
-    return [Line(line) for line in text.strip().splitlines() if line.strip()]
+    lines = [Line(line) for line in text.strip().splitlines() if line.strip()]
+    return sorted(lines, key=lambda line: line.time)
 
 
 def messages(text: str) -> list[Line]:

@@ -1527,6 +1527,47 @@ scene("3 4", "more attempts than are kept, and the answer comes before its INVIT
     50    BYE c=42
     50.02 200:BYE c=42
 """, "4.9-50", without="shuffle")
+scene("8 4", "an ACK to a refusal that there never was, while it rings for long", """
+    0     INVITE
+    1     NACK
+    2     180
+    50    200
+    50.05 ACK
+    60    BYE
+    60.02 200:BYE
+""", "50-60", "50.05-60")
+scene("8 15", "a CANCEL that never went further, while it rings for long", """
+    0     INVITE
+    1     CANCEL
+    50    200
+    50.05 ACK
+    60    BYE
+    60.02 200:BYE
+""", "50-60", "50.05-60")
+scene("4 12", "many BYEs before the answer, of the answered dialog", "0 INVITE\n" + "\n".join(
+    f"{1 + index / 10} BYE br=b{index} c={index + 2}" for index in range(20)) + """
+    4     200
+    4.05  ACK
+    60    BYE c=30
+    60.02 200:BYE c=30
+""", "4-60")
+scene("2 4", "four calls at one time under one Call-ID and one From tag",
+      ANSWERED + "".join(f"""
+    {2 + index}    INVITE c={index + 2} br=p{index}
+    {2.5 + index}  200 c={index + 2} br=p{index} to=t{index}
+    {2.55 + index} ACK c={index + 2} to=t{index}
+    {20 + index}   BYE c=9 to=t{index} br=b{index}
+    {20.1 + index} 200:BYE c=9 to=t{index} br=b{index}
+""" for index in range(3)) + """
+    30    BYE c=9
+    30.02 200:BYE c=9
+""", "1-30, 2.5-20, 3.5-21, 4.5-22", without="shuffle")
+scene("12", "sent again with another branch, after a refusal", ANSWERED + """
+    5     BYE br=one
+    5.02  403:BYE br=one
+    9     BYE br=two
+    9.02  200:BYE br=two
+""", "1-9", "1.05-5")
 # fmt: on
 
 
