@@ -1889,6 +1889,8 @@ MAX_DIALOGS = 16
 # ACKs, or BYEs of one side, of a dialog; and ways of one BYE.
 MAX_REQUESTS = 8
 MAX_WAYS = 4
+# Requests of a side whose CSeq and time are remembered: only the reorder window has more than one.
+MAX_CSEQS = 4
 
 _CARRIED_OUT = frozenset((*range(200, 300), 408, 481))
 _CHALLENGES = frozenset((401, 407))
@@ -2019,12 +2021,15 @@ class Bye:
     the reply. ``arrived`` and ``replied_at`` are in seconds of the monotonic clock.
     """
 
-    __slots__ = tuple("arrived branch cseq from_caller replied_at reply_time seen status".split())
+    __slots__ = tuple(
+        "arrived branch cseq from_caller late replied_at reply_time seen status".split()
+    )
 
     def __init__(self, cseq: int, branch: str, from_caller: bool) -> None:
         self.cseq = cseq
         self.branch = branch
         self.from_caller = from_caller
+        self.late = False
         self.seen: dict[str, int] = {}
         self.arrived = self.replied_at = 0.0
         self.status = self.reply_time = 0
@@ -2035,6 +2040,10 @@ class Bye:
         return max(self.seen.values())
 
 
+# Requests of one side, as (CSeq, HEP time): the higher, the later.
+Requests = tuple[tuple[int, int], ...]
+
+
 class Dialog:
     """What is known under one To tag of a call (RFC 3261 section 12).
 
@@ -2043,13 +2052,13 @@ class Dialog:
     ``confirmed`` of the last one by the callee's side, ``refreshed`` of the last refresh and
     ``agreed`` of the 2xx that set ``session``, its interval in seconds. ``arrived`` and
     ``refreshed_at`` are in seconds of the monotonic clock. ``cseq`` and ``branch`` are those of the
-    INVITE that was answered, ``highest`` the highest CSeq of the caller's and of the callee's
-    requests, ``reinvited`` the lowest of the caller's re-INVITEs.
+    INVITE that was answered, ``sent`` the CSeqs of the caller's and of the callee's requests behind
+    it, ``reinvited`` the lowest of the caller's re-INVITEs.
     """
 
     __slots__ = tuple(
-        "acked acks agreed alive answered arrived branch byes confirmed cseq highest refreshed "
-        "refreshed_at reinvited repeated session to_tag".split()
+        "acked acks agreed alive answered arrived branch byes confirmed cseq refreshed "
+        "refreshed_at reinvited repeated sent session to_tag".split()
     )
 
     def __init__(self, to_tag: str) -> None:
@@ -2058,9 +2067,25 @@ class Dialog:
         self.refreshed = self.agreed = self.session = self.cseq = self.reinvited = 0
         self.arrived = self.refreshed_at = 0.0
         self.branch = ""
-        self.highest: tuple[int, int] = (0, 0)
+        self.sent: tuple[Requests, Requests] = ((), ())
         self.acks: tuple[Ack, ...] = ()
         self.byes: tuple[Bye, ...] = ()
+
+    def highest(self, from_caller: bool) -> int:
+        """The highest CSeq that was seen of a side, 0 for none."""
+        sent = self.sent[not from_caller]
+        return max(sent[-1][0] if sent else 0, self.cseq if from_caller else 0)
+
+    def note_cseq(self, cseq: int, time: int, from_caller: bool) -> bool:
+        """Take in the CSeq of a side's request; whether it is the highest by now."""
+        new = cseq > self.highest(from_caller)
+        sent: Requests = self.sent[not from_caller]
+        if any(other >= cseq and at <= time for other, at in sent):
+            return False
+        sent = tuple(x for x in sent if x[0] > cseq or x[1] < time) + ((cseq, time),)
+        sent = tuple(sorted(sent)[-MAX_CSEQS:])
+        self.sent = (sent, self.sent[1]) if from_caller else (self.sent[0], sent)
+        return new
 
     @property
     def unacknowledged(self) -> bool:
@@ -2126,6 +2151,10 @@ class Call:
             return False
         in_dialog = message.cseq_method not in ("ACK", "CANCEL") and message.to_tag != ""
         return in_dialog and message.to_tag == self.from_tag
+
+    def is_initial(self, branch: str) -> bool:
+        """Whether a branch is that of an initial INVITE, whatever its CSeq was changed to."""
+        return branch == self.branch or any(x.branch == branch for x in self.attempts)
 
     def find_dialog(self, to_tag: str) -> Dialog | None:
         """The dialog with this To tag, if something is known of it."""
@@ -2250,7 +2279,7 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
         if reply.status >= 300:
             return _note_refusal(call, reply)
         dialog = call.dialog(to_tag)
-        reinvite = 0 < dialog.reinvited <= reply.cseq
+        reinvite = 0 < dialog.reinvited <= reply.cseq and not call.is_initial(reply.branch)
         if not reinvite and (not dialog.answered or reply.cseq <= dialog.cseq):
             return _note_answer(dialog, reply, now)
     elif reply.status >= 300:
@@ -2288,7 +2317,6 @@ def _note_answer(dialog: Dialog, answer: SipMessage, now: float) -> bool:
         dialog.cseq, dialog.branch, dialog.arrived = answer.cseq, answer.branch, now
         dialog.answered = dialog.repeated = answer.time
         dialog.acked = min((ack.time for ack in dialog.acks), default=dialog.acked)
-        dialog.highest = (max(dialog.highest[0], answer.cseq), dialog.highest[1])
     if not dialog.refreshed:
         dialog.refreshed, dialog.refreshed_at = answer.time, now
     dialog.answered = min(dialog.answered, answer.time)
@@ -2325,13 +2353,13 @@ def _note_request(call: Call, request: SipMessage, now: float) -> bool:
     """A re-INVITE or UPDATE, or another request of a dialog, whose CSeq counts (12.2.2)."""
     from_caller = call.is_from_caller(request)
     dialog = call.dialog(request.to_tag if from_caller else request.from_tag)
-    highest = list(dialog.highest)
-    highest[not from_caller] = max(highest[not from_caller], request.cseq)
-    new = tuple(highest) != dialog.highest
-    dialog.highest = (highest[0], highest[1])
+    new = dialog.note_cseq(request.cseq, request.time, from_caller)
+    for bye in dialog.byes:
+        if bye.from_caller == from_caller and bye.seen and bye.cseq < request.cseq:
+            bye.late = bye.late or request.time < bye.time
     if request.method == "INVITE" and from_caller:
         dialog.reinvited = min(dialog.reinvited or request.cseq, request.cseq)
-        if dialog.cseq >= dialog.reinvited:
+        if dialog.cseq >= dialog.reinvited and not call.is_initial(dialog.branch):
             # What was taken for the answer was the 2xx to this.
             dialog.answered = dialog.repeated = dialog.cseq = 0
     if request.method in ("INVITE", "UPDATE", "INFO"):
@@ -2401,6 +2429,8 @@ def _note_bye(call: Call, bye: SipMessage, now: float) -> int:
     if not fact.seen:
         fact.arrived = now
         fact.cseq = bye.cseq
+        sent = dialog.sent[not from_caller]
+        fact.late = any(cseq > bye.cseq and time <= bye.time for cseq, time in sent)
     fact.seen[way] = bye.time
     if not from_caller:
         dialog.confirmed = max(dialog.confirmed, bye.time)
@@ -2507,7 +2537,9 @@ def judge(call: Call, now: float, settings: Settings, closing: bool = False) -> 
         return Verdict(ANSWERED, begin, None, now)
     acks = list(call.acks)
     refused = all(attempt.refused(acks) for attempt in attempts)
-    gone = call.heard + (LINGER if refused else settings.invite_timeout)
+    # A caller may acknowledge a refusal that there never was, and let it ring.
+    certain = refused and all(attempt.decided for attempt in attempts)
+    gone = call.heard + (LINGER if certain else settings.invite_timeout)
     return Verdict(FAILED if refused else TRYING, None, None, min(look, gone), now >= gone)
 
 
@@ -2726,7 +2758,7 @@ def _judge_byes(
 ) -> tuple[End | None, float]:
     """Rules 12 and 13: the first BYE of a dialog that was carried out, if that is certain."""
     found: End | None = None
-    look = inf
+    earlier, look = inf, inf
     if not dialog.byes:
         return None, inf
     for bye in dialog.byes:
@@ -2735,9 +2767,12 @@ def _judge_byes(
             continue
         if certain > now and not closing:
             look = min(look, certain)
+            if end.reason != "bye_unanswered":
+                earlier = min(earlier, end.time)
         elif found is None or end.time < found.time:
             found = end
-    return found, look
+    # What was carried out before is certain soon.
+    return (found if found is not None and found.time <= earlier else None), look
 
 
 def _judge_bye(
@@ -2751,12 +2786,14 @@ def _judge_bye(
         if carried_out:
             return End(bye.reply_time, "bye_reply"), bye.replied_at + settings.reorder_window
         return None, inf
-    out_of_order = bye.cseq < dialog.highest[not bye.from_caller]
+    out_of_order = bye.late or (bye.from_caller and bye.cseq < dialog.cseq)
     # Before the answer it ended an early dialog, or nothing (rule 14).
-    if bye.time < dialog.answered and bye.arrived < call.begun_at and not confirmed:
+    overdue = settings.reorder_window if call.replied and not bye.status else 0.0
+    early = bye.time < dialog.answered and bye.arrived < call.begun_at + overdue
+    if early and not confirmed:
         return None, inf
     if confirmed or (carried_out and not out_of_order):
-        highest = dialog.highest[not bye.from_caller]
+        highest = dialog.highest(bye.from_caller)
         # Where a CSeq was left out, the BYE that was challenged before may be on its way.
         certain = bye.arrived + settings.reorder_window if highest < bye.cseq - 1 else -inf
         time = bye.time if len(dialog.byes) == 1 else _first_try(dialog, bye)
@@ -2916,7 +2953,8 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
         call.attempts += (attempt,)
     for plain, clocks, acks, byes in dialogs:
         dialog = _set(Dialog(""), _DIALOG, plain)
-        dialog.highest = (dialog.highest[0], dialog.highest[1])
+        caller, callee = (tuple((cseq, at) for cseq, at in side) for side in dialog.sent)
+        dialog.sent = (caller, callee)
         dialog.arrived, dialog.refreshed_at = map(clock, clocks)
         dialog.acks = tuple(Ack._make([*ack[:6], clock(ack[6])]) for ack in acks)
         for plain, arrived, replied_at in byes:
@@ -2934,8 +2972,9 @@ def _add_turned(dialog: Dialog, seen: Dialog) -> None:
         bye.from_caller = False
         dialog.confirmed = max(dialog.confirmed, *bye.seen.values(), 0)
     dialog.byes += byes
-    dialog.highest = (dialog.highest[0], max(dialog.highest[1], seen.highest[0]))
-    if seen.highest[0]:
+    for cseq, at in seen.sent[0]:
+        dialog.note_cseq(cseq, at, from_caller=False)
+    if seen.sent[0]:
         dialog.confirmed = max(dialog.confirmed, seen.alive)
     dialog.alive = max(dialog.alive, seen.alive)
     if seen.refreshed > dialog.refreshed:
@@ -3129,6 +3168,8 @@ class CallTable:
                 branch = message.branch
                 known = [call for call in owners if call.attempt_of(message.cseq, branch)]
             owners = known or [call for call in owners if not call.ended_at] or owners
+            # Of a caller with more attempts than one call keeps, it is the latest call.
+            owners = owners if known else list({call.tenant: call for call in owners}.values())
         if owners[0].begun_at and owners[0].attempts:
             return [self._split(call, message) for call in owners]
         return owners
@@ -3227,6 +3268,10 @@ class CallTable:
             known = any(x.cseq == message.cseq and x.branch == branch for x in call.attempts)
             if known or call.ended_at or (call.cseq, call.branch) == (message.cseq, branch):
                 return call
+            if len(call.attempts) >= MAX_ATTEMPTS:
+                acks = list(call.acks)
+                spare = next((x for x in call.attempts if x.refused(acks)), None)
+                call.attempts = tuple(x for x in call.attempts if x is not spare)
             if len(call.attempts) < MAX_ATTEMPTS:
                 found = call
         return found
@@ -3449,7 +3494,6 @@ class CallTable:
             dialog.answered = dialog.repeated = dialog.acked = begin.time
             dialog.cseq, dialog.arrived = call.cseq, self._now
             dialog.refreshed, dialog.refreshed_at = begin.time, self._now
-            dialog.highest = (max(dialog.highest[0], call.cseq), dialog.highest[1])
         self._enter(call, ANSWERED)
         self._settle(call)
         if not identity.rated:
