@@ -3098,6 +3098,14 @@ class CallTable:
             if not known and message.cseq_method in ("INVITE", "ACK", "CANCEL"):
                 branch = message.branch
                 known = [call for call in owners if call.attempt_of(message.cseq, branch)]
+                exact = (message.cseq, branch)
+                # The CSeq alone is of several calls where their INVITEs differ in the branch only.
+                known = [
+                    call
+                    for call in known
+                    if (call.cseq, call.branch) == exact
+                    or any((x.cseq, x.branch) == exact for x in call.attempts)
+                ] or known
             owners = known or [call for call in owners if not call.ended_at] or owners
         if owners[0].begun_at and owners[0].attempts:
             return [self._split(call, message) for call in owners]
@@ -3141,7 +3149,8 @@ class CallTable:
         dialog = call.find_dialog(message.to_tag)
         branch = message.branch
         attempt = call.attempt_of(message.cseq, branch)
-        same = attempt is None or (attempt.cseq, attempt.branch) == (call.cseq, call.branch)
+        ours = (call.cseq, call.branch)
+        same = attempt is None or ours in ((attempt.cseq, attempt.branch), (message.cseq, branch))
         if same or (dialog is not None and (dialog.answered or dialog.acked)):
             return call
         if message.method == "ACK" and message.cseq == call.cseq:
