@@ -2117,6 +2117,13 @@ class Call:
             self.dialogs += (dialog,)
         return dialog
 
+    def has_invite(self, cseq: int, branch: str) -> bool:
+        """Whether an initial INVITE with this CSeq and lowest branch was seen."""
+        known = (cseq, branch)
+        if known == (self.cseq, self.branch):
+            return True
+        return any((x.cseq, x.branch) == known and x.copies for x in self.attempts)
+
     def attempt_of(self, cseq: int, branch: str) -> Attempt | None:
         """The attempt that a reply, an ACK or a CANCEL belongs to.
 
@@ -2221,6 +2228,8 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
             return _note_refusal(call, reply)
         dialog = call.dialog(to_tag)
         reinvite = 0 < dialog.reinvited <= reply.cseq
+        # Anybody may send a re-INVITE with the CSeq of the INVITE, also before its answer.
+        reinvite = reinvite and not call.has_invite(reply.cseq, reply.branch)
         if not reinvite and (not dialog.answered or reply.cseq <= dialog.cseq):
             return _note_answer(dialog, reply, now)
     elif reply.status >= 300:
@@ -2301,7 +2310,7 @@ def _note_request(call: Call, request: SipMessage, now: float) -> bool:
     dialog.highest = (highest[0], highest[1])
     if request.method == "INVITE" and from_caller:
         dialog.reinvited = min(dialog.reinvited or request.cseq, request.cseq)
-        if dialog.cseq >= dialog.reinvited:
+        if dialog.cseq >= dialog.reinvited and not call.has_invite(dialog.cseq, dialog.branch):
             # What was taken for the answer was the 2xx to this.
             dialog.answered = dialog.repeated = dialog.cseq = 0
     if request.method in ("INVITE", "UPDATE", "INFO"):
