@@ -3361,9 +3361,11 @@ class CallTable:
         """Forget what nothing depends on any more, once no ACK of a fork is waited for."""
         if self._now < call.begun_at + self.settings.reorder_window and not call.replied:
             return
-        if len(call.attempts) == 1 and call.replied and call.attempts[0].cseq == call.cseq:
-            call.attempts = ()
-            return
+        if len(call.attempts) == 1 and call.replied:
+            (only,) = call.attempts
+            if (only.cseq, only.branch) == (call.cseq, call.branch):
+                call.attempts = ()
+                return
         for dialog in _counting(call, self._now):
             if not dialog.answered and dialog.acks:
                 dialog.answered = dialog.acked = min(ack.time for ack in dialog.acks)
