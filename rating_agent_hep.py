@@ -3240,7 +3240,7 @@ class CallTable:
             self._evict(message.time)
         group = self._calls.get(message.call_id, ())
         if len(group) >= MAX_CALLS_PER_ID:
-            self._evict_call(next((x for x in group if not x.begun_at), group[0]), message.time)
+            self._evict_call(min(group, key=self._worth), message.time)
         call = Call(message.call_id, from_tag, self._now)
         call.row = self.next_serial()
         call.sender = sighting.sender
@@ -3588,6 +3588,13 @@ class CallTable:
             while calls and (calls[0].slot <= 0 or calls[0].state != state):
                 calls.popleft()
             yield from islice(calls, 1)
+
+    @staticmethod
+    def _worth(call: Call) -> int:
+        """Who stays of the calls of one Call-ID: a caller may send INVITEs that nobody carries."""
+        if call.begun_at:
+            return 1 if call.ended_at else 3
+        return 2 if call.replied and call.state == TRYING else 0
 
     def _evict_call(self, call: Call, time: int) -> None:
         self.count(f"calls.evicted.{call.state}")
