@@ -2376,7 +2376,8 @@ def _note_bye(call: Call, bye: SipMessage, now: float) -> int:
     if known is not None and known <= bye.time:
         return NOTHING
     if known is None and len(fact.seen) >= MAX_WAYS:
-        return NOTHING
+        # What is carried out comes last: the caller may send it on other ways before.
+        del fact.seen[min(fact.seen, key=fact.seen.__getitem__)]
     if not fact.seen:
         fact.arrived = now
         fact.cseq = bye.cseq
