@@ -2631,15 +2631,17 @@ def _judge_end(
     settled = call.begun_at + window
     end: End | None = None
     look, going = inf, False
-    for dialog in _counting(call, now - window):
+    # A caller who holds back an ACK for some seconds may still talk on in that dialog.
+    patience = 0.0 if closing else LINGER + window
+    for dialog in _counting(call, now - patience):
         over, later = _judge_dialog(call, dialog, now, settings, closing)
         if later < look:
             look = later
         if over is None:
             going = True
-            if not dialog.acked and now < dialog.arrived + window < look:
+            if not dialog.acked and now < dialog.arrived + patience < look:
                 # From then on it does not count where another one was acknowledged.
-                look = dialog.arrived + window
+                look = dialog.arrived + patience
         elif end is None or over > end:
             end = over
     if going:
@@ -2686,8 +2688,7 @@ def _judge_dialog(
 ) -> tuple[End | None, float]:
     """When one answered dialog has ended, and when there may be more."""
     if dialog.unacknowledged:
-        certain = dialog.arrived + (dialog.repeated - dialog.answered) / 1_000_000
-        certain += settings.reorder_window
+        certain = dialog.arrived + LINGER + settings.reorder_window
         if now >= certain or closing:
             return End(call.begun, "unacknowledged"), inf
         return None, certain
