@@ -1852,6 +1852,8 @@ MAX_COPY_VALUES = 512
 MAX_INVITE_COPIES = 64
 # Copies further on whose text is kept, for a nearer copy may have another route.
 MAX_FURTHER = 4
+# Other callers whom INVITEs of one transaction name that are remembered.
+MAX_NAMED = 16
 # Attempts and dialogs of a call that are remembered: retries and forks are few. Each fact that a
 # flood leaves behind takes some 0.3 kB.
 MAX_ATTEMPTS = 16
@@ -1932,7 +1934,7 @@ class Attempt:
     """
 
     __slots__ = tuple(
-        "branch caller cancelled closed copies cseq decided further identity receiver sender "
+        "branch caller cancelled closed copies cseq decided further identity named receiver sender "
         "time".split()
     )
 
@@ -1947,6 +1949,15 @@ class Attempt:
         self.time = self.cancelled = 0
         self.identity: Identity | None = None
         self.further: list[SipMessage] = []
+        # A caller may use his branch again for an INVITE that names another: each is kept.
+        self.named: tuple[Identity, ...] = ()
+
+    def choose(self, source: str) -> None:
+        """The From of a 2xx is that of the INVITE which was answered (RFC 3261 8.2.6.2)."""
+        same = next((x for x in self.named if x.source == source), None)
+        if same is not None and self.identity is not None and self.identity.source != source:
+            self.named = (*(x for x in self.named if x is not same), self.identity)
+            self.identity = same
 
     def note_copy(self, invite: SipMessage) -> bool:
         """Take in how a copy looks; whether that was new."""
@@ -2204,7 +2215,14 @@ def note_invite(
     if not attempt.time or message.time < attempt.time:
         attempt.time = message.time
     identity = attempt.identity
+    if identity is not None and sender[0] == attempt.sender[0]:
+        source = party_text("from", message)
+        if source != identity.source and all(x.source != source for x in attempt.named):
+            other = Identity(sighting, route, hops, settings)
+            attempt.named = (*attempt.named, other)[-MAX_NAMED:]
+            return True
     if identity is None or hops < identity.hops:
+        attempt.named = ()
         identity = attempt.identity = Identity(sighting, route, hops, settings)
         attempt.sender, attempt.receiver = sender, receiver
         for further in attempt.further:
@@ -2231,6 +2249,9 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
         # Anybody may send a re-INVITE with the CSeq of the INVITE, also before its answer.
         reinvite = reinvite and not call.has_invite(reply.cseq, reply.branch)
         if not reinvite and (not dialog.answered or reply.cseq <= dialog.cseq):
+            attempt = call.attempt_of(reply.cseq, reply.branch)
+            if attempt is not None and attempt.named:
+                attempt.choose(party_text("from", reply))
             return _note_answer(dialog, reply, now)
     elif reply.status >= 300:
         return False
@@ -2806,7 +2827,7 @@ def _facts(kind: type, *left_out: str) -> tuple[tuple[str, ...], Callable[[Any],
 
 _IDENTITY, _identity_values = _facts(Identity, "route")
 _ATTEMPT, _attempt_values = _facts(
-    Attempt, *"closed copies further identity receiver sender".split()
+    Attempt, *"closed copies further identity named receiver sender".split()
 )
 _DIALOG, _dialog_values = _facts(Dialog, "arrived", "refreshed_at", "acks", "byes")
 _BYE, _bye_values = _facts(Bye, "arrived", "replied_at")
@@ -2838,6 +2859,7 @@ def pack_call(call: Call, offset: float) -> str:
             [
                 _attempt_values(attempt),
                 identity(attempt.identity),
+                [identity(other) for other in attempt.named],
                 [(side[0].hex(), side[1]) for side in (attempt.sender, attempt.receiver)],
                 list(attempt.closed),
                 {top: [*map(list, sets)] for top, sets in attempt.copies.items()},
@@ -2884,12 +2906,13 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
     call.begun_at, call.ended_at, call.entered, call.heard = map(clock, clocks)
     call.ties = tuple((tenant, tag) for tenant, tag in call.ties)
     call.identity = unpack_identity(identity)
-    for plain, whose, sides, closed, copies, further in attempts:
+    for plain, whose, named, sides, closed, copies, further in attempts:
         attempt = _set(Attempt(0, ""), _ATTEMPT, plain)
         attempt.sender, attempt.receiver = (
             (bytes.fromhex(address), port) for address, port in sides
         )
         attempt.identity = unpack_identity(whose)
+        attempt.named = tuple(filter(None, map(unpack_identity, named)))
         attempt.closed = set(closed)
         attempt.copies = {top: (set(uris), set(below)) for top, (uris, below) in copies.items()}
         parsed = (parse_sip(f"{head}\r\n\r\n".encode("latin-1"), time) for head, time in further)
