@@ -3131,15 +3131,9 @@ class CallTable:
             ]
             if not known and message.cseq_method in ("INVITE", "ACK", "CANCEL"):
                 branch = message.branch
-                known = [call for call in owners if call.attempt_of(message.cseq, branch)]
-                exact = (message.cseq, branch)
                 # The CSeq alone is of several calls where their INVITEs differ in the branch only.
-                known = [
-                    call
-                    for call in known
-                    if (call.cseq, call.branch) == exact
-                    or any((x.cseq, x.branch) == exact for x in call.attempts)
-                ] or known
+                known = [call for call in owners if call.has_invite(message.cseq, branch)]
+                known = known or [x for x in owners if x.attempt_of(message.cseq, branch)]
             owners = known or [call for call in owners if not call.ended_at] or owners
         if owners[0].begun_at and owners[0].attempts:
             return [self._split(call, message) for call in owners]
