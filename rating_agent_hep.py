@@ -3231,6 +3231,8 @@ class CallTable:
                 continue
             if call.ended_at and message.time > call.ended:
                 continue
+            if call.begun_at and message.time > call.begun + LINGER * 1_000_000:
+                continue
             known = any(x.cseq == message.cseq and x.branch == branch for x in call.attempts)
             if known or call.ended_at or (call.cseq, call.branch) == (message.cseq, branch):
                 return call
