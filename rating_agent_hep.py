@@ -1929,13 +1929,13 @@ class Attempt:
     ``copies`` maps the top branch of each INVITE copy to its Request-URIs and the branches of the
     hops below; empty while no copy was seen. ``caller`` is the sent-by of the lowest hop;
     ``sender`` and ``receiver`` are address and port between which the nearest copy went. ``closed``
-    are the branches that had their final non-2xx, ``decided`` says that one was seen. ``time`` is
+    are the branches that had their final non-2xx, ``rang`` those with a 1xx, ``decided`` says that one was seen. ``time`` is
     the HEP time of the first copy, ``cancelled`` that of a CANCEL, 0 for none.
     """
 
     __slots__ = tuple(
-        "branch caller cancelled closed copies cseq decided further identity named receiver sender "
-        "time".split()
+        "branch caller cancelled closed copies cseq decided further identity named rang receiver "
+        "sender time".split()
     )
 
     def __init__(self, cseq: int, branch: str) -> None:
@@ -1945,6 +1945,7 @@ class Attempt:
         self.caller = ""
         self.sender = self.receiver = (b"", 0)
         self.closed: set[str] = set()
+        self.rang: set[str] = set()
         self.decided = False
         self.time = self.cancelled = 0
         self.identity: Identity | None = None
@@ -1981,6 +1982,9 @@ class Attempt:
         An ACK with branch and Request-URI of a copy acknowledges one (RFC 3261 17.1.1.3).
         """
         closed = self.closed
+        if not self.rang <= closed:
+            # A caller may send such an ACK at any time.
+            return False
         for ack in acks:
             copy = self.copies.get(ack.branch)
             if copy and ack.cseq == self.cseq and ack.uri in copy[0]:
@@ -2172,7 +2176,7 @@ def note(call: Call, message: SipMessage, now: float) -> int:
         call.replied = True
         # Rule 10: a provisional reply renews the ringing time-out, which is not judged at once.
         if message.status < 200:
-            return first
+            return KEPT if _note_ringing(call, message) else first
         if method == "BYE":
             return _note_bye_reply(call, message, now) or first
         return TELLING if _note_reply(call, message, now) else first
@@ -2258,6 +2262,17 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
     dialog = call.dialog(to_tag)
     new = _note_alive(dialog, reply, now, from_caller)
     return _note_session(dialog, reply) or new
+
+
+def _note_ringing(call: Call, reply: SipMessage) -> bool:
+    if reply.cseq_method != "INVITE" or call.begun:
+        return False
+    attempt = call.attempt_of(reply.cseq, reply.branch)
+    branch = reply.vias[0].branch
+    if attempt is None or branch in attempt.rang or len(attempt.rang) >= MAX_INVITE_COPIES:
+        return False
+    attempt.rang.add(branch)
+    return True
 
 
 def _note_refusal(call: Call, reply: SipMessage) -> bool:
@@ -2581,7 +2596,9 @@ def _begin_of_acks(
             continue
         begin = Begin(ack.time, "ack", attempt, dialog)
         if call.replied or says == "doubtful":
-            if not attempt.decided and _is_followed(call, dialog, ack):
+            # What never rang, where replies are mirrored, the proxy refused itself.
+            carried = bool(attempt.rang) or not call.replied
+            if carried and not attempt.decided and _is_followed(call, dialog, ack):
                 return begin, -inf
         elif says == "answer":
             return begin, -inf
@@ -2827,7 +2844,7 @@ def _facts(kind: type, *left_out: str) -> tuple[tuple[str, ...], Callable[[Any],
 
 _IDENTITY, _identity_values = _facts(Identity, "route")
 _ATTEMPT, _attempt_values = _facts(
-    Attempt, *"closed copies further identity named receiver sender".split()
+    Attempt, *"closed copies further identity named rang receiver sender".split()
 )
 _DIALOG, _dialog_values = _facts(Dialog, "arrived", "refreshed_at", "acks", "byes")
 _BYE, _bye_values = _facts(Bye, "arrived", "replied_at")
@@ -2861,7 +2878,7 @@ def pack_call(call: Call, offset: float) -> str:
                 identity(attempt.identity),
                 [identity(other) for other in attempt.named],
                 [(side[0].hex(), side[1]) for side in (attempt.sender, attempt.receiver)],
-                list(attempt.closed),
+                [list(attempt.closed), list(attempt.rang)],
                 {top: [*map(list, sets)] for top, sets in attempt.copies.items()},
                 [[further.head, further.time] for further in attempt.further],
             ]
@@ -2913,7 +2930,7 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
         )
         attempt.identity = unpack_identity(whose)
         attempt.named = tuple(filter(None, map(unpack_identity, named)))
-        attempt.closed = set(closed)
+        attempt.closed, attempt.rang = map(set, closed)
         attempt.copies = {top: (set(uris), set(below)) for top, (uris, below) in copies.items()}
         parsed = (parse_sip(f"{head}\r\n\r\n".encode("latin-1"), time) for head, time in further)
         attempt.further = [message for message in parsed if message is not None]
