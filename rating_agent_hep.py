@@ -1882,6 +1882,8 @@ MAX_COPY_VALUES = 512
 MAX_INVITE_COPIES = 64
 # Copies further on whose text is kept, for a nearer copy may have another route.
 MAX_FURTHER = 4
+# Other callers whom INVITEs of one transaction name that are remembered.
+MAX_NAMED = 16
 # Attempts and dialogs of a call that are remembered: retries and forks are few. Each fact that a
 # flood leaves behind takes some 0.3 kB.
 MAX_ATTEMPTS = 16
@@ -1959,13 +1961,13 @@ class Attempt:
     ``copies`` maps the top branch of each INVITE copy to its Request-URIs and the branches of the
     hops below; empty while no copy was seen. ``caller`` is the sent-by of the lowest hop;
     ``sender`` and ``receiver`` are address and port between which the nearest copy went. ``closed``
-    are the branches that had their final non-2xx, ``decided`` says that one was seen. ``time`` is
+    are the branches that had their final non-2xx, ``rang`` those with a 1xx, ``decided`` says that one was seen. ``time`` is
     the HEP time of the first copy, ``cancelled`` that of a CANCEL, 0 for none.
     """
 
     __slots__ = tuple(
-        "branch caller cancelled closed copies cseq decided further identity receiver sender "
-        "time".split()
+        "branch caller cancelled closed copies cseq decided further identity named rang receiver "
+        "sender time".split()
     )
 
     def __init__(self, cseq: int, branch: str) -> None:
@@ -1975,10 +1977,20 @@ class Attempt:
         self.caller = ""
         self.sender = self.receiver = (b"", 0)
         self.closed: set[str] = set()
+        self.rang: set[str] = set()
         self.decided = False
         self.time = self.cancelled = 0
         self.identity: Identity | None = None
         self.further: list[SipMessage] = []
+        # A caller may use his branch again for an INVITE that names another: each is kept.
+        self.named: tuple[Identity, ...] = ()
+
+    def choose(self, source: str) -> None:
+        """The From of a 2xx is that of the INVITE which was answered (RFC 3261 8.2.6.2)."""
+        same = next((x for x in self.named if x.source == source), None)
+        if same is not None and self.identity is not None and self.identity.source != source:
+            self.named = (*(x for x in self.named if x is not same), self.identity)
+            self.identity = same
 
     def note_copy(self, invite: SipMessage) -> bool:
         """Take in how a copy looks; whether that was new."""
@@ -2002,6 +2014,9 @@ class Attempt:
         An ACK with branch and Request-URI of a copy acknowledges one (RFC 3261 17.1.1.3).
         """
         closed = self.closed
+        if not self.rang <= closed:
+            # A caller may send such an ACK at any time.
+            return False
         for ack in acks:
             copy = self.copies.get(ack.branch)
             if copy and ack.cseq == self.cseq and ack.uri in copy[0]:
@@ -2176,6 +2191,13 @@ class Call:
             self.dialogs += (dialog,)
         return dialog
 
+    def has_invite(self, cseq: int, branch: str) -> bool:
+        """Whether an initial INVITE with this CSeq and lowest branch was seen."""
+        known = (cseq, branch)
+        if known == (self.cseq, self.branch):
+            return True
+        return any((x.cseq, x.branch) == known and x.copies for x in self.attempts)
+
     def attempt_of(self, cseq: int, branch: str) -> Attempt | None:
         """The attempt that a reply, an ACK or a CANCEL belongs to.
 
@@ -2213,7 +2235,7 @@ def note(call: Call, message: SipMessage, now: float) -> int:
         call.replied = True
         # Rule 10: a provisional reply renews the ringing time-out, which is not judged at once.
         if message.status < 200:
-            return first
+            return KEPT if _note_ringing(call, message) else first
         if method == "BYE":
             return _note_bye_reply(call, message, now) or first
         return TELLING if _note_reply(call, message, now) else first
@@ -2256,7 +2278,14 @@ def note_invite(
     if not attempt.time or message.time < attempt.time:
         attempt.time = message.time
     identity = attempt.identity
+    if identity is not None and sender[0] == attempt.sender[0]:
+        source = party_text("from", message)
+        if source != identity.source and all(x.source != source for x in attempt.named):
+            other = Identity(sighting, route, hops, settings)
+            attempt.named = (*attempt.named, other)[-MAX_NAMED:]
+            return True
     if identity is None or hops < identity.hops:
+        attempt.named = ()
         identity = attempt.identity = Identity(sighting, route, hops, settings)
         attempt.sender, attempt.receiver = sender, receiver
         for further in attempt.further:
@@ -2279,14 +2308,29 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
         if reply.status >= 300:
             return _note_refusal(call, reply)
         dialog = call.dialog(to_tag)
+        # Anybody may send a re-INVITE with the CSeq of the INVITE, also before its answer.
         reinvite = 0 < dialog.reinvited <= reply.cseq and not call.is_initial(reply.branch)
         if not reinvite and (not dialog.answered or reply.cseq <= dialog.cseq):
+            attempt = call.attempt_of(reply.cseq, reply.branch)
+            if attempt is not None and attempt.named:
+                attempt.choose(party_text("from", reply))
             return _note_answer(dialog, reply, now)
     elif reply.status >= 300:
         return False
     dialog = call.dialog(to_tag)
     new = _note_alive(dialog, reply, now, from_caller)
     return _note_session(dialog, reply) or new
+
+
+def _note_ringing(call: Call, reply: SipMessage) -> bool:
+    if reply.cseq_method != "INVITE" or call.begun:
+        return False
+    attempt = call.attempt_of(reply.cseq, reply.branch)
+    branch = reply.vias[0].branch
+    if attempt is None or branch in attempt.rang or len(attempt.rang) >= MAX_INVITE_COPIES:
+        return False
+    attempt.rang.add(branch)
+    return True
 
 
 def _note_refusal(call: Call, reply: SipMessage) -> bool:
@@ -2425,7 +2469,8 @@ def _note_bye(call: Call, bye: SipMessage, now: float) -> int:
     if known is not None and known <= bye.time:
         return NOTHING
     if known is None and len(fact.seen) >= MAX_WAYS:
-        return NOTHING
+        # What is carried out comes last: the caller may send it on other ways before.
+        del fact.seen[min(fact.seen, key=fact.seen.__getitem__)]
     if not fact.seen:
         fact.arrived = now
         fact.cseq = bye.cseq
@@ -2612,7 +2657,9 @@ def _begin_of_acks(
             continue
         begin = Begin(ack.time, "ack", attempt, dialog)
         if call.replied or says == "doubtful":
-            if not attempt.decided and _is_followed(call, dialog, ack):
+            # What never rang, where replies are mirrored, the proxy refused itself.
+            carried = bool(attempt.rang) or not call.replied
+            if carried and not attempt.decided and _is_followed(call, dialog, ack):
                 return begin, -inf
         elif says == "answer":
             return begin, -inf
@@ -2683,15 +2730,17 @@ def _judge_end(
     settled = call.begun_at + window
     end: End | None = None
     look, going = inf, False
-    for dialog in _counting(call, now - window):
+    # A caller who holds back an ACK for some seconds may still talk on in that dialog.
+    patience = 0.0 if closing else LINGER + window
+    for dialog in _counting(call, now - patience):
         over, later = _judge_dialog(call, dialog, now, settings, closing)
         if later < look:
             look = later
         if over is None:
             going = True
-            if not dialog.acked and now < dialog.arrived + window < look:
+            if not dialog.acked and now < dialog.arrived + patience < look:
                 # From then on it does not count where another one was acknowledged.
-                look = dialog.arrived + window
+                look = dialog.arrived + patience
         elif end is None or over > end:
             end = over
     if going:
@@ -2738,8 +2787,7 @@ def _judge_dialog(
 ) -> tuple[End | None, float]:
     """When one answered dialog has ended, and when there may be more."""
     if dialog.unacknowledged:
-        certain = dialog.arrived + (dialog.repeated - dialog.answered) / 1_000_000
-        certain += settings.reorder_window
+        certain = dialog.arrived + LINGER + settings.reorder_window
         if now >= certain or closing:
             return End(call.begun, "unacknowledged"), inf
         return None, certain
@@ -2862,7 +2910,7 @@ def _facts(kind: type, *left_out: str) -> tuple[tuple[str, ...], Callable[[Any],
 
 _IDENTITY, _identity_values = _facts(Identity, "route")
 _ATTEMPT, _attempt_values = _facts(
-    Attempt, *"closed copies further identity receiver sender".split()
+    Attempt, *"closed copies further identity named rang receiver sender".split()
 )
 _DIALOG, _dialog_values = _facts(Dialog, "arrived", "refreshed_at", "acks", "byes")
 _BYE, _bye_values = _facts(Bye, "arrived", "replied_at")
@@ -2894,8 +2942,9 @@ def pack_call(call: Call, offset: float) -> str:
             [
                 _attempt_values(attempt),
                 identity(attempt.identity),
+                [identity(other) for other in attempt.named],
                 [(side[0].hex(), side[1]) for side in (attempt.sender, attempt.receiver)],
-                list(attempt.closed),
+                [list(attempt.closed), list(attempt.rang)],
                 {top: [*map(list, sets)] for top, sets in attempt.copies.items()},
                 [[further.head, further.time] for further in attempt.further],
             ]
@@ -2940,13 +2989,14 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
     call.begun_at, call.ended_at, call.entered, call.heard = map(clock, clocks)
     call.ties = tuple((tenant, tag) for tenant, tag in call.ties)
     call.identity = unpack_identity(identity)
-    for plain, whose, sides, closed, copies, further in attempts:
+    for plain, whose, named, sides, closed, copies, further in attempts:
         attempt = _set(Attempt(0, ""), _ATTEMPT, plain)
         attempt.sender, attempt.receiver = (
             (bytes.fromhex(address), port) for address, port in sides
         )
         attempt.identity = unpack_identity(whose)
-        attempt.closed = set(closed)
+        attempt.named = tuple(filter(None, map(unpack_identity, named)))
+        attempt.closed, attempt.rang = map(set, closed)
         attempt.copies = {top: (set(uris), set(below)) for top, (uris, below) in copies.items()}
         parsed = (parse_sip(f"{head}\r\n\r\n".encode("latin-1"), time) for head, time in further)
         attempt.further = [message for message in parsed if message is not None]
@@ -3166,7 +3216,9 @@ class CallTable:
             ]
             if not known and message.cseq_method in ("INVITE", "ACK", "CANCEL"):
                 branch = message.branch
-                known = [call for call in owners if call.attempt_of(message.cseq, branch)]
+                # The CSeq alone is of several calls where their INVITEs differ in the branch only.
+                known = [call for call in owners if call.has_invite(message.cseq, branch)]
+                known = known or [x for x in owners if x.attempt_of(message.cseq, branch)]
             owners = known or [call for call in owners if not call.ended_at] or owners
             # Of a caller with more attempts than one call keeps, it is the latest call.
             owners = owners if known else list({call.tenant: call for call in owners}.values())
@@ -3212,7 +3264,8 @@ class CallTable:
         dialog = call.find_dialog(message.to_tag)
         branch = message.branch
         attempt = call.attempt_of(message.cseq, branch)
-        same = attempt is None or (attempt.cseq, attempt.branch) == (call.cseq, call.branch)
+        ours = (call.cseq, call.branch)
+        same = attempt is None or ours in ((attempt.cseq, attempt.branch), (message.cseq, branch))
         if same or (dialog is not None and (dialog.answered or dialog.acked)):
             return call
         if message.method == "ACK" and message.cseq == call.cseq:
@@ -3265,6 +3318,8 @@ class CallTable:
                 continue
             if call.ended_at and message.time > call.ended:
                 continue
+            if call.begun_at and message.time > call.begun + LINGER * 1_000_000:
+                continue
             known = any(x.cseq == message.cseq and x.branch == branch for x in call.attempts)
             if known or call.ended_at or (call.cseq, call.branch) == (message.cseq, branch):
                 return call
@@ -3297,7 +3352,7 @@ class CallTable:
             self._evict(message.time)
         group = self._calls.get(message.call_id, ())
         if len(group) >= MAX_CALLS_PER_ID:
-            self._evict_call(next((x for x in group if not x.begun_at), group[0]), message.time)
+            self._evict_call(min(group, key=self._worth), message.time)
         call = Call(message.call_id, from_tag, self._now)
         call.row = self.next_serial()
         call.sender = sighting.sender
@@ -3418,9 +3473,11 @@ class CallTable:
         """Forget what nothing depends on any more, once no ACK of a fork is waited for."""
         if self._now < call.begun_at + self.settings.reorder_window and not call.replied:
             return
-        if len(call.attempts) == 1 and call.replied and call.attempts[0].cseq == call.cseq:
-            call.attempts = ()
-            return
+        if len(call.attempts) == 1 and call.replied:
+            (only,) = call.attempts
+            if (only.cseq, only.branch) == (call.cseq, call.branch):
+                call.attempts = ()
+                return
         for dialog in _counting(call, self._now):
             if not dialog.answered and dialog.acks:
                 dialog.answered = dialog.acked = min(ack.time for ack in dialog.acks)
@@ -3642,6 +3699,13 @@ class CallTable:
             while calls and (calls[0].slot <= 0 or calls[0].state != state):
                 calls.popleft()
             yield from islice(calls, 1)
+
+    @staticmethod
+    def _worth(call: Call) -> int:
+        """Who stays of the calls of one Call-ID: a caller may send INVITEs that nobody carries."""
+        if call.begun_at:
+            return 1 if call.ended_at else 3
+        return 2 if call.replied and call.state == TRYING else 0
 
     def _evict_call(self, call: Call, time: int) -> None:
         self.count(f"calls.evicted.{call.state}")
