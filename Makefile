@@ -45,7 +45,7 @@ bench: $(VENV)/.runs
 
 # Kamailio and SIPp, where packages can be installed; elsewhere the tests say what they skip.
 sip-servers:
-	@sh scripts/install_for_tests.sh "Kamailio and SIPp" "kamailio sipp" "kamailio sip-tester"
+	@sh scripts/install_for_tests.sh "Kamailio, SIPp and ip" "kamailio sipp ip" "kamailio sip-tester iproute2"
 
 # Chromium, for the test of the status page; likewise.
 browser:

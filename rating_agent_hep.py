@@ -1864,10 +1864,13 @@ MAX_COPY_VALUES = 512
 MAX_INVITE_COPIES = 64
 # Copies further on whose text is kept, for a nearer copy may have another route.
 MAX_FURTHER = 4
-# Attempts, dialogs, and ACKs or BYEs of a dialog that are remembered: forks and retries are few.
+# Attempts and dialogs of a call that are remembered: retries and forks are few. Each fact that a
+# flood leaves behind takes some 0.3 kB.
 MAX_ATTEMPTS = 16
-MAX_DIALOGS = 32
-MAX_REQUESTS = 16
+MAX_DIALOGS = 16
+# ACKs, or BYEs of one side, of a dialog; and ways of one BYE.
+MAX_REQUESTS = 8
+MAX_WAYS = 4
 
 _CARRIED_OUT = frozenset((*range(200, 300), 408, 481))
 _CHALLENGES = frozenset((401, 407))
@@ -2100,6 +2103,9 @@ class Call:
         """Whether a message has the caller's tag; tags swap with the direction (12.2)."""
         if message.from_tag == self.from_tag:
             return True
+        if self.state == ORPHAN:
+            # Who called is not known yet.
+            return False
         in_dialog = message.cseq_method not in ("ACK", "CANCEL") and message.to_tag != ""
         return in_dialog and message.to_tag == self.from_tag
 
@@ -2372,7 +2378,7 @@ def _note_bye(call: Call, bye: SipMessage, now: float) -> int:
     known = fact.seen.get(way)
     if known is not None and known <= bye.time:
         return NOTHING
-    if known is None and len(fact.seen) >= MAX_REQUESTS:
+    if known is None and len(fact.seen) >= MAX_WAYS:
         return NOTHING
     if not fact.seen:
         fact.arrived = now
@@ -2497,6 +2503,9 @@ def _judge_orphan(call: Call, now: float, settings: Settings, closing: bool) -> 
             end, look = min(filter(None, (end, found)), default=None), min(look, later)
         if look < inf:
             gone = max(gone, look)
+        if now < call.heard + settings.reorder_window and not closing:
+            # Only then is it clear whether the mirror shows answers.
+            end = None
     return Verdict(ORPHAN, None, end, min(look, gone), now >= gone)
 
 
@@ -2581,7 +2590,10 @@ def _read_ack(call: Call, ack: Ack, attempts: list[Attempt]) -> tuple[Attempt | 
             return attempt, "doubtful" if 0 < attempt.cancelled < ack.time else "answer"
     attempt = call.attempt_of(ack.cseq, ack.lowest) or same[-1]
     copies = attempt.copies.items()
-    if 0 < attempt.cancelled < ack.time or any(ack.uri in uris for _, (uris, _) in copies):
+    # The copy that a proxy sent to the callee's Contact has the URI of an ACK to a 2xx.
+    own = [uris for uris, below in attempt.copies.values() if not below]
+    uris = own or [uris for uris, _ in attempt.copies.values()]
+    if 0 < attempt.cancelled < ack.time or any(ack.uri in known for known in uris):
         return attempt, "doubtful"
     known = any(ack.lowest == branch or ack.lowest in below for branch, (_, below) in copies)
     return attempt, "answer" if not known and ack.sent_by == attempt.caller else "answer later"
@@ -2714,19 +2726,21 @@ def _judge_bye(
     call: Call, dialog: Dialog, bye: Bye, settings: Settings
 ) -> tuple[End | None, float]:
     """What one BYE says, and from when on that is certain; None where it was not carried out."""
+    confirmed = 200 <= bye.status < 300
+    # Of a dialog that nobody saw begin, only a callee that knows it can confirm the end.
+    carried_out = bye.status in _CARRIED_OUT if call.begun_at else confirmed
     if not bye.seen:
-        if bye.status in _CARRIED_OUT:
+        if carried_out:
             return End(bye.reply_time, "bye_reply"), bye.replied_at + settings.reorder_window
         return None, inf
     out_of_order = bye.cseq < dialog.highest[not bye.from_caller]
-    confirmed = 200 <= bye.status < 300
     # Before the answer it ended an early dialog, or nothing (rule 14).
     if bye.time < dialog.answered and bye.arrived < call.begun_at and not confirmed:
         return None, inf
-    if confirmed or (bye.status in _CARRIED_OUT and not out_of_order):
+    if confirmed or (carried_out and not out_of_order):
         highest = dialog.highest[not bye.from_caller]
         # Where a CSeq was left out, the BYE that was challenged before may be on its way.
-        certain = bye.arrived + settings.reorder_window if 0 < highest < bye.cseq - 1 else -inf
+        certain = bye.arrived + settings.reorder_window if highest < bye.cseq - 1 else -inf
         time = bye.time if len(dialog.byes) == 1 else _first_try(dialog, bye)
         return End(time, "bye"), certain
     if bye.status:
@@ -2895,18 +2909,21 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
     return call
 
 
-def _turned(dialog: Dialog, to_tag: str) -> Dialog:
-    """A dialog of an orphan whose first message came from the callee, with the sides exchanged."""
-    turned = deepcopy(dialog)
-    turned.to_tag = to_tag
-    turned.highest = (dialog.highest[1], dialog.highest[0])
-    for bye in turned.byes:
-        bye.from_caller = not bye.from_caller
-        if bye.seen and not bye.from_caller:
-            turned.confirmed = max(turned.confirmed, bye.time)
-    if turned.highest[1]:
-        turned.confirmed = max(turned.confirmed, turned.alive)
-    return turned
+def _add_turned(dialog: Dialog, seen: Dialog) -> None:
+    """Add what was seen of the callee before the INVITE, when it was taken for a caller."""
+    byes = deepcopy(seen.byes)
+    for bye in byes:
+        bye.from_caller = False
+        dialog.confirmed = max(dialog.confirmed, *bye.seen.values(), 0)
+    dialog.byes += byes
+    dialog.highest = (dialog.highest[0], max(dialog.highest[1], seen.highest[0]))
+    if seen.highest[0]:
+        dialog.confirmed = max(dialog.confirmed, seen.alive)
+    dialog.alive = max(dialog.alive, seen.alive)
+    if seen.refreshed > dialog.refreshed:
+        dialog.refreshed, dialog.refreshed_at = seen.refreshed, seen.refreshed_at
+    if seen.agreed > dialog.agreed:
+        dialog.session, dialog.agreed = seen.session, seen.agreed
 
 
 def _set(made: Any, names: Sequence[str], values: Sequence[Any]) -> Any:
@@ -2953,11 +2970,11 @@ class CallTable:
         self._due: deque[Call] = deque()
         # What makes room first: calls that are over, and the newest ones.
         self._over: dict[str, deque[Call]] = {ENDED: deque(), FAILED: deque(), ORPHAN: deque()}
-        self._newest: deque[Call] = deque(maxlen=2 * EVICTION_LOOK)
+        self._newest: deque[Call] = deque(maxlen=EVICTION_LOOK)
         # Charged calls by tenant and transaction tag; legs without INVITE by what ties them.
         self._tags: dict[str, dict[str, Call]] = {}
         self._legs: dict[tuple[str, str], list[Call]] = {}
-        # Calls by From tag, or how many there are: a proxy that hides topology changes the Call-ID.
+        # Running calls by From tag, or how many there are: see `_tie_tags`.
         self._from_tags: dict[str, Call | int] = {}
 
     def __len__(self) -> int:
@@ -3005,7 +3022,7 @@ class CallTable:
         budget = 10 * MAX_EXPIRED_PER_TICK
         while self._due and budget > 0:
             call = self._due.popleft()
-            if call.slot == 0 or call.slot > slot:
+            if not 0 < call.slot <= slot:
                 continue
             call.slot = 0
             budget -= 1
@@ -3056,6 +3073,8 @@ class CallTable:
             for dialog in call.dialogs:
                 dialog.refreshed_at = now
             self._add(call)
+            if call.begun_at and not call.ended_at:
+                self._index(call)
             if call.identity and call.charged:
                 tags = self._tags.setdefault(call.identity.route.tenant, {})
                 tags[call.identity.transaction_tag] = call
@@ -3102,6 +3121,25 @@ class CallTable:
         call.ties = tuple({(x.tenant, transaction_tag(x, sighting)): None for x in routes})
         for tie in call.ties:
             self._legs.setdefault(tie, []).append(call)
+            running = self._tags.get(tie[0], {}).get(tie[1])
+            call.replied |= running is not None and running.replied
+
+    def _tie_tags(self, call: Call) -> bool:
+        """Whether an orphan has both tags of a running call, by which it is tied from now on.
+
+        A proxy that hides topology changes the Call-ID and leaves the tags as they are (rule 17).
+        """
+        for dialog in call.dialogs:
+            for ours, theirs in ((call.from_tag, dialog.to_tag), (dialog.to_tag, call.from_tag)):
+                running = self._from_tags.get(ours)
+                if call.ties or min(len(ours), len(theirs)) < MIN_TAG or not dialog.byes:
+                    continue
+                if isinstance(running, Call) and running.find_dialog(theirs):
+                    call.ties = (("", ours),)
+                    self._legs.setdefault(call.ties[0], []).append(call)
+                    call.replied |= running.replied
+                    return True
+        return False
 
     def _split(self, call: Call, message: SipMessage) -> Call:
         """Where another attempt of a call that was begun is answered, that is another call.
@@ -3178,19 +3216,17 @@ class CallTable:
     def _inherit(self, call: Call) -> None:
         """Take over what was seen before its INVITE: from the callee, or in another tenant."""
         for other in self._calls[call.call_id]:
-            if other is call:
-                continue
-            if other.from_tag == call.from_tag and not other.ended_at and not call.dialogs:
-                call.dialogs = deepcopy(other.dialogs)
-                call.replied |= other.replied
-                for attempt in deepcopy(other.attempts):
-                    attempt.copies, attempt.identity, attempt.further = {}, None, []
-                    call.attempts += (attempt,)
-            elif not other.tenant:
+            if not other.tenant:
                 for dialog in other.dialogs:
                     if dialog.to_tag == call.from_tag:
-                        call.dialogs += (_turned(dialog, other.from_tag),)
+                        _add_turned(call.dialog(other.from_tag), dialog)
                         call.replied |= other.replied
+            elif other.tenant != call.tenant and other.from_tag == call.from_tag:
+                call.dialogs, call.replied = deepcopy(other.dialogs), other.replied
+                call.attempts = deepcopy(other.attempts)
+                for attempt in call.attempts:
+                    attempt.copies, attempt.identity, attempt.further = {}, None, []
+                return
 
     def _create(self, sighting: Sighting, from_tag: str, state: str = ORPHAN) -> Call:
         message = sighting.message
@@ -3213,6 +3249,8 @@ class CallTable:
         self._newest.append(call)
         if call.state in self._over:
             self._over[call.state].append(call)
+
+    def _index(self, call: Call) -> None:
         known = self._from_tags.get(call.from_tag)
         count = known + 1 if isinstance(known, int) else 2
         self._from_tags[call.from_tag] = call if known is None else count
@@ -3260,6 +3298,8 @@ class CallTable:
         if call.slot < 0:
             return
         verdict = judge(call, self._now, self.settings, closing)
+        if verdict.over and verdict.state == ORPHAN and self._tie_tags(call):
+            verdict = judge(call, self._now, self.settings, closing)
         if verdict.begin is not None:
             self._begin(call, verdict.begin)
             verdict = judge(call, self._now, self.settings, closing)
@@ -3357,31 +3397,12 @@ class CallTable:
                 self._legs[tie] = legs
             else:
                 del self._legs[tie]
-        known = self._from_tags[call.from_tag]
-        if isinstance(known, int) and known > 1:
-            self._from_tags[call.from_tag] = known - 1
-        else:
-            del self._from_tags[call.from_tag]
         if self.changed is not None:
             self.changed[call.row] = None
 
     def _tell_orphan(self, call: Call) -> None:
         """Rule 19: the reorder window is over and no INVITE came."""
         byes = [bye for dialog in call.dialogs for bye in dialog.byes if bye.seen]
-        if byes and not call.ended:
-            # A proxy that hides topology leaves the tags as they are.
-            for dialog in call.dialogs:
-                end = _judge_byes(call, dialog, self._now, self.settings, True)[0]
-                for ours, theirs in (
-                    (call.from_tag, dialog.to_tag),
-                    (dialog.to_tag, call.from_tag),
-                ):
-                    running = self._from_tags.get(ours)
-                    if end is None or min(len(ours), len(theirs)) < MIN_TAG:
-                        continue
-                    if isinstance(running, Call) and running.find_dialog(theirs):
-                        call.ended = end.time
-                        self._tie(running, end.time)
         if call.ended:
             return
         self.count("calls.orphaned" if byes else "messages.orphaned")
@@ -3404,6 +3425,7 @@ class CallTable:
         call.begun, call.begun_at = begin.time, self._now
         self._count_sender(call, 1)
         call.cseq, call.branch = begin.attempt.cseq, begin.attempt.branch
+        self._index(call)
         dialog = begin.dialog
         if not dialog.answered:
             dialog.answered = dialog.repeated = dialog.acked = begin.time
@@ -3459,6 +3481,9 @@ class CallTable:
     def _end(self, call: Call, end: End) -> None:
         call.ended, call.ended_at, call.reason = end.time, self._now, end.reason
         self._touch(call)
+        known = self._from_tags.pop(call.from_tag)
+        if isinstance(known, int) and known > 1:
+            self._from_tags[call.from_tag] = known - 1
         identity = call.identity
         assert identity is not None
         call.attempts = ()
@@ -3484,8 +3509,8 @@ class CallTable:
     def _end_tied(self, leg: Call, time: int) -> None:
         """A leg whose INVITE was not seen ends the calls that it is tied to (rule 17)."""
         for tenant, tag in leg.ties:
-            call = self._tags.get(tenant, {}).get(tag)
-            if call is not None:
+            call = self._tags.get(tenant, {}).get(tag) if tenant else self._from_tags.get(tag)
+            if isinstance(call, Call):
                 self._tie(call, time)
 
     def _tie(self, call: Call, time: int) -> None:
@@ -3538,21 +3563,23 @@ class CallTable:
         them, gives up its own before those of others; and an answered call of a sender with more
         than half of all goes before what others let ring.
         """
-        for state, calls in self._over.items():
-            while calls:
-                over = calls.popleft()
-                if over.slot >= 0 and over.state == state:
-                    self._evict_call(over, time)
-                    return
-        sample = [*self._oldest(), *islice(self._live(self._newest), EVICTION_LOOK)]
-        ringing = [call for call in sample if call.state == TRYING]
-        answered = [call for call in sample if call.state == ANSWERED]
-        call: Call | None = max(ringing, key=self._excess, default=None)
+        sample = [*self._oldest(), *reversed(self._newest)]
+        sample = [call for call in sample if call.slot > 0]
+        unanswered = (call for call in sample if call.state != ANSWERED)
+        call = max((*self._over_first(), *unanswered), key=self._excess, default=None)
         most = self.settings.max_calls / 2
-        if call is None or (self._share(call) <= most):
+        if call is None or (call.state == TRYING and self._share(call) <= most):
+            answered = [call for call in sample if call.state == ANSWERED]
             large = (other for other in reversed(answered) if self._share(other) > most)
             call = next(large, call) or answered[0]
         self._evict_call(call, time)
+
+    def _over_first(self) -> Iterator[Call]:
+        """The call that was over first, of each state that is."""
+        for state, calls in self._over.items():
+            while calls and (calls[0].slot <= 0 or calls[0].state != state):
+                calls.popleft()
+            yield from islice(calls, 1)
 
     def _evict_call(self, call: Call, time: int) -> None:
         self.count(f"calls.evicted.{call.state}")
@@ -3561,13 +3588,10 @@ class CallTable:
             self._end(call, End(max(time, last, call.begun), "evicted"))
         self._leave(call)
 
-    def _live(self, calls: Iterable[Call]) -> Iterator[Call]:
-        return (call for call in calls if call.slot > 0)
-
     def _oldest(self) -> Iterator[Call]:
         """Calls that were looked at least recently, or so: those that are due next."""
         entries = (call for slot in sorted(self._order)[:4] for call in self._slots[slot])
-        return self._live(islice(entries, EVICTION_LOOK))
+        return islice(entries, EVICTION_LOOK)
 
     def _excess(self, call: Call) -> int:
         """How many more calls its sender has that nobody answered than others, 0 at least."""

@@ -10,13 +10,14 @@ A scenario is a YAML file with four lists, in the format of the Canyan tutorial'
     workers   SIPp: scenario (an XML file beside this one), values for its %(name)s, number of
               instances (1), repeat (1), timeout in s, call_rate (1) in call_rate_period ms (1000),
               call_limit (1) at one time, call_number (1) of calls, delay in ms
-    check     API calls after them, each after its delay in s; the answer must be expected_response
+    check     API calls after them, each after its delay in s; the answer must be expected_response,
+              at the latest after `within` s (0): until then the call is repeated
     teardown  API calls at the end, whatever happened before
 
 `host` is a base URL that takes the place of --api-url; an XML file may also name %(target)s and
-%(basedir)s. Beyond the tutorial: %(run)s anywhere in the YAML file is a number that differs
-between runs, so that a check sees the calls of its own run only; and with --replay a recorded
-mirror is sent to the agent in the place of the workers, where there is no SIP server.
+%(basedir)s. Beyond the tutorial: `within`; %(run)s anywhere in the YAML file is a number that
+differs between runs, so that a check sees the calls of its own run only; and with --replay a
+recorded mirror is sent to the agent in the place of the workers, where there is no SIP server.
 
 Exit status: 0 all is as expected, 1 a step failed (the difference is shown), 2 usage or file.
 """
@@ -45,6 +46,7 @@ from typing import Any
 import yaml
 
 API_TIMEOUT = 30.0  # seconds for one API call
+REPEAT = 0.5  # seconds between two calls of a check that is repeated
 # Seconds for one run of SIPp where its worker says nothing: a scenario that hangs must end.
 WORKER_TIMEOUT = 600.0
 ERROR_LINES = 12  # of SIPp's error file, shown for a failed worker
@@ -70,6 +72,7 @@ class ApiCall:
     expected_response: Any = None
     host: str = ""
     delay: float = 0.0
+    within: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,8 @@ def _read_api_call(entry: dict[str, Any], folder: Path) -> ApiCall:
             given["expected_response"] = json.loads(expected)
         except ValueError as error:
             raise ValueError(f"expected_response is no JSON: {error}") from None
-    given["delay"] = _number(given.get("delay", 0), "delay")
+    for key in ("delay", "within"):
+        given[key] = _number(given.get(key, 0), key)
     return ApiCall(**given)
 
 
@@ -204,6 +208,19 @@ def ask(call: ApiCall, api_url: str) -> Any:
     elif isinstance(got, dict) and got.get("errors"):
         raise StepError(f"{url}: {json.dumps(got['errors'])}")
     return got
+
+
+def ask_until_expected(call: ApiCall, api_url: str) -> None:
+    """Make an API call, again and again for as long as it allows. Raises the last StepError."""
+    deadline = time.monotonic() + call.within
+    while True:
+        try:
+            ask(call, api_url)
+            return
+        except StepError:
+            if time.monotonic() + REPEAT > deadline:
+                raise
+        time.sleep(REPEAT)
 
 
 def difference(call: ApiCall, got: Any) -> str:
@@ -321,7 +338,7 @@ def run(
         for number, call in enumerate(calls, 1):
             time.sleep(call.delay)
             name = f"{part} {number}: {call.method} {call.uri}"
-            done &= report.step(name, partial(ask, call, api_url))
+            done &= report.step(name, partial(ask_until_expected, call, api_url))
         return done
 
     try:

@@ -195,13 +195,15 @@ def test_opensips_configuration_has_what_the_agent_needs() -> None:
         assert text.count(left) == text.count(right)
     assert text.count('"') % 2 == 0
     assert "[hid] rating-agent-hep:9060; transport=tcp; version=3" in text
-    parameters = dict(re.findall(r'modparam\("proto_hep", "(\w+)", (\d+)\)', text))
+    since_36 = (OPENSIPS / "opensips-3.6.cfg").read_text(encoding="utf-8")
+    parameters = dict(re.findall(r'modparam\("proto_hep", "(\w+)", (\d+)\)', since_36))
     assert 5 < int(parameters["hep_max_retries"]) < 1 << 15
     assert int(parameters["hep_retry_cooldown"]) <= 5
     assert '"trace_id", "[tid]uri=hep:hid"' in text and "socket=hep_tcp:" in text
     mirror = 'trace("tid", "m", "sip");'
     assert re.search(r"^route \{\s*" + re.escape(mirror), text, re.M)
-    assert re.search(r"^onreply_route \{\s*" + re.escape(mirror) + r"\s*\}", text, re.M)
+    for name in ("onreply_route", "local_route"):
+        assert re.search(rf"^{name} \{{\s*" + re.escape(mirror) + r"\s*\}", text, re.M), name
     assert "record_route();" in text and "ds_select_dst(1, 0)" in text
     modules = set(re.findall(r'loadmodule "(\w+)\.so"', text))
     assert set(re.findall(r'modparam\("(\w+)"', text)) <= modules

@@ -180,6 +180,20 @@ teardown: [{{uri: /last, payload: 1}}]
     assert "1 steps failed" in output
 
 
+@pytest.mark.parametrize(
+    ("within", "needed", "status"), [(20, 3, 0), (0, 2, 1), (0.7, 1_000_000, 1)]
+)
+def test_a_check_is_repeated_until_its_answer_is_the_expected_one(
+    api: harness.RatingServer, tmp_path: Path, within: float, needed: int, status: int
+) -> None:
+    api.answer = lambda path, body: ("200 OK", {"ok": len(api.requests) >= needed})
+    text = f"check: [{{uri: /x, payload: 1, within: {within}, expected_response: {{ok: true}}}}]\n"
+    result, output = start(api, *write(tmp_path, text))
+    assert result == status, output
+    assert 1 <= len(api.requests) <= needed and (within or len(api.requests) == 1)
+    assert ('-  "ok": true' in output) == (status == 1)
+
+
 def test_a_failed_setup_makes_no_calls(api: harness.RatingServer, tmp_path: Path) -> None:
     api.answer = lambda path, body: ("200 OK", {"errors": [{"message": "no such field"}]})
     text = f"setup: [{{uri: /graphql, payload: 1}}]\n{WORKER}"
@@ -225,6 +239,7 @@ def test_what_is_missing_is_a_failed_step(api: harness.RatingServer, tmp_path: P
         ("setup: [{type: kamailio_xhttp, uri: /}]\n", "type 'kamailio_xhttp' is not supported"),
         ("check: [{uri: /x, expected_response: '{'}]\n", "expected_response is no JSON"),
         ("check: [{uri: /x, delay: soon}]\n", "delay is a number of 0 or more"),
+        ("check: [{uri: /x, within: -1}]\n", "within is a number of 0 or more"),
         ("workers: [{scenario: none.xml}]\n", "'none.xml' is no file"),
         ("workers: [{scenario: call.xml, number: 0}]\n", "number is a whole number of 1 or more"),
         ("workers: [{scenario: call.xml, values: [1]}]\n", "values are texts and whole numbers"),
