@@ -842,10 +842,16 @@ _REPLIES = frozenset(("INVITE", "UPDATE", "BYE"))
 _ELSEWHERE = frozenset(("REGISTER", "PUBLISH"))
 # IP protocols that carry a stream: TCP, and 22, by which Kamailio means TLS and WebSocket.
 _STREAMS = frozenset((6, 22))
-_CONTENT_LENGTH = re.compile(rb"\n(?:content-length|l)[ \t]*:\s*(\d{1,7})\s", re.I)
-_TO_TAG = re.compile(rb"\n(?:to|t)[ \t]*:[^\n]*;[ \t]*tag[ \t]*=", re.I)
+_CONTENT_LENGTH = re.compile(rb"\n(?:content-length|l)[ \t]*:\s*0*([1-9]\d*)\s", re.I)
+_EMPTY_LINE = re.compile(rb"\n\r?\n")
+# A folded tag counts, or a caller could hide the CSeq of a request from the agent.
+_TO_TAG = re.compile(rb"\n(?:to|t)[ \t]*:(?:[^\n]|\n[ \t])*;\s*tag\s*=", re.I)
 _TOKEN = r"[A-Za-z0-9.!%*_+`'~-]+"
 _START = re.compile(rf"[\r\n]*({_TOKEN})(/\d+\.\d+)?[ \t]".encode())
+# The next message of a stream, behind keep-alives.
+_NEXT = re.compile(
+    rf"[\r\n]*({_TOKEN}[ \t]+\S+[ \t]+SIP/2\.0[ \t]*\r?\n|SIP/2\.0[ \t])".encode(), re.I
+)
 # White space is ASCII's: in Latin-1 text the octets 0x85 and 0xA0, half of a UTF-8 letter, would
 # count as well.
 _SPACE = " \t\r\n"
@@ -886,7 +892,7 @@ _SEMICOLON = re.compile('[;"]')
 _NAME_ADDR = re.compile(r'[^"<;]*<([^>"]*)>([^"]*)')
 _QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.S)
 _FORWARDS_ZERO = re.compile(r"\nmax-forwards[ \t]*:\s*0", re.I)
-_ROUTE = re.compile(r"\nroute[ \t]*:([^\n]*)", re.I)
+_ROUTE = re.compile(r"\nroute[ \t]*:((?:[^\n]|\n[ \t])*)", re.I)
 _VIA = re.compile(r"[^\s/]+\s*/\s*[^\s/]+\s*/\s*[^\s;]+\s+([^;]*)", re.A)
 _BRANCH = re.compile(r";\s*branch\s*=\s*([^;\s]*)", re.I | re.A)
 _TAG = re.compile(r";\s*tag\s*=\s*([^;,\s]*)", re.I | re.A)
@@ -970,8 +976,8 @@ class SipMessage:
         value = (self.headers.get("session-expires") or [""])[0]
         if "refresher" not in value.lower():
             return 0
-        digits = re.match(r"\d{1,9}", value)
-        return max(int(digits[0]), MIN_SESSION_EXPIRES) if digits else 0
+        digits = re.match(r"0*(\d{1,9})", value)
+        return max(int(digits[1]), MIN_SESSION_EXPIRES) if digits else 0
 
     @property
     def goes_no_further(self) -> bool:
@@ -1012,17 +1018,20 @@ def split_messages(packet: HepPacket) -> Sequence[bytes]:
     if packet.protocol not in _STREAMS:
         return (payload,)
     messages = []
-    while (end := payload.find(b"\r\n\r\n")) >= 0:
-        end += 4
+    start = len(payload) - len(payload.lstrip(b"\r\n"))
+    while (empty := _EMPTY_LINE.search(payload, start)) is not None:
+        end = empty.end()
         if end < len(payload):
-            length = _CONTENT_LENGTH.search(payload, 0, end)
-            end += int(length[1]) if length else 0
-        rest = payload[end:].lstrip(b"\r\n")
-        if not rest or _KNOWN_START.match(rest) is None:
+            length = _CONTENT_LENGTH.search(payload, start, end)
+            if length is not None:
+                # A body of more digits than any payload has octets is cut.
+                end += int(length[1]) if len(length[1]) < 8 else len(payload)
+        following = _NEXT.match(payload, end)
+        if following is None:
             break
-        messages.append(payload[:end])
-        payload = rest
-    return (*messages, payload)
+        messages.append(payload[start:end])
+        start = following.start(1)
+    return (*messages, payload[start:])
 
 
 def parse_sip(payload: bytes, time: int = 0) -> SipMessage | None:
@@ -1070,6 +1079,8 @@ def parse_sip(payload: bytes, time: int = 0) -> SipMessage | None:
     if not method and number[2] not in _REPLIES:
         return None
     from_tag, to_tag = _tag(_single(headers, "from")), _tag(_single(headers, "to"))
+    if method and not to_tag and method not in _REQUESTS:
+        return None
     if max(len(call_id), len(from_tag), len(to_tag)) > MAX_TEXT:
         call_id, from_tag, to_tag = _short(call_id), _short(from_tag), _short(to_tag)
     return SipMessage(
@@ -1304,7 +1315,7 @@ def parse_uri(text: str) -> Uri:
     userinfo, at, host = rest.partition("@")
     if not at:
         userinfo, host = "", rest
-    host, *params = re.split("[;?]", host)
+    host, *params = host.partition("?")[0].split(";")
     phone = any(param.strip(_SPACE).lower() == "user=phone" for param in params)
     host, port = host.strip(_SPACE), ""
     if host.startswith("["):
@@ -1324,7 +1335,8 @@ _ESCAPE = re.compile(r"%([0-9A-Fa-f]{2})")
 _MOST_ESCAPED = 9 * MAX_TEXT
 # What means the same escaped or not (RFC 3261 19.1.4), and the + that numbers begin with.
 _PLAIN_ESCAPE = re.compile(r"%(?:3[0-9]|[46][1-9A-F]|[57][0-9A]|2[1789ABDE]|5F|7E)", re.I)
-_PHONE = re.compile(r"[0-9*#+().-]+")
+# A # can only be written escaped (RFC 3966 section 5.1.3).
+_PHONE = re.compile(r"(?:[0-9*#+().-]|%23)+")
 _SEPARATORS = str.maketrans("", "", "().-")
 
 
@@ -5989,12 +6001,20 @@ class Agent:
             if packet.payload[:1] in _BLANK and not packet.payload.strip(_BLANK):
                 self._drop("empty", sender)
                 return
+            fault: SipError | None = None
             for payload in split_messages(packet):
-                message = parse_sip(payload, packet.time)
+                try:
+                    message = parse_sip(payload, packet.time)
+                except SipError as error:
+                    # What stands behind it in the stream counts all the same.
+                    fault = fault or error
+                    continue
                 if message is None:
                     count("packets.ignored")
                 else:
                     self._report(self.table.handle(Sighting(packet, message, sender.address), now))
+            if fault is not None:
+                raise fault
         except (HepError, SipError) as error:
             layer = "hep" if isinstance(error, HepError) else "sip"
             self.malformed(f"{layer}_{error.kind}", str(error), sender)

@@ -635,6 +635,67 @@ def test_a_transaction_tag_that_is_too_long_is_the_call_id():
         assert agent.transaction_tag(route, seen([("X", text)])) == tag
 
 
+@pytest.mark.parametrize("over", [1, 100, 60_000])
+def test_the_transaction_tag_of_a_long_call_id_is_its_digest(over):
+    """Nobody may be able to choose a Call-ID that is not charged (rule 4)."""
+
+    def tag(call_id: str) -> str:
+        payload = sip_request(
+            "INVITE", "sip:2001@h", call_id=call_id, from_tag="a", cseq=1, branch="z9hG4bK1"
+        )
+        parsed = agent.parse_sip(payload)
+        assert parsed is not None
+        sighting = agent.Sighting(agent.HepPacket(version=3, time=1), parsed)
+        return agent.transaction_tag(agent.main_route(PLAIN), sighting)
+
+    longest = "x" * agent.MAX_TEXT
+    assert tag(longest) == longest
+    # The ^ that no Call-ID holds is escaped as one that a sender wrote.
+    assert re.fullmatch("x{64}\\^5e[0-9a-f]{32}", tag(longest + "y" * over))
+    assert tag(longest + "y" * over) == tag(longest + "y" * over)
+    assert tag(longest + "y" * over) != tag(longest + "z" * over)
+
+
+NUMBERS = [
+    ("sip:+1-201-555@h;user=phone", "+1201555"),
+    ("sip:%2B1(201)%35.55@h;user=phone", "+1201555"),
+    ("tel:+1-201-555", "+1201555"),
+    ("tel:+1-201-555;ext=7", "+1201555"),
+    ("sip:%2b1201555@h", "+1201555"),
+    ("sip:%32000@h", "2000"),
+    # Without user=phone it is a name, and a name keeps its dots.
+    ("sip:j.doe-1@h", "j.doe-1"),
+    ("sip:+1-201@h", "+1-201"),
+]
+
+
+@pytest.mark.parametrize(("uri", "number"), NUMBERS)
+@pytest.mark.parametrize("part", ["from", "to", "request-uri"])
+def test_numbers_are_told_as_rates_read_them(part, uri, number):
+    """Rule 5: as text, for source, destination and accounts alike."""
+    ends = {"from": "sender", "to": "receiver", "request-uri": "request"}
+    sighted = message(**{ends[part]: uri})
+    scheme = uri.partition(":")[0]
+    told = f"{scheme}:{number}" + ("" if scheme == "tel" else "@h")
+    assert agent.party_text(part, sighted) == told
+    assert account(part, **{ends[part]: uri}) == number
+    assert account(part, callee=True, **{ends[part]: uri}) == number
+
+
+@pytest.mark.parametrize(("uri", "number"), NUMBERS)
+@pytest.mark.parametrize(
+    "name", ["P-Asserted-Identity", "Remote-Party-ID", "Diversion", "X-Account"]
+)
+def test_numbers_of_headers_are_accounts_as_rates_read_them(name, uri, number):
+    source = "header:X-Account" if name == "X-Account" else name.lower()
+    assert account(f"'{source}'", [(name, f'"A" <{uri}>;x=y')]) == number
+
+
+def test_a_party_that_is_no_uri_is_not_told():
+    sighted = message(sender="2000", receiver="nobody", request="x")
+    assert [agent.party_text(part, sighted) for part in ("from", "to", "request-uri")] == [""] * 3
+
+
 def test_account_match_of_no_account():
     assert account("diversion", more=", account_match: '^(.*)$'") == ""
 

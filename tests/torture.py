@@ -1806,8 +1806,12 @@ def _derived() -> Iterator[Case]:
 
     fits = edit(as_invite(_RAW["scalar02"]), (b"36893488147419103232", b"2147483647"))
     yield Case("scalar02-cseq-fits", "RFC 4475 3.1.2.4", fits, _SCALAR | {"cseq": 2147483647})
-    over = edit(fits, (b"2147483647", b"2147483648"))
-    yield Case("scalar02-cseq-over", "RFC 4475 3.1.2.4", over, ERROR)
+    # Over the limit of RFC 3261 8.1.1.5, but not over what a proxy may forward all the same.
+    for name, number in (("over", 2147483648), ("most", 4294967295)):
+        wide = edit(fits, (b"2147483647", b"%d" % number))
+        yield Case(f"scalar02-cseq-{name}", "RFC 4475 3.1.2.4", wide, _SCALAR | {"cseq": number})
+    past = edit(fits, (b"2147483647", b"4294967296"))
+    yield Case("scalar02-cseq-past", "RFC 4475 3.1.2.4", past, ERROR)
     yield Case(
         "scalarlg-cseq-fits",
         "RFC 4475 3.1.2.5",
