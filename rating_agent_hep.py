@@ -1883,6 +1883,8 @@ LINGER = 32.0
 REMEMBERED = 600.0
 # Microseconds. RFC 3261 17.2.1, rule 9: a 2xx repeated for so long was never acknowledged.
 UNACKNOWLEDGED = 16_000_000
+# Microseconds. T1 of RFC 3261: what a hop sends on leaves before it would be sent again.
+SAME_SENDING = 500_000
 # Microseconds. T4 of RFC 3261: a user agent that is challenged tries again at once. Who talks on
 # between the two BYEs gains no more than this.
 CHALLENGE_RETRY = 5_000_000
@@ -1973,8 +1975,8 @@ class Attempt:
     ``copies`` maps the top branch of each INVITE copy to its Request-URIs and the branches of the
     hops below; empty while no copy was seen. ``caller`` is the sent-by of the lowest hop;
     ``sender`` and ``receiver`` are address and port between which the nearest copy went. ``closed``
-    are the branches that had their final non-2xx, ``rang`` those with a 1xx, ``decided`` says that one was seen. ``time`` is
-    the HEP time of the first copy, ``cancelled`` that of a CANCEL, 0 for none.
+    are the branches that had their final non-2xx, ``rang`` those with a 1xx; ``decided`` says that
+    a final non-2xx was seen. ``time`` is the HEP time of the first copy, ``cancelled`` that of a CANCEL, 0 for none.
     """
 
     __slots__ = tuple(
@@ -2063,8 +2065,15 @@ class Bye:
 
     @property
     def time(self) -> int:
-        """HEP time of what was carried out: the way that was tried last."""
-        return max(self.seen.values())
+        """HEP time of what was carried out: the way that was tried last.
+
+        Each hop sends it another way, but within T1; who tries again gains no more than that.
+        """
+        first, *others = sorted(self.seen.values())
+        for time in others:
+            if time - first > SAME_SENDING:
+                first = time
+        return first
 
 
 # Requests of one side, as (CSeq, HEP time): the higher, the later.
