@@ -5447,6 +5447,7 @@ class Outbox:
         return bool(self._drop and event.kind == "begin" and both and room)
 
     def _accepted(self, event: RatingEvent, now: float) -> str:
+        """What ``ok: true`` means: DELIVERED, or REFUSED_BY_API for what is sent again."""
         self._last_ok = now
         if event.kind == "begin" and event.party:
             if event.unknown and event.confirmed < MAX_CONFIRMED_REFUSALS:
@@ -5457,6 +5458,7 @@ class Outbox:
         return DELIVERED
 
     def _refused(self, event: RatingEvent, now: float) -> str:
+        """What ``ok: false`` means: as `_accepted`, or REJECTED."""
         event.answer = NOT_OK
         party = ""
         if event.kind == "end" or not event.party:
@@ -5730,17 +5732,22 @@ class Delivery:
 
     def _deliver(self, lane: _Lane, event: RatingEvent) -> None:
         started = time.monotonic()
+        outcome: str | DeliveryError
         try:
-            self._settle(lane, event, lane.api.send(event))
+            outcome = lane.api.send(event)
         except DeliveryError as error:
-            self._failed(lane, event, error)
+            outcome = error
         except Exception as error:
             # A fault of ours must not end the worker: the event is tried again like any other.
             # The error's text may hold a header, and that a token: only where it came from.
             where = "".join(traceback.format_tb(error.__traceback__))
             extra = {"event": "internal_error", "where": where, **event.fields()}
             log.warning("delivery failed: %s", type(error).__name__, extra=extra)
-            self._failed(lane, event, DeliveryError("internal", type(error).__name__, True))
+            outcome = DeliveryError("internal", type(error).__name__, True)
+        if isinstance(outcome, DeliveryError):
+            self._failed(lane, event, outcome)
+        else:
+            self._settle(lane, event, outcome)
         self._metrics.time("api.time", time.monotonic() - started)
         if lane.outbox.down != lane.was_down:
             lane.was_down, lane.since = lane.outbox.down, time.monotonic()

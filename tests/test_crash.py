@@ -45,10 +45,10 @@ class RatingApi(Server):
 
     def __init__(self) -> None:
         self.mode = "ok"
-        self.running: dict[str, bytes] = {}
+        self.running: dict[str, tuple[bytes, set[str]]] = {}
         self.records: dict[str, tuple[bytes, bytes]] = {}
         self.faults: list[str] = []
-        self.bodies: dict[tuple[str, str], bytes] = {}
+        self.bodies: dict[tuple[str, str], str] = {}
         self.repeats = 0
         self.rude: dict[str, int] = {}
         self._thaw = gevent.event.Event()
@@ -89,20 +89,27 @@ class RatingApi(Server):
         return None if mode == "close" else answer(200, {"ok": ok})
 
     def _carry_out(self, kind: str, tag: str, body: bytes) -> bool:
-        known = self.bodies.setdefault((kind, tag), body)
-        self.repeats += known is not body
-        if known != body:
+        content = json.loads(body)
+        # While its storage is dead it refuses both parties, and then one alone may be tried.
+        parties = {name for name in content if name.endswith("account_tag")}
+        content = {name: content[name] for name in content if name not in parties}
+        rest = json.dumps(content)
+        known = self.bodies.setdefault((kind, tag), rest)
+        self.repeats += known is not rest
+        if known != rest:
             self.faults.append(f"{tag}: {kind} with other octets")
         if kind == "begin":
             if tag in self.records:
                 self.faults.append(f"{tag}: begun again after its end")
-            self.running[tag] = body
+            self.running[tag] = (body, parties | self.running.get(tag, (b"", set()))[1])
             return True
-        begin = self.running.pop(tag, None)
-        if begin is None:
+        if tag not in self.running:
             if tag not in self.records:
                 self.faults.append(f"{tag}: ended without its begin")
             return False
+        begin, begun = self.running.pop(tag)
+        if begun != parties:
+            self.faults.append(f"{tag}: begun for {begun}, ended for {parties}")
         self.records[tag] = (begin, body)
         return True
 
