@@ -448,12 +448,9 @@ def compile_regexp(text: str) -> Any:
 
 def unpack_route(text: str) -> Route:
     """A route from the JSON text that `Route.packed` made of it."""
-    kept = json.loads(text)
-    # The first version kept the values by name.
-    if isinstance(kept, list):
-        kept = dict(zip([item.name for item in fields(Route)], kept, strict=True))
+    kept = zip([item.name for item in fields(Route)], json.loads(text), strict=True)
     values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()
+        name: tuple(value) if isinstance(value, list) else value for name, value in kept
     }
     pattern = values["account_match"]
     return Route(**{**values, "account_match": compile_regexp(pattern) if pattern else None})
@@ -1976,7 +1973,8 @@ class Attempt:
     hops below; empty while no copy was seen. ``caller`` is the sent-by of the lowest hop;
     ``sender`` and ``receiver`` are address and port between which the nearest copy went. ``closed``
     are the branches that had their final non-2xx, ``rang`` those with a 1xx; ``decided`` says that
-    a final non-2xx was seen. ``time`` is the HEP time of the first copy, ``cancelled`` that of a CANCEL, 0 for none.
+    a final non-2xx was seen. ``time`` is the HEP time of the first copy, ``cancelled`` that of a
+    CANCEL, 0 for none.
     """
 
     __slots__ = tuple(
@@ -2070,9 +2068,9 @@ class Bye:
         Each hop sends it another way, but within T1; who tries again gains no more than that.
         """
         first, *others = sorted(self.seen.values())
-        for time in others:
-            if time - first > SAME_SENDING:
-                first = time
+        for other in others:
+            if other - first > SAME_SENDING:
+                first = other
         return first
 
 
@@ -4555,12 +4553,12 @@ NOT_OK = "ok: false"
 # Octets "HEPJ" as the application_id of a file, so that no other program's is touched.
 _JOURNAL_ID = 0x4845504A
 JOURNAL_FILE = "journal.sqlite"
-# Statements that bring a file from the version that is their index to the next. A row of ``calls``
-# stays until its call has left the table and both events were answered. ``call`` is the text of
+# What a file holds, and the version that says so: facts of calls since 2. A row of ``calls`` stays
+# until its call has left the table and both events were answered. ``call`` is the text of
 # `pack_call`, empty once it left; a serial is greater than 0 while its event waits; attempts and
 # answer are of the event that goes next; party is whom alone the begin was taken with.
-MIGRATIONS = (
-    """
+JOURNAL_VERSION = 2
+_SCHEMA = """
     CREATE TABLE calls (
         id INTEGER PRIMARY KEY, api TEXT, call TEXT, begin_event TEXT, begin_serial INTEGER,
         end_event TEXT, end_serial INTEGER, attempts INTEGER, answer TEXT, given_up INTEGER,
@@ -4572,8 +4570,7 @@ MIGRATIONS = (
         serial INTEGER PRIMARY KEY, id INTEGER, api TEXT, event TEXT, attempts INTEGER,
         answer TEXT, retry INTEGER NOT NULL DEFAULT 0
     );
-    """,
-)
+"""
 _COLUMNS = "api call begin_event begin_serial end_event end_serial".split()
 _COLUMNS += "attempts answer given_up party".split()
 _PLACES = {name: place for place, name in enumerate(_COLUMNS)}
@@ -4685,11 +4682,12 @@ def inspect_journal(folder: str) -> str:
     if head[:16] != b"SQLite format 3\0" or head[68:72] != _JOURNAL_ID.to_bytes(4, "big"):
         raise refuse(path, "a file of another program, left untouched", "a folder of its own")
     version = int.from_bytes(head[60:64], "big")
-    if not 1 <= version <= len(MIGRATIONS):
+    if version != JOURNAL_VERSION:
+        written = "an earlier tree" if version < JOURNAL_VERSION else "a newer agent"
         raise refuse(
             path,
-            f"version {version}, written by a newer agent, left untouched",
-            f"versions up to {len(MIGRATIONS)}",
+            f"version {version}, written by {written}, left untouched",
+            f"version {JOURNAL_VERSION}, or an empty folder",
         )
     try:
         # A reader never checkpoints, so the file itself stays as it is.
@@ -4811,8 +4809,7 @@ class Journal:
             with suppress(FileNotFoundError):
                 os.unlink(path + ".new")
             with closing(_connect(path + ".new", "rwc")) as db:
-                db.execute(f"PRAGMA application_id = {_JOURNAL_ID}")
-                self._migrate(db)
+                self._create(db)
             os.chmod(path + ".new", 0o600)
             os.rename(path + ".new", path)
             # The name, too, must outlive a power cut.
@@ -4829,14 +4826,13 @@ class Journal:
         if frames > whole or rest:
             torn = max(frames - whole, 0)
             self.found = f"{torn} pages and {rest} octets behind the last whole commit"
-        self._migrate(db)
         return db
 
     @staticmethod
-    def _migrate(db: sqlite3.Connection) -> None:
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
+    def _create(db: sqlite3.Connection) -> None:
+        db.execute(f"PRAGMA application_id = {_JOURNAL_ID}")
+        db.execute(f"PRAGMA user_version = {JOURNAL_VERSION}")
+        db.executescript(_SCHEMA)
 
     # What a start takes back
 
