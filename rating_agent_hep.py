@@ -2707,6 +2707,9 @@ def _read_ack(call: Call, ack: Ack, attempts: list[Attempt]) -> tuple[Attempt | 
                 return attempt, "refusal"
             return attempt, "doubtful" if 0 < attempt.cancelled < ack.time else "answer"
     attempt = call.attempt_of(ack.cseq, ack.lowest) or same[-1]
+    if not attempt.copies:
+        # Of an INVITE that was lost, or is on its way.
+        return None, ""
     copies = attempt.copies.items()
     # The copy that a proxy sent to the callee's Contact has the URI of an ACK to a 2xx.
     own = [uris for uris, below in attempt.copies.values() if not below]
