@@ -2660,7 +2660,10 @@ def _begin_of_answer(
         time, reason = dialog.acked, "ack"
     attempt = call.attempt_of(dialog.cseq, dialog.branch)
     if attempt is not None and attempt.copies:
-        return Begin(time, reason, attempt, dialog), -inf
+        # Of an attempt that was refused, an answer of another branch may be to one on its way.
+        certain = not attempt.decided or attempt.branch == dialog.branch
+        at = -inf if certain else dialog.arrived + settings.reorder_window
+        return Begin(time, reason, attempt, dialog), at
     older = [attempt for attempt in attempts if attempt.cseq <= dialog.cseq]
     if not older:
         return None, inf
