@@ -2532,7 +2532,7 @@ def _find_bye(dialog: Dialog, message: SipMessage, from_caller: bool) -> Bye:
     for bye in alike:
         if bye.cseq == message.cseq:
             return bye
-    for bye in alike:
+    for bye in sorted(alike, key=lambda bye: bye.status not in _CARRIED_OUT):
         if bool(bye.seen) == bool(message.status):
             return bye
     bye = Bye(message.cseq, branch, from_caller)
