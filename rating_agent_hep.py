@@ -2330,8 +2330,9 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
             return _note_refusal(call, reply)
         dialog = call.dialog(to_tag)
         # Anybody may send a re-INVITE with the CSeq of the INVITE, also before its answer.
+        known = call.attempts or call.begun
         reinvite = 0 < dialog.reinvited <= reply.cseq and not call.is_initial(reply.branch)
-        if not reinvite and (not dialog.answered or reply.cseq <= dialog.cseq):
+        if not (reinvite and known) and (not dialog.answered or reply.cseq <= dialog.cseq):
             attempt = call.attempt_of(reply.cseq, reply.branch)
             if attempt is not None and attempt.named:
                 attempt.choose(party_text("from", reply))
@@ -2424,7 +2425,8 @@ def _note_request(call: Call, request: SipMessage, now: float) -> bool:
             bye.late = bye.late or request.time < bye.time
     if request.method == "INVITE" and from_caller:
         dialog.reinvited = min(dialog.reinvited or request.cseq, request.cseq)
-        if dialog.cseq >= dialog.reinvited and not call.is_initial(dialog.branch):
+        known = call.attempts or call.begun
+        if known and dialog.cseq >= dialog.reinvited and not call.is_initial(dialog.branch):
             # What was taken for the answer was the 2xx to this.
             dialog.answered = dialog.repeated = dialog.cseq = 0
     if request.method in ("INVITE", "UPDATE", "INFO"):
