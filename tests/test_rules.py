@@ -1585,7 +1585,7 @@ scene("3 K1", "the answer comes before its INVITE, whose CSeq is that of the ref
     2.05  ACK
     5     BYE
     5.02  200:BYE
-""", "2-5")
+""", "2-5", without="shuffle")
 scene("12 K7", "the proxy answers the challenge of a BYE, all in the wrong order", ANSWERED + """
     6     407:BYE c=3 br=BYE2r seen=6.02
     6.1   200:BYE c=4 br=BYE2r
