@@ -2328,8 +2328,9 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
             return _note_refusal(call, reply)
         dialog = call.dialog(to_tag)
         # Anybody may send a re-INVITE with the CSeq of the INVITE, also before its answer.
+        known = call.attempts or call.begun
         reinvite = 0 < dialog.reinvited <= reply.cseq and not call.is_initial(reply.branch)
-        if not reinvite and (not dialog.answered or reply.cseq <= dialog.cseq):
+        if not (reinvite and known) and (not dialog.answered or reply.cseq <= dialog.cseq):
             attempt = call.attempt_of(reply.cseq, reply.branch)
             if attempt is not None and attempt.named:
                 attempt.choose(party_text("from", reply))
@@ -2422,7 +2423,8 @@ def _note_request(call: Call, request: SipMessage, now: float) -> bool:
             bye.late = bye.late or request.time < bye.time
     if request.method == "INVITE" and from_caller:
         dialog.reinvited = min(dialog.reinvited or request.cseq, request.cseq)
-        if dialog.cseq >= dialog.reinvited and not call.is_initial(dialog.branch):
+        known = call.attempts or call.begun
+        if known and dialog.cseq >= dialog.reinvited and not call.is_initial(dialog.branch):
             # What was taken for the answer was the 2xx to this.
             dialog.answered = dialog.repeated = dialog.cseq = 0
     if request.method in ("INVITE", "UPDATE", "INFO"):
@@ -2530,7 +2532,7 @@ def _find_bye(dialog: Dialog, message: SipMessage, from_caller: bool) -> Bye:
     for bye in alike:
         if bye.cseq == message.cseq:
             return bye
-    for bye in alike:
+    for bye in sorted(alike, key=lambda bye: bye.status not in _CARRIED_OUT):
         if bool(bye.seen) == bool(message.status):
             return bye
     bye = Bye(message.cseq, branch, from_caller)
@@ -2658,7 +2660,10 @@ def _begin_of_answer(
         time, reason = dialog.acked, "ack"
     attempt = call.attempt_of(dialog.cseq, dialog.branch)
     if attempt is not None and attempt.copies:
-        return Begin(time, reason, attempt, dialog), -inf
+        # Of an attempt that was refused, an answer of another branch may be to one on its way.
+        certain = not attempt.decided or attempt.branch == dialog.branch
+        at = -inf if certain else dialog.arrived + settings.reorder_window
+        return Begin(time, reason, attempt, dialog), at
     older = [attempt for attempt in attempts if attempt.cseq <= dialog.cseq]
     if not older:
         return None, inf
@@ -2705,6 +2710,9 @@ def _read_ack(call: Call, ack: Ack, attempts: list[Attempt]) -> tuple[Attempt | 
                 return attempt, "refusal"
             return attempt, "doubtful" if 0 < attempt.cancelled < ack.time else "answer"
     attempt = call.attempt_of(ack.cseq, ack.lowest) or same[-1]
+    if not attempt.copies:
+        # Of an INVITE that was lost, or is on its way.
+        return None, ""
     copies = attempt.copies.items()
     # The copy that a proxy sent to the callee's Contact has the URI of an ACK to a 2xx.
     own = [uris for uris, below in attempt.copies.values() if not below]
