@@ -2592,7 +2592,9 @@ def _begin_of_acks(
     """Rule 7: an ACK of a dialog whose 2xx was not seen."""
     for ack in sorted(dialog.acks, key=attrgetter("time")):
         attempt, says = _read_ack(call, ack, attempts)
-        if attempt is None or says == "refusal" or _is_void(call, dialog, ack.time):
+        if attempt is None or attempt.identity is None or says == "refusal":
+            continue
+        if _is_void(call, dialog, ack.time):
             continue
         begin = Begin(ack.time, "ack", attempt, dialog)
         if call.replied or says == "doubtful":
