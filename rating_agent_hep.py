@@ -3203,15 +3203,19 @@ class CallTable:
         if message.method == "ACK" and message.cseq == call.cseq:
             return call
         assert attempt is not None
+        return self._part(call, (attempt,), (dialog,) if dialog else ())
+
+    def _part(self, call: Call, attempts: Sequence[Attempt], dialogs: Sequence[Dialog]) -> Call:
+        """A call of its own from attempts and dialogs of another one with the same tags."""
         other = Call(call.call_id, call.from_tag, self._now)
         other.capture_id, other.sender, other.tenant = call.capture_id, call.sender, call.tenant
-        other.attempts, other.replied = (attempt,), call.replied
-        other.dialogs = (dialog,) if dialog else ()
-        call.attempts = tuple(x for x in call.attempts if x is not attempt)
-        call.dialogs = tuple(x for x in call.dialogs if x is not dialog)
+        other.attempts, other.dialogs, other.replied = (*attempts,), (*dialogs,), call.replied
+        call.attempts = tuple(x for x in call.attempts if x not in attempts)
+        call.dialogs = tuple(x for x in call.dialogs if x not in dialogs)
         other.row = self.next_serial()
         self._add(other)
         self._touch(call)
+        self._touch(other)
         return other
 
     def _handle_invite(self, sighting: Sighting) -> None:
@@ -3534,6 +3538,10 @@ class CallTable:
             self._from_tags[call.from_tag] = known - 1
         identity = call.identity
         assert identity is not None
+        ours = (call.cseq, call.branch)
+        ringing = [x for x in call.attempts if x.copies and x.rang and (x.cseq, x.branch) != ours]
+        if ringing and call.slot >= 0:
+            self._review(self._part(call, ringing, ()))
         call.attempts = ()
         if end.reason != "bye_unanswered":
             call.dialogs = ()
