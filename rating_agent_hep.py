@@ -3289,6 +3289,7 @@ class CallTable:
         call.row = self.next_serial()
         call.sender = sighting.sender
         call.state = state
+        call.replied = any(x.replied and x.from_tag == from_tag for x in group)
         self._add(call)
         return call
 
