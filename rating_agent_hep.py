@@ -3541,7 +3541,7 @@ class CallTable:
         assert identity is not None
         ours = (call.cseq, call.branch)
         ringing = [x for x in call.attempts if x.copies and x.rang and (x.cseq, x.branch) != ours]
-        if ringing and call.slot >= 0:
+        if ringing and end.reason != "evicted":
             self._review(self._part(call, ringing, ()))
         call.attempts = ()
         if end.reason != "bye_unanswered":
