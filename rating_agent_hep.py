@@ -2265,7 +2265,7 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
 
 
 def _note_ringing(call: Call, reply: SipMessage) -> bool:
-    if reply.cseq_method != "INVITE" or call.begun:
+    if reply.cseq_method != "INVITE":
         return False
     attempt = call.attempt_of(reply.cseq, reply.branch)
     branch = reply.vias[0].branch
@@ -3254,10 +3254,11 @@ class CallTable:
                 continue
             if call.ended_at and message.time > call.ended:
                 continue
-            if call.begun_at and message.time > call.begun + LINGER * 1_000_000:
+            answered = (call.cseq, call.branch) == (message.cseq, branch)
+            if answered and call.begun and message.time > call.begun + LINGER * 1_000_000:
                 continue
             known = any(x.cseq == message.cseq and x.branch == branch for x in call.attempts)
-            if known or call.ended_at or (call.cseq, call.branch) == (message.cseq, branch):
+            if known or call.ended_at or answered:
                 return call
             if len(call.attempts) < MAX_ATTEMPTS:
                 found = call
