@@ -3417,12 +3417,13 @@ class CallTable:
                 dialog.answered = dialog.acked = min(ack.time for ack in dialog.acks)
             dialog.acks = ()
         acks = list(call.acks)
-        rung_out = self._now >= call.begun_at + self.settings.invite_timeout
+        rung = self._now - call.begun_at - self.settings.invite_timeout
+        rung_out = call.begun + rung * 1_000_000
         call.attempts = tuple(
             attempt
             for attempt in call.attempts
             if (attempt.cseq, attempt.branch) != (call.cseq, call.branch)
-            and not rung_out
+            and attempt.time > rung_out
             and not attempt.refused(acks)
         )
 
