@@ -1929,8 +1929,9 @@ class Attempt:
     ``copies`` maps the top branch of each INVITE copy to its Request-URIs and the branches of the
     hops below; empty while no copy was seen. ``caller`` is the sent-by of the lowest hop;
     ``sender`` and ``receiver`` are address and port between which the nearest copy went. ``closed``
-    are the branches that had their final non-2xx, ``rang`` those with a 1xx, ``decided`` says that one was seen. ``time`` is
-    the HEP time of the first copy, ``cancelled`` that of a CANCEL, 0 for none.
+    are the branches that had their final non-2xx, ``rang`` those with a 1xx, ``decided`` says that
+    a final non-2xx was seen. ``time`` is the HEP time of the first copy, ``cancelled`` that of a
+    CANCEL, 0 for none. ``named`` are the identities of copies with another From.
     """
 
     __slots__ = tuple(
@@ -2127,7 +2128,7 @@ class Call:
         if dialog is None:
             dialog = Dialog(to_tag)
             if len(self.dialogs) >= MAX_DIALOGS:
-                spare = next((x for x in self.dialogs if not x.answered), self.dialogs[0])
+                spare = min(self.dialogs, key=lambda x: (bool(x.answered), bool(x.acks)))
                 self.dialogs = tuple(x for x in self.dialogs if x is not spare)
             self.dialogs += (dialog,)
         return dialog
@@ -2223,7 +2224,7 @@ def note_invite(
         source = party_text("from", message)
         if source != identity.source and all(x.source != source for x in attempt.named):
             other = Identity(sighting, route, hops, settings)
-            attempt.named = (*attempt.named, other)[-MAX_NAMED:]
+            attempt.named = (*attempt.named[1 - MAX_NAMED :], other)
             return True
     if identity is None or hops < identity.hops:
         attempt.named = ()
