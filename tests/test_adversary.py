@@ -217,6 +217,9 @@ class World:
         if request.method == "ACK":
             self._ack(request, known)
         elif known is not None:
+            if request.method == "BYE":
+                # Another BYE to a dialog, taken for a copy of one that was answered.
+                self._doubt_bye(request)
             if known.reply and self.mode == "all":
                 self.mirror(known.reply, PROXY, CALLER)
         elif request.forwards == 0:
@@ -266,7 +269,7 @@ class World:
         return request.method != "INVITE" or not any(
             (each.method, each.call_id, each.from_tag, each.cseq)
             == (request.method, request.call_id, request.from_tag, request.cseq)
-            and each.user != request.user
+            and (each.user, each.vias) != (request.user, request.vias)
             for each in self.sent
         )
 
@@ -547,7 +550,7 @@ class World:
         """Invariants 2 and 4; what was charged: Call-ID, begin, end in seconds."""
         running: dict[str, agent.RatingEvent] = {}
         ended: dict[str, float] = {}
-        charged = []
+        charged: list[tuple[str, float, float]] = []
         for event in self.events:
             tag = event.transaction_tag
             if event.kind == "begin":
@@ -561,11 +564,11 @@ class World:
             assert event.time >= begin.time, self.story("ended before its begin")
             assert event.account_tag == begin.account_tag, self.story("ended for another")
             ended[tag] = event.time / 1e6
-            times = [1000.0 + (each.time - START) / 1e6 for each in (begin, event)]
-            if times[0] < times[1] and not self.opened(UNMIRRORED_REFUSAL, event.call_id):
+            since, until = (1000.0 + (each.time - START) / 1e6 for each in (begin, event))
+            if since < until and not self.opened(UNMIRRORED_REFUSAL, event.call_id):
                 assert begin.account_tag == OURS, self.story(f"charged to {begin.account_tag}")
                 assert begin.destination_account_tag in ("", "2001"), self.story("of another")
-            charged.append((event.call_id, *times))
+            charged.append((event.call_id, since, until))
         assert not running, self.story("never ended")
         return charged
 
@@ -707,7 +710,8 @@ class Adversary(RuleBasedStateMachine):
     @precondition(lambda self: self.world.legs)
     @rule(
         index=INDEX, method=st.sampled_from(["BYE", "ACK", "INVITE", "UPDATE"]), vias=VIAS,
-        swap=st.booleans(), to_tag=st.sampled_from(["", "x", "c", "s0-call-c-1", None]), cseq=NUMBERS,
+        swap=st.booleans(), cseq=NUMBERS,
+        to_tag=st.sampled_from(["", "x", "c", "s0-call-c-1", None]),
         tag=TAGS, call_id=CALLS, route=st.booleans(), uri=st.sampled_from([AOR, None]),
         callee=st.integers(0, 1),
     )  # fmt: skip
