@@ -2603,7 +2603,7 @@ def _begin_of_acks(
             carried = bool(attempt.rang) or not call.replied
             if carried and not attempt.decided and _is_followed(call, dialog, ack):
                 return begin, -inf
-        elif says == "answer":
+        elif says == "answer" and ack.time >= attempt.time:
             return begin, -inf
         else:
             return begin, ack.arrived + settings.reorder_window
