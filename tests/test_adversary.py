@@ -265,6 +265,9 @@ class World:
             if any((*each.vias[0], "BYE") == (*request.vias[0], "BYE") for each in self.sent):
                 return False
             return bool(legs) and request.route
+        if request.method == "CANCEL":
+            # It makes the ACKs of its INVITE doubtful, so that only one fork may be known of.
+            return not self.talks()
         # Of INVITEs with one CSeq but several From an ACK does not say which was answered.
         return request.method != "INVITE" or not any(
             (each.method, each.call_id, each.from_tag, each.cseq)
@@ -396,7 +399,8 @@ class World:
         if not any(leg.answered for leg in self._named(request)):
             self.open[FORGED_ACK].add((request.call_id, request.from_tag))
         for leg in self._named(request):
-            leg.ack_seen = leg.ack_seen or self.now
+            if not leg.ended and request.from_tag == leg.invite.from_tag:
+                leg.ack_seen = leg.ack_seen or self.now
         if absorbed or not request.forwards or not (request.to_tag and request.route):
             return
         for leg in self._at_uri(request):
@@ -977,6 +981,32 @@ def test_a_bye_that_was_refused_on_many_ways_and_then_carried_out(world: World) 
     world.send(replace(bye, uri=world.contact(leg.callee), route=True))
     assert not world.talks()
     world.finish()
+
+
+def test_an_ack_that_comes_before_its_invite_waits_for_the_refusal() -> None:
+    """Rule 7: where the proxy's own replies are mirrored, nobody can charge another so."""
+    world = World("all")
+    world.send(Request("ACK", "sip:x@h", to_tag="x", vias=via("z9hG4bK-2")))
+    world.send(Request("INVITE", user=VICTIM))
+    world.wait(60.0)
+    world.finish()
+    assert not world.events
+
+
+def test_what_comes_late_in_a_call_is_followed_as_well(world: World) -> None:
+    """Rule 2: over invite_timeout after the answer."""
+    world.send(honest())
+    first = world.rings()[0]
+    world.answer(first)
+    acknowledge(world, first)
+    world.wait(700.0)
+    world.send(honest(cseq=2, vias=via("z9hG4bK-2")))
+    second = world.rings()[0]
+    world.answer(second)
+    acknowledge(world, second)
+    world.wait(60.0)
+    world.finish()
+    assert len(world.events) == 4
 
 
 def test_an_ack_beside_a_cancel_whose_invite_was_not_seen_does_no_harm() -> None:
