@@ -1972,9 +1972,9 @@ class Attempt:
     ``copies`` maps the top branch of each INVITE copy to its Request-URIs and the branches of the
     hops below; empty while no copy was seen. ``caller`` is the sent-by of the lowest hop;
     ``sender`` and ``receiver`` are address and port between which the nearest copy went. ``closed``
-    are the branches that had their final non-2xx, ``rang`` those with a 1xx; ``decided`` says that
+    are the branches that had their final non-2xx, ``rang`` those with a 1xx, ``decided`` says that
     a final non-2xx was seen. ``time`` is the HEP time of the first copy, ``cancelled`` that of a
-    CANCEL, 0 for none.
+    CANCEL, 0 for none. ``named`` are the identities of copies with another From.
     """
 
     __slots__ = tuple(
@@ -2205,7 +2205,7 @@ class Call:
         if dialog is None:
             dialog = Dialog(to_tag)
             if len(self.dialogs) >= MAX_DIALOGS:
-                spare = next((x for x in self.dialogs if not x.answered), self.dialogs[0])
+                spare = min(self.dialogs, key=lambda x: (bool(x.answered), bool(x.acks)))
                 self.dialogs = tuple(x for x in self.dialogs if x is not spare)
             self.dialogs += (dialog,)
         return dialog
@@ -2301,7 +2301,7 @@ def note_invite(
         source = party_text("from", message)
         if source != identity.source and all(x.source != source for x in attempt.named):
             other = Identity(sighting, route, hops, settings)
-            attempt.named = (*attempt.named, other)[-MAX_NAMED:]
+            attempt.named = (*attempt.named[1 - MAX_NAMED :], other)
             return True
     if identity is None or hops < identity.hops:
         attempt.named = ()
@@ -2343,7 +2343,7 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
 
 
 def _note_ringing(call: Call, reply: SipMessage) -> bool:
-    if reply.cseq_method != "INVITE" or call.begun:
+    if reply.cseq_method != "INVITE":
         return False
     attempt = call.attempt_of(reply.cseq, reply.branch)
     branch = reply.vias[0].branch
@@ -2677,7 +2677,9 @@ def _begin_of_acks(
     """Rule 7: an ACK of a dialog whose 2xx was not seen."""
     for ack in sorted(dialog.acks, key=attrgetter("time")):
         attempt, says = _read_ack(call, ack, attempts)
-        if attempt is None or says == "refusal" or _is_void(call, dialog, ack.time):
+        if attempt is None or attempt.identity is None or says == "refusal":
+            continue
+        if _is_void(call, dialog, ack.time):
             continue
         begin = Begin(ack.time, "ack", attempt, dialog)
         if call.replied or says == "doubtful":
@@ -2685,7 +2687,7 @@ def _begin_of_acks(
             carried = bool(attempt.rang) or not call.replied
             if carried and not attempt.decided and _is_followed(call, dialog, ack):
                 return begin, -inf
-        elif says == "answer":
+        elif says == "answer" and ack.time >= attempt.time:
             return begin, -inf
         else:
             return begin, ack.arrived + settings.reorder_window
@@ -3298,15 +3300,19 @@ class CallTable:
         if message.method == "ACK" and message.cseq == call.cseq:
             return call
         assert attempt is not None
+        return self._part(call, (attempt,), (dialog,) if dialog else ())
+
+    def _part(self, call: Call, attempts: Sequence[Attempt], dialogs: Sequence[Dialog]) -> Call:
+        """A call of its own from attempts and dialogs of another one with the same tags."""
         other = Call(call.call_id, call.from_tag, self._now)
         other.capture_id, other.sender, other.tenant = call.capture_id, call.sender, call.tenant
-        other.attempts, other.replied = (attempt,), call.replied
-        other.dialogs = (dialog,) if dialog else ()
-        call.attempts = tuple(x for x in call.attempts if x is not attempt)
-        call.dialogs = tuple(x for x in call.dialogs if x is not dialog)
+        other.attempts, other.dialogs, other.replied = (*attempts,), (*dialogs,), call.replied
+        call.attempts = tuple(x for x in call.attempts if x not in attempts)
+        call.dialogs = tuple(x for x in call.dialogs if x not in dialogs)
         other.row = self.next_serial()
         self._add(other)
         self._touch(call)
+        self._touch(other)
         return other
 
     def _handle_invite(self, sighting: Sighting) -> None:
@@ -3345,10 +3351,11 @@ class CallTable:
                 continue
             if call.ended_at and message.time > call.ended:
                 continue
-            if call.begun_at and message.time > call.begun + LINGER * 1_000_000:
+            answered = (call.cseq, call.branch) == (message.cseq, branch)
+            if answered and call.begun and message.time > call.begun + LINGER * 1_000_000:
                 continue
             known = any(x.cseq == message.cseq and x.branch == branch for x in call.attempts)
-            if known or call.ended_at or (call.cseq, call.branch) == (message.cseq, branch):
+            if known or call.ended_at or answered:
                 return call
             if len(call.attempts) >= MAX_ATTEMPTS:
                 acks = list(call.acks)
@@ -3384,6 +3391,7 @@ class CallTable:
         call.row = self.next_serial()
         call.sender = sighting.sender
         call.state = state
+        call.replied = any(x.replied and x.from_tag == from_tag for x in group)
         self._add(call)
         return call
 
@@ -3510,12 +3518,13 @@ class CallTable:
                 dialog.answered = dialog.acked = min(ack.time for ack in dialog.acks)
             dialog.acks = ()
         acks = list(call.acks)
-        rung_out = self._now >= call.begun_at + self.settings.invite_timeout
+        rung = self._now - call.begun_at - self.settings.invite_timeout
+        rung_out = call.begun + rung * 1_000_000
         call.attempts = tuple(
             attempt
             for attempt in call.attempts
             if (attempt.cseq, attempt.branch) != (call.cseq, call.branch)
-            and not rung_out
+            and attempt.time > rung_out
             and not attempt.refused(acks)
         )
 
@@ -3632,6 +3641,10 @@ class CallTable:
             self._from_tags[call.from_tag] = known - 1
         identity = call.identity
         assert identity is not None
+        ours = (call.cseq, call.branch)
+        ringing = [x for x in call.attempts if x.copies and x.rang and (x.cseq, x.branch) != ours]
+        if ringing and end.reason != "evicted":
+            self._review(self._part(call, ringing, ()))
         call.attempts = ()
         if end.reason != "bye_unanswered":
             call.dialogs = ()
