@@ -2821,12 +2821,12 @@ def pack_call(call: Call, offset: float) -> str:
 
     ``offset`` in seconds is UNIX time less the monotonic clock, which starts anew with the machine.
     """
-    routes: dict[Route, int] = {}
+    routes: dict[str, int] = {}
 
     def identity(known: Identity | None) -> Any:
         if known is None:
             return None
-        return routes.setdefault(known.route, len(routes)), *_identity_values(known)
+        return routes.setdefault(known.route.packed, len(routes)), *_identity_values(known)
 
     def clock(seconds: float) -> float:
         return round(seconds + offset, 3) if seconds else 0.0
@@ -2859,8 +2859,7 @@ def pack_call(call: Call, offset: float) -> str:
             for dialog in call.dialogs
         ],
     ]
-    packed = ",".join(route.packed for route in routes)
-    return f"[{_compact_json(values)},[{packed}]]"
+    return f"[{_compact_json(values)},[{','.join(routes)}]]"
 
 
 def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) -> Call:
@@ -2893,7 +2892,7 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
         attempt.identity = unpack_identity(whose)
         attempt.closed = set(closed)
         attempt.copies = {top: (set(uris), set(below)) for top, (uris, below) in copies.items()}
-        parsed = (parse_sip(f"{head}\r\n\r\n".encode("latin-1"), time) for head, time in further)
+        parsed = (parse_sip(f"{head}\n\r\n".encode("latin-1"), time) for head, time in further)
         attempt.further = [message for message in parsed if message is not None]
         call.attempts += (attempt,)
     for plain, clocks, acks, byes in dialogs:
@@ -2969,7 +2968,7 @@ class CallTable:
         self._order: list[int] = []
         self._due: deque[Call] = deque()
         # What makes room first: calls that are over, and the newest ones.
-        self._over: dict[str, deque[Call]] = {ENDED: deque(), FAILED: deque(), ORPHAN: deque()}
+        self._over = {state: OrderedDict[Call, None]() for state in (ENDED, FAILED, ORPHAN)}
         self._newest: deque[Call] = deque(maxlen=EVICTION_LOOK)
         # Charged calls by tenant and transaction tag; legs without INVITE by what ties them.
         self._tags: dict[str, dict[str, Call]] = {}
@@ -3000,7 +2999,9 @@ class CallTable:
             self._handle_invite(sighting)
         else:
             for call in self._owners(sighting):
-                self._note(call, message)
+                # One may have made room for another.
+                if call.slot >= 0:
+                    self._note(call, message)
         return self._take_events()
 
     def expire(self, now: float, closing: bool = False) -> list[RatingEvent]:
@@ -3159,6 +3160,7 @@ class CallTable:
         if message.method == "ACK" and message.cseq == call.cseq:
             return call
         assert attempt is not None
+        self._make_room(message)
         other = Call(call.call_id, call.from_tag, self._now)
         other.capture_id, other.sender, other.tenant = call.capture_id, call.sender, call.tenant
         other.attempts, other.replied = (attempt,), call.replied
@@ -3167,7 +3169,8 @@ class CallTable:
         call.dialogs = tuple(x for x in call.dialogs if x is not dialog)
         other.row = self.next_serial()
         self._add(other)
-        self._touch(call)
+        if call.slot >= 0:
+            self._touch(call)
         return other
 
     def _handle_invite(self, sighting: Sighting) -> None:
@@ -3230,11 +3233,7 @@ class CallTable:
 
     def _create(self, sighting: Sighting, from_tag: str, state: str = ORPHAN) -> Call:
         message = sighting.message
-        if len(self) >= self.settings.max_calls:
-            self._evict(message.time)
-        group = self._calls.get(message.call_id, ())
-        if len(group) >= MAX_CALLS_PER_ID:
-            self._evict_call(next((x for x in group if not x.begun_at), group[0]), message.time)
+        self._make_room(message)
         call = Call(message.call_id, from_tag, self._now)
         call.row = self.next_serial()
         call.sender = sighting.sender
@@ -3248,7 +3247,7 @@ class CallTable:
         self._count_sender(call, 1)
         self._newest.append(call)
         if call.state in self._over:
-            self._over[call.state].append(call)
+            self._over[call.state][call] = None
 
     def _index(self, call: Call) -> None:
         known = self._from_tags.get(call.from_tag)
@@ -3346,10 +3345,11 @@ class CallTable:
     def _enter(self, call: Call, state: str) -> None:
         self._sizes[call.state] -= 1
         self._sizes[state] += 1
+        self._over.get(call.state, {}).pop(call, None)
         call.state = state
         call.entered = self._now
         if state in self._over:
-            self._over[state].append(call)
+            self._over[state][call] = None
 
     def _settle(self, call: Call) -> None:
         """Forget what nothing depends on any more, once no ACK of a fork is waited for."""
@@ -3379,6 +3379,7 @@ class CallTable:
         if call.state == ORPHAN and call.tenant == "":
             self._tell_orphan(call)
         self._sizes[call.state] -= 1
+        self._over.get(call.state, {}).pop(call, None)
         self._count_sender(call, -1)
         call.slot = -1
         calls = tuple(other for other in self._calls[call.call_id] if other is not call)
@@ -3556,6 +3557,14 @@ class CallTable:
 
     # What makes room
 
+    def _make_room(self, message: SipMessage) -> None:
+        """For one more call of this Call-ID."""
+        if len(self) >= self.settings.max_calls:
+            self._evict(message.time)
+        group = self._calls.get(message.call_id, ())
+        if len(group) >= MAX_CALLS_PER_ID:
+            self._evict_call(next((x for x in group if not x.begun_at), group[0]), message.time)
+
     def _evict(self, time: int) -> None:
         """Make room for one call: what is over goes first, an answered call last.
 
@@ -3576,10 +3585,8 @@ class CallTable:
 
     def _over_first(self) -> Iterator[Call]:
         """The call that was over first, of each state that is."""
-        for state, calls in self._over.items():
-            while calls and (calls[0].slot <= 0 or calls[0].state != state):
-                calls.popleft()
-            yield from islice(calls, 1)
+        for calls in self._over.values():
+            yield from islice((call for call in calls if call.slot > 0), 1)
 
     def _evict_call(self, call: Call, time: int) -> None:
         self.count(f"calls.evicted.{call.state}")
