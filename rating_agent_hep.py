@@ -2588,7 +2588,9 @@ def _read_ack(call: Call, ack: Ack, attempts: list[Attempt]) -> tuple[Attempt | 
             if ack.uri in copy[0]:
                 return attempt, "refusal"
             return attempt, "doubtful" if 0 < attempt.cancelled < ack.time else "answer"
-    attempt = call.attempt_of(ack.cseq, ack.lowest) or same[-1]
+    found = call.attempt_of(ack.cseq, ack.lowest)
+    # Nobody is known to be charged for one of which no INVITE was seen.
+    attempt = found if found in same else same[-1]
     copies = attempt.copies.items()
     # The copy that a proxy sent to the callee's Contact has the URI of an ACK to a 2xx.
     own = [uris for uris, below in attempt.copies.values() if not below]

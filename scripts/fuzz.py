@@ -513,7 +513,7 @@ def check_table(data: bytes) -> tuple[int, float]:
     number, steps = read_steps(data)
     # A session and a call that rings get a whole new interval by a restart, and it does not keep
     # the order of calls that make room.
-    calm = sum(gap for gap, _ in steps) < agent.MIN_SESSION_EXPIRES
+    calm = sum(gap for gap, _ in steps) < agent.LINGER
     draw = random.Random(data[:200])
     plain, worst = run_table(number, steps, lambda: False)
     often = draw.choice((0.2, 1.0))
@@ -542,8 +542,9 @@ def run_table(
         check_sizes(table, settings)
         if restarts():
             table = taken_back(table, now)
-    for _ in range(4):
-        now += 90_000.0
+    # In steps, as ticks would do it: of two ends the one that is due first is told.
+    for step in (1.0, 2.0, 4.0, 30.0, 35.0, 65.0, 300.0, 700.0, 22_000.0, *[90_000.0] * 4):
+        now += step
         for event in table.expire(now):
             ledger.note(event)
     check_sizes(table, settings)
