@@ -2293,12 +2293,12 @@ def _note_session(dialog: Dialog, reply: SipMessage) -> bool:
 def _note_alive(dialog: Dialog, message: SipMessage, now: float, from_caller: bool) -> bool:
     """A request or a 2xx that only a dialog has; INFO and the like refresh no session."""
     # A 2xx to the caller's request is the callee's word.
-    if from_caller == bool(message.status):
-        dialog.confirmed = max(dialog.confirmed, message.time)
+    new = message.time > dialog.alive
+    if from_caller == bool(message.status) and message.time > dialog.confirmed:
+        dialog.confirmed, new = message.time, True
     if message.cseq_method in ("INVITE", "UPDATE"):
         dialog.refreshed = max(dialog.refreshed, message.time)
         dialog.refreshed_at = max(dialog.refreshed_at, now)
-    new = message.time > dialog.alive
     dialog.alive = max(dialog.alive, message.time)
     return new
 

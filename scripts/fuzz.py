@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,7 @@ class Mutator:
         *(b"SIP/2.0", b"INVITE", b"ACK", b"BYE", b"CANCEL", b"UPDATE", b"Via", b"v: ", b";tag="),
         *(b";branch=", b";branch=z9hG4bK-a", b"0", b"2147483648", b"-1", b"\xc3\xa9", b'"\\"'),
         *(b"Session-Expires: 90;refresher=uac\r\n", b"Max-Forwards: 0\r\n", b"l: 0\r\n\r\n"),
-        *( b"X-Kind: aaaa\r\n", b"X-Account: 42\r\n", b"\r\n\r\n"),
+        *(b"X-Kind: aaaa\r\n", b"X-Account: 42\r\n", b"\r\n\r\n"),
         *(b"History-Info: <sip:7@h>,<sip:8@h>;index=1\r\n", b"P-Asserted-Identity: <tel:+1-2>\r\n"),
     )
     SIZES = (2, 3, 8, 70, 300, 2_000, 20_000)
@@ -459,8 +458,7 @@ class Ledger:
         self.rows: dict[int, list[str]] = {}
         self.times: dict[tuple[str, str], set[int]] = {}
         self.innocent: dict[str, list[str]] = {}
-        self.told: list[tuple[Any, ...]] = []
-        self.begun: dict[int, int] = {}
+        self.told: dict[tuple[int, str], tuple[int, str, bytes]] = {}
         # Calls with a message that has no time of its own: the agent gives it the clock's.
         self.timeless: set[str] = set()
 
@@ -478,7 +476,7 @@ class Ledger:
 
     def note(self, event: agent.RatingEvent) -> None:
         """Check an event against all that was before it."""
-        self.told.append((event.row, event.kind, event.time, event.reason, event.body))
+        self.told[event.row, event.kind] = (event.time, event.reason, event.body)
         kinds = self.rows.setdefault(event.row, [])
         kinds.append(event.kind)
         require(kinds in (["begin"], ["begin", "end"]), f"{kinds} of one call")
@@ -486,9 +484,8 @@ class Ledger:
             seen = self.times.get((event.call_id, event.kind), set())
             known = event.time in seen or (seen and event.call_id in self.timeless)
             # Rule 18: no end before its begin.
-            known = known or (seen and event.time == self.begun.get(event.row))
+            known = known or (seen and event.time == self.told[event.row, "begin"][0])
             require(known, f"{event.kind} at a time of no message")
-        self.begun.setdefault(event.row, event.time)
         if event.call_id in self.innocent:
             self.innocent[event.call_id].append(event.kind)
         require(len(event.body) <= MAX_BODY, f"a request of {len(event.body)} octets")
@@ -519,13 +516,17 @@ def check_table(data: bytes) -> tuple[int, float]:
     often = draw.choice((0.2, 1.0))
     told, took = run_table(number, steps, lambda: draw.random() < often)
     if calm and SETTINGS[number].max_calls > 20:
-        require(told == plain, "other events with a restart than without")
+        require(told.keys() == plain.keys(), "other events with a restart than without")
+        for key, event in told.items():
+            # Of a tied leg's BYE and one of its own, due in one moment, either may be first.
+            tied = "bye_tied" in (event[1], plain[key][1])
+            require(tied or event == plain[key], "another event with a restart than without")
     return 2 * len(steps), max(worst, took)
 
 
 def run_table(
     number: int, steps: list[tuple[float, bytes]], restarts: Callable[[], bool]
-) -> tuple[list[tuple[Any, ...]], float]:
+) -> tuple[dict[tuple[int, str], tuple[int, str, bytes]], float]:
     """What a table reports of these steps, and the longest time of one, in seconds."""
     settings, worst = SETTINGS[number], 0.0
     table, ledger, now = agent.CallTable(settings, RULES[number]), Ledger(), 1_000.0
@@ -555,8 +556,7 @@ def run_table(
     require(not any(kept), "something is left behind")
     require(len(table.notices) <= agent.MAX_NOTICES, "notices")
     ledger.close()
-    # Of several calls that are due in one moment any may be first.
-    return sorted(ledger.told, key=itemgetter(0)), worst
+    return ledger.told, worst
 
 
 def sightings(packet: bytes) -> Iterator[agent.Sighting]:
