@@ -1,5 +1,6 @@
 # Images of the agent (the default), and by --target: sandbox, tester, kamailio.
 ARG PYTHON=python:3.12-slim-bookworm
+ARG DEBIAN=debian:bookworm-slim
 
 FROM ${PYTHON} AS build
 WORKDIR /src
@@ -40,7 +41,7 @@ USER 10001
 WORKDIR /tmp
 ENTRYPOINT ["/opt/sandbox/bin/python", "/opt/tester/run_scenario.py"]
 
-FROM debian:bookworm-slim AS kamailio
+FROM ${DEBIAN} AS kamailio
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends kamailio \

@@ -11,7 +11,7 @@ ALL_PROFILES := --profile opensips --profile kamailio --profile tester --profile
 SCENARIO := /scenarios/test_
 
 .PHONY: demo run test chaos bench fuzz soak lint format docs clean sip-servers browser test-opensips \
-  test-kamailio \
+  test-kamailio test-images \
   docker-build docker-pull docker-start docker-start-opensips docker-start-kamailio \
   docker-start-canyan docker-start-statsd docker-test-opensips docker-test-kamailio docker-test \
   docker-logs docker-stop docker-clean
@@ -25,9 +25,9 @@ run: $(VENV)/.runs
 test: lint sip-servers browser
 	$(BIN)/python -m pytest --durations=5
 
-# The kills and restarts of tests/test_crash.py, ten times as many: some ten minutes.
+# The kills and restarts of tests/test_crash.py and tests/test_sockets.py, ten times as many: some ten minutes.
 chaos: $(VENV)/.tests
-	CHAOS=10 $(BIN)/python -m pytest -rP tests/test_crash.py
+	CHAOS=10 $(BIN)/python -m pytest -rP tests/test_crash.py tests/test_sockets.py
 
 # Ten minutes of inputs that no server would send; FUZZ=--seed=7 for others.
 FUZZ := --seconds 600 --processes 2
@@ -56,7 +56,13 @@ test-opensips: $(VENV)/.tests
 	$(BIN)/python -m pytest tests/test_scenarios.py -k opensips_scenario
 
 test-kamailio: $(VENV)/.tests sip-servers
-	$(BIN)/python -m pytest tests/test_scenarios.py -k "kamailio or every_call or both_ways"
+	$(BIN)/python -m pytest tests/test_scenarios.py -k "kamailio or every_call or both_ways or proxy or mirror"
+
+# The images of the Dockerfile built by Buildah, and the compose file's services run in them.
+test-images: $(VENV)/.runs
+	@sh scripts/install_for_tests.sh "Buildah and debootstrap" "buildah debootstrap ip" \
+	  "buildah debootstrap iproute2"
+	@$(BIN)/python scripts/test_images.py
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff format --check $(SOURCES)
@@ -106,7 +112,7 @@ docker-test:
 	@server=$$($(COMPOSE) $(ALL_PROFILES) ps --services --status running | grep -Ex 'opensips|kamailio' \
 	  | head -n 1); \
 	[ -n "$$server" ] || { echo "first: make docker-start-opensips or docker-start-kamailio"; exit 1; }; \
-	$(COMPOSE) run --rm --build tester $(addprefix /scenarios/,$(notdir $(wildcard tests/scenarios/*.yaml))) \
+	$(COMPOSE) run --rm --build tester $(addprefix /scenarios/,$(notdir $(wildcard tests/scenarios/test_*.yaml))) \
 	  --target "$$server:5060"
 
 docker-logs:

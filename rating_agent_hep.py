@@ -64,12 +64,12 @@ import traceback
 import zlib
 from base64 import b64decode, b64encode
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property
 from itertools import islice
 from math import inf
 from operator import attrgetter
@@ -117,9 +117,20 @@ MAX_REFUSED_CALLS = 100_000
 # Attempts of an event that the API answers with ``ok: false`` before that is believed. With the
 # delays below they spread over two minutes: a storage service that restarts answers exactly so.
 MAX_REFUSALS = 10
-# Refusals of an end that may have been carried out already, each after the API said ok to another
-# event since the refusal before: then its storage service lives, and the end had been done.
+# Refusals of an event that may have been carried out already, each after the API said ok to some
+# event since the refusal before: then its storage service lives. An end had been done; of a begin
+# with both parties one is unknown, so it was not done.
 MAX_CONFIRMED_REFUSALS = 2
+# Seconds. A begin with both parties is refused twice so far apart before one is tried alone, and
+# one is tried alone only so shortly after both were: a storage service that restarts takes longer.
+REFUSED_APART = 1.0
+# Seconds for which a party that the API does not know is left out of further begins.
+UNKNOWN_PAUSE = 60.0
+# Parties of one API that are left out; of more the oldest is tried again sooner. 0.2 kB each.
+MAX_UNKNOWN_PARTIES = 10_000
+# Running calls of one API that were begun with one party alone, 0.2 kB each: five times the default
+# of max_calls. Over that both parties or none are begun, for an end must not name another party.
+MAX_ONE_SIDED = 1_000_000
 # Seconds. Delays between attempts: the first, doubled each time, up to the last.
 RETRY_FIRST = 1.0
 RETRY_LAST = 30.0
@@ -127,8 +138,6 @@ RETRY_LAST = 30.0
 MAX_RETRY_AFTER = 300.0
 # Failures in a row after which an API counts as down and is asked by one probe at a time.
 DOWN_AFTER = 3
-# Seconds for which events go one by one after an API did not take a batch of them.
-SINGLE_PAUSE = 60.0
 # Octets. An answer of the rating API is about 150; more than this is not read.
 MAX_API_ANSWER = 65_536
 # Datagrams handled in one go before other greenlets get the loop (about 10 ms of work).
@@ -180,6 +189,9 @@ STATSD_FLUSH = 1.0
 STATSD_RESOLVE = 60.0
 # Seconds between two looks at the deadlines of the call table.
 TICK = 0.1
+# Seconds in which senders over TCP may close their connections when the agent stops; those that
+# look whether the other side has closed, as SIP servers do, need some ms.
+HANG_UP = 0.5
 # Seconds between two commits of the journal: what a power cut or kill -9 may cost.
 JOURNAL_INTERVAL = 0.01
 # Calls put down for the journal in one go, some 15 us each, before others get the loop.
@@ -264,10 +276,6 @@ class DeliveryError(AgentError):
         self.wait = wait
 
 
-class BatchRefused(AgentError):
-    """The rating API did not look at a request of several events; nothing of it was done."""
-
-
 @dataclass(frozen=True)
 class Settings:
     """All options with their defaults; the table in room 10 says what each one means."""
@@ -288,7 +296,7 @@ class Settings:
     rating_api_url: str = "http://localhost:8080"
     rating_api_timeout: float = 5.0
     rating_api_concurrency: int = 16
-    rating_api_batch: int = 1
+    unknown_party: str = "drop"
     rating_api_ca_file: str = ""
     rating_api_token: str = field(default="", repr=False)
     rating_api_token_file: str = ""
@@ -453,6 +461,9 @@ def unpack_route(text: str) -> Route:
 
 # Rating API, tenant and transaction tag.
 CallKey = tuple[str, str, str]
+# The two parties of a call, and which tag an event that names one alone leaves out.
+CALLER, CALLEE = "caller", "callee"
+_OTHER_TAG = {CALLER: "destination_account_tag", CALLEE: "account_tag"}
 
 
 @dataclass(slots=True, eq=False)
@@ -463,7 +474,8 @@ class RatingEvent:
     event ("answer", "ack", "bye", "deadline", "session", "evicted"), ``body`` the JSON octets of
     the request: made once, so that a retry sends the same. ``row`` numbers the call, ``serial`` the
     events in the order in which they came about. ``unknown`` says that an attempt may have been
-    carried out, ``answer`` what became of the last one.
+    carried out, ``answer`` what became of the last one. ``party`` is CALLER or CALLEE where that
+    one alone is named to the API, ``left_out`` the tag of the other once that is settled.
     """
 
     kind: str
@@ -479,16 +491,34 @@ class RatingEvent:
     row: int = 0
     serial: int = 0
     attempts: int = 0
+    failures: int = 0
     refusals: int = 0
     confirmed: int = 0
     refused_at: float = 0.0
     unknown: bool = False
     answer: str = ""
+    party: str = ""
+    left_out: str = ""
 
     @property
     def key(self) -> CallKey:
         """Events with the same key belong to one call and are delivered in order."""
         return (self.api_url, self.tenant, self.transaction_tag)
+
+    def request(self) -> bytes:
+        """The octets to send: ``body``, or what is left of it with one party alone."""
+        if not self.party:
+            return self.body
+        content = json.loads(self.body)
+        content.pop(_OTHER_TAG[self.party], None)
+        return _compact_json(content).encode()
+
+    def keep_only(self, party: str) -> None:
+        """Take the other party out for good."""
+        self.party = party
+        self.body = self.request()
+        self.left_out = getattr(self, _OTHER_TAG[party])
+        setattr(self, _OTHER_TAG[party], "")
 
     def fields(self) -> dict[str, Any]:
         """What a log line says of this event."""
@@ -1853,6 +1883,8 @@ LINGER = 32.0
 REMEMBERED = 600.0
 # Microseconds. RFC 3261 17.2.1, rule 9: a 2xx repeated for so long was never acknowledged.
 UNACKNOWLEDGED = 16_000_000
+# Microseconds. T1 of RFC 3261: what a hop sends on leaves before it would be sent again.
+SAME_SENDING = 500_000
 # Microseconds. T4 of RFC 3261: a user agent that is challenged tries again at once. Who talks on
 # between the two BYEs gains no more than this.
 CHALLENGE_RETRY = 5_000_000
@@ -1864,6 +1896,8 @@ MAX_COPY_VALUES = 512
 MAX_INVITE_COPIES = 64
 # Copies further on whose text is kept, for a nearer copy may have another route.
 MAX_FURTHER = 4
+# Other callers whom INVITEs of one transaction name that are remembered.
+MAX_NAMED = 16
 # Attempts and dialogs of a call that are remembered: retries and forks are few. Each fact that a
 # flood leaves behind takes some 0.3 kB.
 MAX_ATTEMPTS = 16
@@ -1871,6 +1905,8 @@ MAX_DIALOGS = 16
 # ACKs, or BYEs of one side, of a dialog; and ways of one BYE.
 MAX_REQUESTS = 8
 MAX_WAYS = 4
+# Requests of a side whose CSeq and time are remembered: only the reorder window has more than one.
+MAX_CSEQS = 4
 
 _CARRIED_OUT = frozenset((*range(200, 300), 408, 481))
 _CHALLENGES = frozenset((401, 407))
@@ -1939,13 +1975,13 @@ class Attempt:
     ``copies`` maps the top branch of each INVITE copy to its Request-URIs and the branches of the
     hops below; empty while no copy was seen. ``caller`` is the sent-by of the lowest hop;
     ``sender`` and ``receiver`` are address and port between which the nearest copy went. ``closed``
-    are the branches that had their final non-2xx, ``decided`` says that one was seen. ``time`` is
-    the HEP time of the first copy, ``cancelled`` that of a CANCEL, 0 for none.
+    are the branches that had their final non-2xx, ``rang`` those with a 1xx; ``decided`` says that
+    a final non-2xx was seen. ``time`` is the HEP time of the first copy, ``cancelled`` that of a CANCEL, 0 for none.
     """
 
     __slots__ = tuple(
-        "branch caller cancelled closed copies cseq decided further identity receiver sender "
-        "time".split()
+        "branch caller cancelled closed copies cseq decided further identity named rang receiver "
+        "sender time".split()
     )
 
     def __init__(self, cseq: int, branch: str) -> None:
@@ -1955,10 +1991,20 @@ class Attempt:
         self.caller = ""
         self.sender = self.receiver = (b"", 0)
         self.closed: set[str] = set()
+        self.rang: set[str] = set()
         self.decided = False
         self.time = self.cancelled = 0
         self.identity: Identity | None = None
         self.further: list[SipMessage] = []
+        # A caller may use his branch again for an INVITE that names another: each is kept.
+        self.named: tuple[Identity, ...] = ()
+
+    def choose(self, source: str) -> None:
+        """The From of a 2xx is that of the INVITE which was answered (RFC 3261 8.2.6.2)."""
+        same = next((x for x in self.named if x.source == source), None)
+        if same is not None and self.identity is not None and self.identity.source != source:
+            self.named = (*(x for x in self.named if x is not same), self.identity)
+            self.identity = same
 
     def note_copy(self, invite: SipMessage) -> bool:
         """Take in how a copy looks; whether that was new."""
@@ -1982,6 +2028,9 @@ class Attempt:
         An ACK with branch and Request-URI of a copy acknowledges one (RFC 3261 17.1.1.3).
         """
         closed = self.closed
+        if not self.rang <= closed:
+            # A caller may send such an ACK at any time.
+            return False
         for ack in acks:
             copy = self.copies.get(ack.branch)
             if copy and ack.cseq == self.cseq and ack.uri in copy[0]:
@@ -2001,20 +2050,34 @@ class Bye:
     the reply. ``arrived`` and ``replied_at`` are in seconds of the monotonic clock.
     """
 
-    __slots__ = tuple("arrived branch cseq from_caller replied_at reply_time seen status".split())
+    __slots__ = tuple(
+        "arrived branch cseq from_caller late replied_at reply_time seen status".split()
+    )
 
     def __init__(self, cseq: int, branch: str, from_caller: bool) -> None:
         self.cseq = cseq
         self.branch = branch
         self.from_caller = from_caller
+        self.late = False
         self.seen: dict[str, int] = {}
         self.arrived = self.replied_at = 0.0
         self.status = self.reply_time = 0
 
     @property
     def time(self) -> int:
-        """HEP time of what was carried out: the way that was tried last."""
-        return max(self.seen.values())
+        """HEP time of what was carried out: the way that was tried last.
+
+        Each hop sends it another way, but within T1; who tries again gains no more than that.
+        """
+        first, *others = sorted(self.seen.values())
+        for time in others:
+            if time - first > SAME_SENDING:
+                first = time
+        return first
+
+
+# Requests of one side, as (CSeq, HEP time): the higher, the later.
+Requests = tuple[tuple[int, int], ...]
 
 
 class Dialog:
@@ -2025,13 +2088,13 @@ class Dialog:
     ``confirmed`` of the last one by the callee's side, ``refreshed`` of the last refresh and
     ``agreed`` of the 2xx that set ``session``, its interval in seconds. ``arrived`` and
     ``refreshed_at`` are in seconds of the monotonic clock. ``cseq`` and ``branch`` are those of the
-    INVITE that was answered, ``highest`` the highest CSeq of the caller's and of the callee's
-    requests, ``reinvited`` the lowest of the caller's re-INVITEs.
+    INVITE that was answered, ``sent`` the CSeqs of the caller's and of the callee's requests behind
+    it, ``reinvited`` the lowest of the caller's re-INVITEs.
     """
 
     __slots__ = tuple(
-        "acked acks agreed alive answered arrived branch byes confirmed cseq highest refreshed "
-        "refreshed_at reinvited repeated session to_tag".split()
+        "acked acks agreed alive answered arrived branch byes confirmed cseq refreshed "
+        "refreshed_at reinvited repeated sent session to_tag".split()
     )
 
     def __init__(self, to_tag: str) -> None:
@@ -2040,9 +2103,25 @@ class Dialog:
         self.refreshed = self.agreed = self.session = self.cseq = self.reinvited = 0
         self.arrived = self.refreshed_at = 0.0
         self.branch = ""
-        self.highest: tuple[int, int] = (0, 0)
+        self.sent: tuple[Requests, Requests] = ((), ())
         self.acks: tuple[Ack, ...] = ()
         self.byes: tuple[Bye, ...] = ()
+
+    def highest(self, from_caller: bool) -> int:
+        """The highest CSeq that was seen of a side, 0 for none."""
+        sent = self.sent[not from_caller]
+        return max(sent[-1][0] if sent else 0, self.cseq if from_caller else 0)
+
+    def note_cseq(self, cseq: int, time: int, from_caller: bool) -> bool:
+        """Take in the CSeq of a side's request; whether it is the highest by now."""
+        new = cseq > self.highest(from_caller)
+        sent: Requests = self.sent[not from_caller]
+        if any(other >= cseq and at <= time for other, at in sent):
+            return False
+        sent = tuple(x for x in sent if x[0] > cseq or x[1] < time) + ((cseq, time),)
+        sent = tuple(sorted(sent)[-MAX_CSEQS:])
+        self.sent = (sent, self.sent[1]) if from_caller else (self.sent[0], sent)
+        return new
 
     @property
     def unacknowledged(self) -> bool:
@@ -2109,6 +2188,10 @@ class Call:
         in_dialog = message.cseq_method not in ("ACK", "CANCEL") and message.to_tag != ""
         return in_dialog and message.to_tag == self.from_tag
 
+    def is_initial(self, branch: str) -> bool:
+        """Whether a branch is that of an initial INVITE, whatever its CSeq was changed to."""
+        return branch == self.branch or any(x.branch == branch for x in self.attempts)
+
     def find_dialog(self, to_tag: str) -> Dialog | None:
         """The dialog with this To tag, if something is known of it."""
         for dialog in self.dialogs:
@@ -2128,6 +2211,13 @@ class Call:
                 self.dialogs = tuple(x for x in self.dialogs if x is not spare)
             self.dialogs += (dialog,)
         return dialog
+
+    def has_invite(self, cseq: int, branch: str) -> bool:
+        """Whether an initial INVITE with this CSeq and lowest branch was seen."""
+        known = (cseq, branch)
+        if known == (self.cseq, self.branch):
+            return True
+        return any((x.cseq, x.branch) == known and x.copies for x in self.attempts)
 
     def attempt_of(self, cseq: int, branch: str) -> Attempt | None:
         """The attempt that a reply, an ACK or a CANCEL belongs to.
@@ -2166,7 +2256,7 @@ def note(call: Call, message: SipMessage, now: float) -> int:
         call.replied = True
         # Rule 10: a provisional reply renews the ringing time-out, which is not judged at once.
         if message.status < 200:
-            return first
+            return KEPT if _note_ringing(call, message) else first
         if method == "BYE":
             return _note_bye_reply(call, message, now) or first
         return TELLING if _note_reply(call, message, now) else first
@@ -2209,7 +2299,14 @@ def note_invite(
     if not attempt.time or message.time < attempt.time:
         attempt.time = message.time
     identity = attempt.identity
+    if identity is not None and sender[0] == attempt.sender[0]:
+        source = party_text("from", message)
+        if source != identity.source and all(x.source != source for x in attempt.named):
+            other = Identity(sighting, route, hops, settings)
+            attempt.named = (*attempt.named, other)[-MAX_NAMED:]
+            return True
     if identity is None or hops < identity.hops:
+        attempt.named = ()
         identity = attempt.identity = Identity(sighting, route, hops, settings)
         attempt.sender, attempt.receiver = sender, receiver
         for further in attempt.further:
@@ -2232,14 +2329,29 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
         if reply.status >= 300:
             return _note_refusal(call, reply)
         dialog = call.dialog(to_tag)
-        reinvite = 0 < dialog.reinvited <= reply.cseq
+        # Anybody may send a re-INVITE with the CSeq of the INVITE, also before its answer.
+        reinvite = 0 < dialog.reinvited <= reply.cseq and not call.is_initial(reply.branch)
         if not reinvite and (not dialog.answered or reply.cseq <= dialog.cseq):
+            attempt = call.attempt_of(reply.cseq, reply.branch)
+            if attempt is not None and attempt.named:
+                attempt.choose(party_text("from", reply))
             return _note_answer(dialog, reply, now)
     elif reply.status >= 300:
         return False
     dialog = call.dialog(to_tag)
     new = _note_alive(dialog, reply, now, from_caller)
     return _note_session(dialog, reply) or new
+
+
+def _note_ringing(call: Call, reply: SipMessage) -> bool:
+    if reply.cseq_method != "INVITE" or call.begun:
+        return False
+    attempt = call.attempt_of(reply.cseq, reply.branch)
+    branch = reply.vias[0].branch
+    if attempt is None or branch in attempt.rang or len(attempt.rang) >= MAX_INVITE_COPIES:
+        return False
+    attempt.rang.add(branch)
+    return True
 
 
 def _note_refusal(call: Call, reply: SipMessage) -> bool:
@@ -2270,7 +2382,6 @@ def _note_answer(dialog: Dialog, answer: SipMessage, now: float) -> bool:
         dialog.cseq, dialog.branch, dialog.arrived = answer.cseq, answer.branch, now
         dialog.answered = dialog.repeated = answer.time
         dialog.acked = min((ack.time for ack in dialog.acks), default=dialog.acked)
-        dialog.highest = (max(dialog.highest[0], answer.cseq), dialog.highest[1])
     if not dialog.refreshed:
         dialog.refreshed, dialog.refreshed_at = answer.time, now
     dialog.answered = min(dialog.answered, answer.time)
@@ -2307,13 +2418,13 @@ def _note_request(call: Call, request: SipMessage, now: float) -> bool:
     """A re-INVITE or UPDATE, or another request of a dialog, whose CSeq counts (12.2.2)."""
     from_caller = call.is_from_caller(request)
     dialog = call.dialog(request.to_tag if from_caller else request.from_tag)
-    highest = list(dialog.highest)
-    highest[not from_caller] = max(highest[not from_caller], request.cseq)
-    new = tuple(highest) != dialog.highest
-    dialog.highest = (highest[0], highest[1])
+    new = dialog.note_cseq(request.cseq, request.time, from_caller)
+    for bye in dialog.byes:
+        if bye.from_caller == from_caller and bye.seen and bye.cseq < request.cseq:
+            bye.late = bye.late or request.time < bye.time
     if request.method == "INVITE" and from_caller:
         dialog.reinvited = min(dialog.reinvited or request.cseq, request.cseq)
-        if dialog.cseq >= dialog.reinvited:
+        if dialog.cseq >= dialog.reinvited and not call.is_initial(dialog.branch):
             # What was taken for the answer was the 2xx to this.
             dialog.answered = dialog.repeated = dialog.cseq = 0
     if request.method in ("INVITE", "UPDATE", "INFO"):
@@ -2379,10 +2490,13 @@ def _note_bye(call: Call, bye: SipMessage, now: float) -> int:
     if known is not None and known <= bye.time:
         return NOTHING
     if known is None and len(fact.seen) >= MAX_WAYS:
-        return NOTHING
+        # What is carried out comes last: the caller may send it on other ways before.
+        del fact.seen[min(fact.seen, key=fact.seen.__getitem__)]
     if not fact.seen:
         fact.arrived = now
         fact.cseq = bye.cseq
+        sent = dialog.sent[not from_caller]
+        fact.late = any(cseq > bye.cseq and time <= bye.time for cseq, time in sent)
     fact.seen[way] = bye.time
     if not from_caller:
         dialog.confirmed = max(dialog.confirmed, bye.time)
@@ -2489,7 +2603,9 @@ def judge(call: Call, now: float, settings: Settings, closing: bool = False) -> 
         return Verdict(ANSWERED, begin, None, now)
     acks = list(call.acks)
     refused = all(attempt.refused(acks) for attempt in attempts)
-    gone = call.heard + (LINGER if refused else settings.invite_timeout)
+    # A caller may acknowledge a refusal that there never was, and let it ring.
+    certain = refused and all(attempt.decided for attempt in attempts)
+    gone = call.heard + (LINGER if certain else settings.invite_timeout)
     return Verdict(FAILED if refused else TRYING, None, None, min(look, gone), now >= gone)
 
 
@@ -2562,7 +2678,9 @@ def _begin_of_acks(
             continue
         begin = Begin(ack.time, "ack", attempt, dialog)
         if call.replied or says == "doubtful":
-            if not attempt.decided and _is_followed(call, dialog, ack):
+            # What never rang, where replies are mirrored, the proxy refused itself.
+            carried = bool(attempt.rang) or not call.replied
+            if carried and not attempt.decided and _is_followed(call, dialog, ack):
                 return begin, -inf
         elif says == "answer":
             return begin, -inf
@@ -2635,15 +2753,17 @@ def _judge_end(
     settled = call.begun_at + window
     end: End | None = None
     look, going = inf, False
-    for dialog in _counting(call, now - window):
+    # A caller who holds back an ACK for some seconds may still talk on in that dialog.
+    patience = 0.0 if closing else LINGER + window
+    for dialog in _counting(call, now - patience):
         over, later = _judge_dialog(call, dialog, now, settings, closing)
         if later < look:
             look = later
         if over is None:
             going = True
-            if not dialog.acked and now < dialog.arrived + window < look:
+            if not dialog.acked and now < dialog.arrived + patience < look:
                 # From then on it does not count where another one was acknowledged.
-                look = dialog.arrived + window
+                look = dialog.arrived + patience
         elif end is None or over > end:
             end = over
     if going:
@@ -2690,8 +2810,7 @@ def _judge_dialog(
 ) -> tuple[End | None, float]:
     """When one answered dialog has ended, and when there may be more."""
     if dialog.unacknowledged:
-        certain = dialog.arrived + (dialog.repeated - dialog.answered) / 1_000_000
-        certain += settings.reorder_window
+        certain = dialog.arrived + LINGER + settings.reorder_window
         if now >= certain or closing:
             return End(call.begun, "unacknowledged"), inf
         return None, certain
@@ -2710,7 +2829,7 @@ def _judge_byes(
 ) -> tuple[End | None, float]:
     """Rules 12 and 13: the first BYE of a dialog that was carried out, if that is certain."""
     found: End | None = None
-    look = inf
+    earlier, look = inf, inf
     if not dialog.byes:
         return None, inf
     for bye in dialog.byes:
@@ -2719,9 +2838,12 @@ def _judge_byes(
             continue
         if certain > now and not closing:
             look = min(look, certain)
+            if end.reason != "bye_unanswered":
+                earlier = min(earlier, end.time)
         elif found is None or end.time < found.time:
             found = end
-    return found, look
+    # What was carried out before is certain soon.
+    return (found if found is not None and found.time <= earlier else None), look
 
 
 def _judge_bye(
@@ -2735,12 +2857,14 @@ def _judge_bye(
         if carried_out:
             return End(bye.reply_time, "bye_reply"), bye.replied_at + settings.reorder_window
         return None, inf
-    out_of_order = bye.cseq < dialog.highest[not bye.from_caller]
+    out_of_order = bye.late or (bye.from_caller and bye.cseq < dialog.cseq)
     # Before the answer it ended an early dialog, or nothing (rule 14).
-    if bye.time < dialog.answered and bye.arrived < call.begun_at and not confirmed:
+    overdue = settings.reorder_window if call.replied and not bye.status else 0.0
+    early = bye.time < dialog.answered and bye.arrived < call.begun_at + overdue
+    if early and not confirmed:
         return None, inf
     if confirmed or (carried_out and not out_of_order):
-        highest = dialog.highest[not bye.from_caller]
+        highest = dialog.highest(bye.from_caller)
         # Where a CSeq was left out, the BYE that was challenged before may be on its way.
         certain = bye.arrived + settings.reorder_window if highest < bye.cseq - 1 else -inf
         time = bye.time if len(dialog.byes) == 1 else _first_try(dialog, bye)
@@ -2809,7 +2933,7 @@ def _facts(kind: type, *left_out: str) -> tuple[tuple[str, ...], Callable[[Any],
 
 _IDENTITY, _identity_values = _facts(Identity, "route")
 _ATTEMPT, _attempt_values = _facts(
-    Attempt, *"closed copies further identity receiver sender".split()
+    Attempt, *"closed copies further identity named rang receiver sender".split()
 )
 _DIALOG, _dialog_values = _facts(Dialog, "arrived", "refreshed_at", "acks", "byes")
 _BYE, _bye_values = _facts(Bye, "arrived", "replied_at")
@@ -2841,8 +2965,9 @@ def pack_call(call: Call, offset: float) -> str:
             [
                 _attempt_values(attempt),
                 identity(attempt.identity),
+                [identity(other) for other in attempt.named],
                 [(side[0].hex(), side[1]) for side in (attempt.sender, attempt.receiver)],
-                list(attempt.closed),
+                [list(attempt.closed), list(attempt.rang)],
                 {top: [*map(list, sets)] for top, sets in attempt.copies.items()},
                 [[further.head, further.time] for further in attempt.further],
             ]
@@ -2886,20 +3011,22 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
     call.begun_at, call.ended_at, call.entered, call.heard = map(clock, clocks)
     call.ties = tuple((tenant, tag) for tenant, tag in call.ties)
     call.identity = unpack_identity(identity)
-    for plain, whose, sides, closed, copies, further in attempts:
+    for plain, whose, named, sides, closed, copies, further in attempts:
         attempt = _set(Attempt(0, ""), _ATTEMPT, plain)
         attempt.sender, attempt.receiver = (
             (bytes.fromhex(address), port) for address, port in sides
         )
         attempt.identity = unpack_identity(whose)
-        attempt.closed = set(closed)
+        attempt.named = tuple(filter(None, map(unpack_identity, named)))
+        attempt.closed, attempt.rang = map(set, closed)
         attempt.copies = {top: (set(uris), set(below)) for top, (uris, below) in copies.items()}
         parsed = (parse_sip(f"{head}\n\r\n".encode("latin-1"), time) for head, time in further)
         attempt.further = [message for message in parsed if message is not None]
         call.attempts += (attempt,)
     for plain, clocks, acks, byes in dialogs:
         dialog = _set(Dialog(""), _DIALOG, plain)
-        dialog.highest = (dialog.highest[0], dialog.highest[1])
+        caller, callee = (tuple((cseq, at) for cseq, at in side) for side in dialog.sent)
+        dialog.sent = (caller, callee)
         dialog.arrived, dialog.refreshed_at = map(clock, clocks)
         dialog.acks = tuple(Ack._make([*ack[:6], clock(ack[6])]) for ack in acks)
         for plain, arrived, replied_at in byes:
@@ -2917,8 +3044,9 @@ def _add_turned(dialog: Dialog, seen: Dialog) -> None:
         bye.from_caller = False
         dialog.confirmed = max(dialog.confirmed, *bye.seen.values(), 0)
     dialog.byes += byes
-    dialog.highest = (dialog.highest[0], max(dialog.highest[1], seen.highest[0]))
-    if seen.highest[0]:
+    for cseq, at in seen.sent[0]:
+        dialog.note_cseq(cseq, at, from_caller=False)
+    if seen.sent[0]:
         dialog.confirmed = max(dialog.confirmed, seen.alive)
     dialog.alive = max(dialog.alive, seen.alive)
     if seen.refreshed > dialog.refreshed:
@@ -3112,8 +3240,12 @@ class CallTable:
             ]
             if not known and message.cseq_method in ("INVITE", "ACK", "CANCEL"):
                 branch = message.branch
-                known = [call for call in owners if call.attempt_of(message.cseq, branch)]
+                # The CSeq alone is of several calls where their INVITEs differ in the branch only.
+                known = [call for call in owners if call.has_invite(message.cseq, branch)]
+                known = known or [x for x in owners if x.attempt_of(message.cseq, branch)]
             owners = known or [call for call in owners if not call.ended_at] or owners
+            # Of a caller with more attempts than one call keeps, it is the latest call.
+            owners = owners if known else list({call.tenant: call for call in owners}.values())
         if owners[0].begun_at and owners[0].attempts:
             return [self._split(call, message) for call in owners]
         return owners
@@ -3156,7 +3288,8 @@ class CallTable:
         dialog = call.find_dialog(message.to_tag)
         branch = message.branch
         attempt = call.attempt_of(message.cseq, branch)
-        same = attempt is None or (attempt.cseq, attempt.branch) == (call.cseq, call.branch)
+        ours = (call.cseq, call.branch)
+        same = attempt is None or ours in ((attempt.cseq, attempt.branch), (message.cseq, branch))
         if same or (dialog is not None and (dialog.answered or dialog.acked)):
             return call
         if message.method == "ACK" and message.cseq == call.cseq:
@@ -3211,9 +3344,15 @@ class CallTable:
                 continue
             if call.ended_at and message.time > call.ended:
                 continue
+            if call.begun_at and message.time > call.begun + LINGER * 1_000_000:
+                continue
             known = any(x.cseq == message.cseq and x.branch == branch for x in call.attempts)
             if known or call.ended_at or (call.cseq, call.branch) == (message.cseq, branch):
                 return call
+            if len(call.attempts) >= MAX_ATTEMPTS:
+                acks = list(call.acks)
+                spare = next((x for x in call.attempts if x.refused(acks)), None)
+                call.attempts = tuple(x for x in call.attempts if x is not spare)
             if len(call.attempts) < MAX_ATTEMPTS:
                 found = call
         return found
@@ -3357,9 +3496,11 @@ class CallTable:
         """Forget what nothing depends on any more, once no ACK of a fork is waited for."""
         if self._now < call.begun_at + self.settings.reorder_window and not call.replied:
             return
-        if len(call.attempts) == 1 and call.replied and call.attempts[0].cseq == call.cseq:
-            call.attempts = ()
-            return
+        if len(call.attempts) == 1 and call.replied:
+            (only,) = call.attempts
+            if (only.cseq, only.branch) == (call.cseq, call.branch):
+                call.attempts = ()
+                return
         for dialog in _counting(call, self._now):
             if not dialog.answered and dialog.acks:
                 dialog.answered = dialog.acked = min(ack.time for ack in dialog.acks)
@@ -3434,7 +3575,6 @@ class CallTable:
             dialog.answered = dialog.repeated = dialog.acked = begin.time
             dialog.cseq, dialog.arrived = call.cseq, self._now
             dialog.refreshed, dialog.refreshed_at = begin.time, self._now
-            dialog.highest = (max(dialog.highest[0], call.cseq), dialog.highest[1])
         self._enter(call, ANSWERED)
         self._settle(call)
         if not identity.rated:
@@ -3565,7 +3705,7 @@ class CallTable:
             self._evict(message.time)
         group = self._calls.get(message.call_id, ())
         if len(group) >= MAX_CALLS_PER_ID:
-            self._evict_call(next((x for x in group if not x.begun_at), group[0]), message.time)
+            self._evict_call(min(group, key=self._worth), message.time)
 
     def _evict(self, time: int) -> None:
         """Make room for one call: what is over goes first, an answered call last.
@@ -3589,6 +3729,13 @@ class CallTable:
         """The call that was over first, of each state that is."""
         for calls in self._over.values():
             yield from islice((call for call in calls if call.slot > 0), 1)
+
+    @staticmethod
+    def _worth(call: Call) -> int:
+        """Who stays of the calls of one Call-ID: a caller may send INVITEs that nobody carries."""
+        if call.begun_at:
+            return 1 if call.ended_at else 3
+        return 2 if call.replied and call.state == TRYING else 0
 
     def _evict_call(self, call: Call, time: int) -> None:
         self.count(f"calls.evicted.{call.state}")
@@ -3748,7 +3895,12 @@ OPTIONS = (
     Option("rating_api_url", "Rating API", api_url, "base URL of the rating API"),
     Option("rating_api_timeout", "Rating API", number(0.1, 300), "seconds for one request"),
     Option("rating_api_concurrency", "Rating API", number(1, 1000, int), "requests at one time"),
-    Option("rating_api_batch", "Rating API", number(1, 100, int), "events of one request, at most"),
+    Option(
+        "unknown_party",
+        "Rating API",
+        _choice("drop", "reject"),
+        "where the API knows one of two accounts: drop the other, or reject the call",
+    ),
     Option("rating_api_ca_file", "Rating API", str, "file of CAs trusted, not the system's; PEM"),
     Option("rating_api_token", "Rating API", _token, "bearer token of each request", secret=True),
     Option("rating_api_token_file", "Rating API", str, "file of that token"),
@@ -3862,8 +4014,80 @@ def _read_secret(option: Option, path: str) -> str:
     return lines[0]
 
 
+# The names by which sockets are passed, and the options whose place they take.
+_PASSED = {
+    "hep-udp": "listen_udp",
+    "hep-tcp": "listen_tcp",
+    "hep-tls": "listen_tls",
+    "status": "listen_status",
+}
+# The variables of sd_listen_fds(3) that say so, and the first descriptor: SD_LISTEN_FDS_START.
+PASSING = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
+_FIRST_PASSED = 3
+
+
+def passed_sockets(environ: Mapping[str, str]) -> dict[str, socket.socket]:
+    """The sockets that systemd or the like holds open for this process, by option.
+
+    As sd_listen_fds_with_names(3), with the names hep-udp, hep-tcp, hep-tls and status. Raises
+    ConfigError.
+    """
+    pid, count, names = (environ.get(name, "") for name in PASSING)
+    if pid != str(os.getpid()) or count in ("", "0"):
+        return {}
+    listed = names.split(":") if names else []
+    if count != str(len(listed)):
+        raise ConfigError(
+            f"LISTEN_FDS, LISTEN_FDNAMES: {count!r}, {names!r}; allowed: a name for each socket"
+        )
+    found: dict[str, socket.socket] = {}
+    for descriptor, name in enumerate(listed, _FIRST_PASSED):
+        option = _PASSED.get(name)
+        if option is None or option in found:
+            allowed = ", ".join(_PASSED)
+            raise ConfigError(f"LISTEN_FDNAMES: {names!r}; allowed: {allowed}, each once")
+        try:
+            found[option] = _adopt(descriptor, option)
+        except (OSError, ConfigError) as error:
+            reason = getattr(error, "strerror", None) or error
+            kind = "a bound UDP" if option == "listen_udp" else "a listening TCP"
+            text = f"descriptor {descriptor}, in the place of {option}: {reason}"
+            raise ConfigError(f"{name}: {text}; allowed: {kind} socket of IPv4 or IPv6") from None
+    return found
+
+
+def _adopt(descriptor: int, option: str) -> socket.socket:
+    """A socket that another process holds, too. Raises OSError, ConfigError with the reason.
+
+    Its options stay as they are: its buffer is perhaps larger than this process may ask for.
+    """
+    os.set_inheritable(descriptor, False)
+    sock = socket.socket(fileno=descriptor)
+    kind = socket.SOCK_DGRAM if option == "listen_udp" else socket.SOCK_STREAM
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        raise ConfigError(f"its family is {sock.family}")
+    if sock.type != kind:
+        raise ConfigError(f"its type is {sock.type}")
+    if kind == socket.SOCK_STREAM:
+        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise ConfigError("it does not listen")
+    elif not sock.getsockname()[1]:
+        raise ConfigError("it is not bound")
+    sock.setblocking(False)
+    return sock
+
+
+def bound_to(sock: socket.socket) -> str:
+    """HOST:PORT or [IPv6]:PORT of a socket."""
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Configuration(NamedTuple):
-    """What the command line, environment and files say together."""
+    """What the command line, environment and files say together.
+
+    ``sockets`` are those that were passed, by option; the option then is its socket's address.
+    """
 
     command: str
     arguments: list[str]
@@ -3871,6 +4095,7 @@ class Configuration(NamedTuple):
     rules: tuple[Rule, ...]
     warnings: list[str]
     tls: ssl.SSLContext | None
+    sockets: dict[str, socket.socket]
 
 
 def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configuration:
@@ -3895,6 +4120,8 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
             )
         except ConfigError as error:
             raise ConfigError(f"{name}: {error}") from None
+    sockets = passed_sockets(environ)
+    converted.update((option, bound_to(sock)) for option, sock in sockets.items())
     settings = Settings(**converted)
     if not any((settings.listen_udp, settings.listen_tcp, settings.listen_tls)):
         raise ConfigError(
@@ -3908,7 +4135,7 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
         names = ", ".join(sorted(set(former)))
         warnings.append(f"options of the former agent that have no effect yet: {names}")
     rules, tls = load_rules(settings), load_tls(settings)
-    return Configuration(command, arguments, settings, rules, warnings, tls)
+    return Configuration(command, arguments, settings, rules, warnings, tls, sockets)
 
 
 def _read_options(
@@ -3927,7 +4154,8 @@ def _read_options(
         default_config_files=[],
     )
     commands = (
-        "run (the default), check, decode FILE..., outbox [list | retry [CALL...] | drop CALL...]"
+        "run (the default; also agent), check, decode FILE..., "
+        "outbox [list | retry [CALL...] | drop CALL...]"
     )
     parser.add_argument("words", nargs="*", metavar="COMMAND", help=commands)
     parser.add_argument("--version", action="version", version=__version__)
@@ -3959,8 +4187,10 @@ def _read_options(
             raise ConfigError(f"{name}: unknown; allowed: the options that --help lists")
     # argparse gives up on positional arguments that stand behind an option.
     command, *arguments = [*found["words"], *unknown] or ["run"]
+    # The former agent's command line.
+    command = "run" if command == "agent" else command
     if command not in ("run", "check", "decode", "outbox"):
-        raise ConfigError("command: unknown; allowed: run, check, decode FILE..., outbox")
+        raise ConfigError("command: unknown; allowed: run, agent, check, decode FILE..., outbox")
     if arguments and command in ("run", "check"):
         raise ConfigError(f"files: unexpected; allowed: {command} alone, decode FILE...")
     return {option.name: found[option.name] for option in OPTIONS}, command, arguments, former
@@ -4216,6 +4446,7 @@ class _TextFormatter(logging.Formatter):
 
 # Metrics whose last part is a label at Prometheus; conf/statsd/mapping.yaml says the same.
 LABELS = {
+    "calls.end": ("calls_end", "reason"),
     "calls.evicted": ("calls_evicted", "state"),
     "calls.expired": ("calls_expired", "state"),
     "calls.state": ("calls", "state"),
@@ -4337,12 +4568,13 @@ JOURNAL_FILE = "journal.sqlite"
 # Statements that bring a file from the version that is their index to the next. A row of ``calls``
 # stays until its call has left the table and both events were answered. ``call`` is the text of
 # `pack_call`, empty once it left; a serial is greater than 0 while its event waits; attempts and
-# answer are of the event that goes next.
+# answer are of the event that goes next; party is whom alone the begin was taken with.
 MIGRATIONS = (
     """
     CREATE TABLE calls (
         id INTEGER PRIMARY KEY, api TEXT, call TEXT, begin_event TEXT, begin_serial INTEGER,
-        end_event TEXT, end_serial INTEGER, attempts INTEGER, answer TEXT, given_up INTEGER
+        end_event TEXT, end_serial INTEGER, attempts INTEGER, answer TEXT, given_up INTEGER,
+        party TEXT
     );
     CREATE INDEX begins ON calls (api, begin_serial) WHERE begin_serial > 0;
     CREATE INDEX ends ON calls (api, end_serial) WHERE end_serial > 0;
@@ -4352,7 +4584,8 @@ MIGRATIONS = (
     );
     """,
 )
-_COLUMNS = "api call begin_event begin_serial end_event end_serial attempts answer given_up".split()
+_COLUMNS = "api call begin_event begin_serial end_event end_serial".split()
+_COLUMNS += "attempts answer given_up party".split()
 _PLACES = {name: place for place, name in enumerate(_COLUMNS)}
 # In a row to be written: a column that keeps its value, a call that left, an event that went.
 _SAME, _LEFT, _WENT = None, "", 0
@@ -4372,14 +4605,15 @@ _CLEAN_REJECTED = """
 """
 # Waiting events after a serial in order, as one row for the same reason.
 _WAITING = """
-    SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer)) FROM (
+    SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer, party))
+    FROM (
         SELECT begin_serial AS serial, id, api, begin_event AS event,
-            coalesce(attempts, 0) AS attempts, coalesce(answer, '') AS answer
+            coalesce(attempts, 0) AS attempts, coalesce(answer, '') AS answer, '' AS party
         FROM calls WHERE api = ?1 AND begin_serial > 0 AND begin_serial > ?2
         UNION ALL
         SELECT end_serial, id, api, end_event,
             iif(begin_serial > 0, 0, coalesce(attempts, 0)),
-            iif(begin_serial > 0, '', coalesce(answer, ''))
+            iif(begin_serial > 0, '', coalesce(answer, '')), coalesce(party, '')
         FROM calls WHERE api = ?1 AND end_serial > 0 AND end_serial > ?2
         ORDER BY serial LIMIT ?3
     )
@@ -4391,7 +4625,7 @@ _WAITING_COUNTS = """
     ) GROUP BY api
 """
 _REJECTED = """
-    SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer)) FROM (
+    SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer, '')) FROM (
         SELECT * FROM rejected WHERE retry = ?1 AND serial > ?2 ORDER BY serial LIMIT ?3
     )
 """
@@ -4421,9 +4655,11 @@ def _write_calls(number: int) -> str:
 
 def _unpack_waiting(text: str) -> list[RatingEvent]:
     events = []
-    for serial, row, api_url, values, attempts, answer in json.loads(text):
+    for serial, row, api_url, values, attempts, answer, party in json.loads(text):
         event = unpack_event(values, api_url, row, serial)
         event.attempts, event.answer = attempts, answer
+        if party:
+            event.keep_only(party)
         events.append(event)
     return sorted(events, key=attrgetter("serial"))
 
@@ -4631,6 +4867,15 @@ class Journal:
             keys.append(unpack_event(json.loads(begin), api_url, 0, 0).key)
         return keys
 
+    def one_sided(self) -> dict[CallKey, str]:
+        """The running calls that were begun with one party alone, and which."""
+        return {
+            unpack_event(json.loads(begin), api_url, 0, 0).key: party
+            for api_url, begin, party in self._db.execute(
+                "SELECT api, begin_event, party FROM calls WHERE party != '' AND end_event IS NULL"
+            )
+        }
+
     # What is written
 
     def change(self, row: int, **values: Any) -> None:
@@ -4659,6 +4904,8 @@ class Journal:
     def went(self, event: RatingEvent) -> None:
         """Note that an event was answered and waits no more."""
         values = {f"{event.kind}_event": "", f"{event.kind}_serial": 0}
+        if event.kind == "begin" and event.left_out:
+            values |= {"begin_event": _compact_json(event.pack()), "party": event.party}
         self.change(event.row, attempts=0, answer="", **values)
 
     def reject(self, event: RatingEvent) -> None:
@@ -4831,38 +5078,6 @@ class _TlsConnection(urllib3.connection.HTTPSConnection):
             raise urllib3.exceptions.NewConnectionError(self, str(error)) from None
 
 
-# Arguments of the GraphQL mutations by the kind of event: those of REST but for product_tag.
-_WHO = {
-    "tenant": "String!",
-    "transaction_tag": "String!",
-    "account_tag": "String",
-    "destination_account_tag": "String",
-}
-_ARGUMENTS = {
-    "begin": {
-        **_WHO,
-        "source": "String",
-        "source_ip": "String",
-        "destination": "String",
-        "tags": "[String!]",
-        "timestamp_begin": "String",
-    },
-    "end": {**_WHO, "timestamp_end": "String"},
-}
-
-
-@lru_cache(maxsize=256)
-def _batch_document(begins: int, ends: int) -> str:
-    """The GraphQL document for so many begins, then ends: values are variables, never pasted."""
-    declared, fields = [], []
-    for alias, kind in enumerate(["begin"] * begins + ["end"] * ends):
-        names = _ARGUMENTS[kind]
-        declared += [f"$e{alias}_{name}: {kind_of}" for name, kind_of in names.items()]
-        arguments = ", ".join(f"{name}: $e{alias}_{name}" for name in names)
-        fields.append(f"e{alias}: {kind}Transaction({arguments}) {{ ok }}")
-    return f"mutation({', '.join(declared)}) {{ {' '.join(fields)} }}"
-
-
 class RatingApi:
     """A client of one rating API: one synchronous POST for each event, never retried in here."""
 
@@ -4898,7 +5113,7 @@ class RatingApi:
         Raises DeliveryError where the API gave no answer that counts.
         """
         path = f"/v1/{event.kind}_transaction"
-        status, retry_after, answer = self._post(path, event.body)
+        status, retry_after, answer = self._post(path, event.request())
         if 200 <= status < 300:
             try:
                 return DELIVERED if json.loads(answer)["ok"] is True else REFUSED_BY_API
@@ -4907,47 +5122,6 @@ class RatingApi:
         self._check_status(status, retry_after)
         event.answer = f"status {status}"
         return REJECTED
-
-    def send_batch(self, events: Sequence[RatingEvent]) -> list[str | DeliveryError]:
-        """Tell the API events of different calls in one GraphQL request.
-
-        Returns for each, in order, what `send` returns or raises. Raises DeliveryError where none
-        got an answer that counts, BatchRefused where the API did not carry out any.
-        """
-        # Begins first, so that there are few different documents and a server may keep them.
-        places = sorted(range(len(events)), key=lambda place: events[place].kind)
-        begins = sum(event.kind == "begin" for event in events)
-        variables = {}
-        for alias, place in enumerate(places):
-            arguments = _ARGUMENTS[events[place].kind]
-            for name, value in json.loads(events[place].body).items():
-                # GraphQL knows no product_tag, and what it does not know it refuses.
-                if name in arguments:
-                    variables[f"e{alias}_{name}"] = value
-        document = _batch_document(begins, len(events) - begins)
-        body = _compact_json({"query": document, "variables": variables}).encode()
-        status, retry_after, answer = self._post("/graphql", body)
-        if not 200 <= status < 300:
-            self._check_status(status, retry_after)
-            raise BatchRefused("batch", f"status {status}")
-        try:
-            content = json.loads(answer)
-            faults = [str(fault["message"]) for fault in content.get("errors") or ()]
-            if "data" not in content and faults:
-                raise BatchRefused("batch", faults[0][:200])
-            data = content["data"] or {}
-            outcomes: list[str | DeliveryError] = [REFUSED_BY_API] * len(events)
-            for alias, place in enumerate(places):
-                result = data.get(f"e{alias}")
-                if result is None:
-                    # The API broke off: what of it was done is unknown.
-                    text = faults[0][:200] if faults else "no answer for one event of a batch"
-                    outcomes[place] = DeliveryError("answer", text, True)
-                elif result["ok"] is True:
-                    outcomes[place] = DELIVERED
-            return outcomes
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise DeliveryError("answer", "an answer that is no rating API's", True) from None
 
     @staticmethod
     def _check_status(status: int, retry_after: str) -> None:
@@ -5071,11 +5245,23 @@ class Outbox:
     It sends nothing itself. `take` gives out an event, and `settle` or `fail` say what became of
     it; ``now`` is seconds of a monotonic clock. At most one event of a call is out at a time, and
     of several that may go the one that came about first.
+
+    With ``drop`` a begin that is refused with both parties is sent with the caller alone, then with
+    the callee alone. What the API keeps of a running call for one party has the same values either
+    way and is stored once, so both may be sent again at any time, also after a restart. That one
+    was taken alone is believed only where both cannot have been begun by an attempt of unknown
+    outcome: they were refused again while the API's storage service is known to live.
     """
 
-    def __init__(self, limit: int = MAX_WAITING_EVENTS, jitter: Callable[[], float] | None = None):
+    def __init__(
+        self,
+        limit: int = MAX_WAITING_EVENTS,
+        jitter: Callable[[], float] | None = None,
+        drop: bool = True,
+    ) -> None:
         self.limit = limit
         self._jitter = jitter or (lambda: random.uniform(0.75, 1.25))
+        self._drop = drop
         self._calls: dict[CallKey, deque[RatingEvent]] = {}
         # Entries whose queue is no more that of the call are stale, and left out.
         self._ready: list[tuple[int, int, CallKey, deque[RatingEvent]]] = []
@@ -5084,6 +5270,10 @@ class Outbox:
         self._out: set[CallKey] = set()
         # Calls whose begin was given up: their end must not be sent alone.
         self._given_up: OrderedDict[CallKey, None] = OrderedDict()
+        # Whom alone the begins of running calls were taken with: their ends must name no other.
+        self._one_sided: dict[CallKey, str] = {}
+        # Tenants and tags that the API does not know, and until when they are left out.
+        self._unknown: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._waiting = 0
         self._sequence = 0
         self._failures = 0
@@ -5110,6 +5300,7 @@ class Outbox:
             del self._given_up[event.key]
             return False, []
         self._given_up.pop(event.key, None)
+        self.restrict(event)
         queue = self._calls.get(event.key)
         if queue is None:
             queue = self._calls[event.key] = deque()
@@ -5124,6 +5315,28 @@ class Outbox:
         self._given_up[key] = None
         if len(self._given_up) > MAX_REFUSED_CALLS:
             self._given_up.popitem(last=False)
+
+    def begun(self, key: CallKey, party: str) -> None:
+        """A begin was taken with one party alone; its end will name no other."""
+        self._one_sided[key] = party
+
+    def restrict(self, event: RatingEvent) -> None:
+        """Leave in an end whom its begin was taken with."""
+        party = self._one_sided.pop(event.key, "")
+        if party and event.kind == "end":
+            event.keep_only(party)
+
+    def leave_out(self, event: RatingEvent, now: float) -> bool:
+        """Leave who was left out of a begin out of others for a while; True where that is news."""
+        unknown, key = self._unknown, (event.tenant, event.left_out)
+        while unknown and next(iter(unknown.values())) <= now:
+            unknown.popitem(last=False)
+        if key in unknown:
+            return False
+        unknown[key] = now + UNKNOWN_PAUSE
+        if len(unknown) > MAX_UNKNOWN_PARTIES:
+            unknown.popitem(last=False)
+        return True
 
     def take(self, now: float) -> RatingEvent | None:
         """The next event to send, or None while there is none that may go."""
@@ -5140,35 +5353,11 @@ class Outbox:
             return None
         event = queue[0]
         self._out.add(event.key)
+        event.party = self._party(event, now)
         event.attempts += 1
         if self.down:
             self._probe = event
         return event
-
-    def take_several(self, now: float, most: int, spare: int) -> list[RatingEvent]:
-        """Up to ``most`` events, of different calls, where more are ready than ``spare``.
-
-        What was tried before goes alone: it may be why a batch failed.
-        """
-        event = self.take(now)
-        events = [event] if event else []
-        while events and events[0].attempts == 1 and len(events) < most:
-            if len(self._ready) <= spare or self.down:
-                break
-            event = self.take(now)
-            if event is None:
-                break
-            if event.attempts > 1:
-                self.put_back(event)
-                break
-            events.append(event)
-        return events
-
-    def put_back(self, event: RatingEvent) -> None:
-        """An event that was taken was not sent."""
-        self._back(event)
-        event.attempts -= 1
-        self._make_ready(event.key, self._calls[event.key])
 
     def settle(
         self, event: RatingEvent, outcome: str, now: float, hold: bool = False
@@ -5189,22 +5378,17 @@ class Outbox:
         self._failures = 0
         self._back(event)
         if outcome == REFUSED_BY_API:
-            event.refusals += 1
-            event.answer = NOT_OK
-            event.confirmed += event.refusals > 1 and self._last_ok > event.refused_at
-            event.refused_at = now
-            # A dead storage service answers ok: false as well, so that is believed only after
-            # some minutes. Then it means for an end that may have arrived: it had.
-            done_before = event.kind == "end" and event.unknown
-            done_surely = done_before and event.confirmed >= MAX_CONFIRMED_REFUSALS
-            if event.refusals < MAX_REFUSALS and not done_surely:
-                self._delay(event, now, event.refusals)
-                return REFUSED_BY_API, []
-            outcome = DELIVERED if done_before else REJECTED
+            outcome = self._refused(event, now)
         elif outcome == DELIVERED:
-            self._last_ok = now
+            outcome = self._accepted(event, now)
+        if outcome == REFUSED_BY_API:
+            return REFUSED_BY_API, []
         queue = self._calls[event.key]
         gone = [queue.popleft()]
+        if event.kind == "begin" and event.left_out:
+            self._one_sided[event.key] = event.party
+            if queue:
+                self.restrict(queue[0])
         if outcome == REJECTED and event.kind == "begin":
             # Its end goes with it, but not the begin of another call with the same tag.
             while queue and queue[0].kind == "end":
@@ -5227,15 +5411,10 @@ class Outbox:
         if queue:
             self._make_ready(key, queue)
 
-    def fail(
-        self, event: RatingEvent, error: DeliveryError, now: float, another: bool = False
-    ) -> None:
-        """The API gave no answer that counts: the event is sent again, the same octets, later.
-
-        ``another`` says that it was in the same request as the one before.
-        """
+    def fail(self, event: RatingEvent, error: DeliveryError, now: float) -> None:
+        """The API gave no answer that counts: the event is sent again, the same octets, later."""
         # Requests that were under way together fail together: that is one outage, not many.
-        if not another and (not self.down or self._probe is event):
+        if not self.down or self._probe is event:
             self._failures += 1
             if self.down:
                 pause = self._backoff(self._failures - DOWN_AFTER + 1)
@@ -5244,9 +5423,13 @@ class Outbox:
             self._failures = max(self._failures, DOWN_AFTER)
             self._down_until = max(self._down_until, now + error.wait)
         self._back(event)
-        event.unknown |= error.unknown
+        if error.unknown:
+            # What was known before says nothing of this attempt.
+            event.unknown, event.confirmed, event.refused_at = True, 0, now
+        event.party = ""
         event.answer = str(error)
-        self._delay(event, now, event.attempts - event.refusals)
+        event.failures += 1
+        self._delay(event, now, event.failures)
 
     def undelivered(self) -> list[RatingEvent]:
         """All that still waits, the calls in order of their oldest event."""
@@ -5255,6 +5438,59 @@ class Outbox:
             if key in self._calls:
                 self._calls[key][0].unknown = True
         return [event for queue in self._calls.values() for event in queue]
+
+    def _party(self, event: RatingEvent, now: float) -> str:
+        """Whom alone the next request names, "" for all that the event has."""
+        if not self._may_drop(event):
+            return ""
+        if event.refusals:
+            return event.party if now - event.refused_at < REFUSED_APART else ""
+        if event.attempts or event.unknown:
+            return ""
+        tags = (event.account_tag, event.destination_account_tag)
+        caller, callee = (self._unknown.get((event.tenant, tag), 0.0) > now for tag in tags)
+        return "" if caller == callee else CALLEE if caller else CALLER
+
+    def _may_drop(self, event: RatingEvent) -> bool:
+        both = event.account_tag and event.destination_account_tag
+        room = len(self._one_sided) < MAX_ONE_SIDED
+        return bool(self._drop and event.kind == "begin" and both and room)
+
+    def _accepted(self, event: RatingEvent, now: float) -> str:
+        """What ``ok: true`` means: DELIVERED, or REFUSED_BY_API for what is sent again."""
+        self._last_ok = now
+        if event.kind == "begin" and event.party:
+            if event.unknown and event.confirmed < MAX_CONFIRMED_REFUSALS:
+                # Both may be begun already, while the storage service was away just before.
+                self._delay(event, now, max(event.refusals, 1))
+                return REFUSED_BY_API
+            event.keep_only(event.party)
+        return DELIVERED
+
+    def _refused(self, event: RatingEvent, now: float) -> str:
+        """What ``ok: false`` means: as `_accepted`, or REJECTED."""
+        event.answer = NOT_OK
+        party = ""
+        if event.kind == "end" or not event.party:
+            again = event.refusals > 0 and now - event.refused_at >= REFUSED_APART
+            event.refusals += 1
+            event.confirmed += event.refusals > 1 and self._last_ok > event.refused_at
+            event.refused_at = now
+            party = CALLER if again and self._may_drop(event) else ""
+        elif event.refusals and event.party == CALLER:
+            party = CALLEE
+        if party:
+            event.party = party
+            self._make_ready(event.key, self._calls[event.key])
+            return REFUSED_BY_API
+        # A dead storage service answers ok: false as well, so that is believed only after
+        # some minutes. Then it means for an end that may have arrived: it had.
+        done_before = event.kind == "end" and event.unknown
+        done_surely = done_before and event.confirmed >= MAX_CONFIRMED_REFUSALS
+        if event.refusals < MAX_REFUSALS and not done_surely:
+            self._delay(event, now, max(event.refusals, 1))
+            return REFUSED_BY_API
+        return DELIVERED if done_before else REJECTED
 
     def _back(self, event: RatingEvent) -> None:
         self._out.discard(event.key)
@@ -5313,12 +5549,11 @@ class _Lane:
     event that the outbox got.
     """
 
-    def __init__(self, api: RatingApi) -> None:
+    def __init__(self, api: RatingApi, outbox: Outbox) -> None:
         self.api = api
-        self.outbox = Outbox()
+        self.outbox = outbox
         self.idle: list[gevent.event.Event] = []
         self.was_down = False
-        self.single_until = 0.0
         # Seconds of a monotonic clock: when it went down or came up, and when it last failed.
         self.since = time.monotonic()
         self.failed = 0.0
@@ -5355,6 +5590,8 @@ class Delivery:
             self._open(url).behind = count
         for key in journal.given_up() if journal else ():
             self._lane(key[0]).outbox.give_up(key)
+        for key, party in journal.one_sided().items() if journal else ():
+            self._lane(key[0]).outbox.begun(key, party)
 
     def put(self, event: RatingEvent, on_disk: bool = False) -> None:
         """Hand over an event for delivery; never waits."""
@@ -5431,6 +5668,8 @@ class Delivery:
         """End the workers and log each event that was not delivered, so that it can be replayed."""
         self.kill()
         for lane in self._lanes.values():
+            for event in lane.unwritten:
+                lane.outbox.restrict(event)
             for event in (*lane.outbox.undelivered(), *lane.unwritten):
                 self._log_whole(event, "event_undelivered", "an event was not delivered")
 
@@ -5438,7 +5677,8 @@ class Delivery:
         return self._lanes.get(url) or self._open(url)
 
     def _open(self, url: str) -> _Lane:
-        lane = self._lanes[url] = _Lane(RatingApi(url, self._settings))
+        outbox = Outbox(drop=self._settings.unknown_party == "drop")
+        lane = self._lanes[url] = _Lane(RatingApi(url, self._settings), outbox)
         count = self._settings.rating_api_concurrency
         self._workers += [gevent.spawn(self._work, lane) for _ in range(count)]
         return lane
@@ -5459,6 +5699,7 @@ class Delivery:
 
     def _lose(self, event: RatingEvent) -> None:
         self._metrics.count("events.lost")
+        self._lane(event.api_url).outbox.restrict(event)
         self._log_whole(event, "event_lost", "an event left memory undelivered: too many wait")
         if self._journal:
             self._journal.went(event)
@@ -5489,46 +5730,34 @@ class Delivery:
     def _work(self, lane: _Lane) -> None:
         wake = gevent.event.Event()
         while True:
-            now = time.monotonic()
-            most = self._settings.rating_api_batch if now >= lane.single_until else 1
-            events = lane.outbox.take_several(now, most, len(lane.idle))
-            if not events:
+            event = lane.outbox.take(time.monotonic())
+            if event is None:
                 wake.clear()
                 lane.idle.append(wake)
                 wake.wait()
                 continue
             # There may be more than this worker can do.
             self._wake(lane)
-            self._deliver(lane, events)
+            self._deliver(lane, event)
 
-    def _deliver(self, lane: _Lane, events: list[RatingEvent]) -> None:
+    def _deliver(self, lane: _Lane, event: RatingEvent) -> None:
         started = time.monotonic()
-        outcomes: Sequence[str | DeliveryError]
+        outcome: str | DeliveryError
         try:
-            if len(events) == 1:
-                outcomes = [lane.api.send(events[0])]
-            else:
-                outcomes = lane.api.send_batch(events)
-                self._metrics.count("api.batches")
-        except BatchRefused as error:
-            self._single(lane, events, error)
-            return
+            outcome = lane.api.send(event)
         except DeliveryError as error:
-            outcomes = [error] * len(events)
+            outcome = error
         except Exception as error:
             # A fault of ours must not end the worker: the event is tried again like any other.
-            outcomes = [DeliveryError("internal", type(error).__name__, True)] * len(events)
             # The error's text may hold a header, and that a token: only where it came from.
             where = "".join(traceback.format_tb(error.__traceback__))
-            extra = {"event": "internal_error", "where": where, **events[0].fields()}
+            extra = {"event": "internal_error", "where": where, **event.fields()}
             log.warning("delivery failed: %s", type(error).__name__, extra=extra)
-        failed: DeliveryError | None = None
-        for event, outcome in zip(events, outcomes, strict=True):
-            if isinstance(outcome, DeliveryError):
-                self._failed(lane, event, outcome, another=failed is outcome)
-                failed = outcome
-            else:
-                self._settle(lane, event, outcome)
+            outcome = DeliveryError("internal", type(error).__name__, True)
+        if isinstance(outcome, DeliveryError):
+            self._failed(lane, event, outcome)
+        else:
+            self._settle(lane, event, outcome)
         self._metrics.time("api.time", time.monotonic() - started)
         if lane.outbox.down != lane.was_down:
             lane.was_down, lane.since = lane.outbox.down, time.monotonic()
@@ -5536,18 +5765,9 @@ class Delivery:
             extra["waiting"] = lane.waiting
             log.warning("rating API is %s", "down" if lane.was_down else "up again", extra=extra)
 
-    def _single(self, lane: _Lane, events: list[RatingEvent], error: BatchRefused) -> None:
-        """The API does not take batches, or not this one: its events go one by one."""
-        lane.single_until = time.monotonic() + SINGLE_PAUSE
-        for event in events:
-            lane.outbox.put_back(event)
-        self._metrics.count("api.batches_refused")
-        extra = {"event": "api_batch_refused", "api": lane.api.url}
-        log.warning("rating API takes no batch, events go one by one: %s", error, extra=extra)
-
-    def _failed(self, lane: _Lane, event: RatingEvent, error: DeliveryError, another: bool) -> None:
+    def _failed(self, lane: _Lane, event: RatingEvent, error: DeliveryError) -> None:
         lane.failed, lane.fault = time.monotonic(), str(error)
-        lane.outbox.fail(event, error, lane.failed, another)
+        lane.outbox.fail(event, error, lane.failed)
         self._metrics.count(f"api.errors.{error.kind}")
         if error.kind != "internal":
             self._metrics.count("api.retries")
@@ -5564,12 +5784,15 @@ class Delivery:
             done = "done before" if outcome == REFUSED_BY_API else "ok"
             extra = {"event": f"call_{event.kind}", "outcome": done, **event.fields()}
             log.info("call %s", "begun" if event.kind == "begin" else "ended", extra=extra)
+            if event.kind == "begin" and event.left_out:
+                self._left_out(lane, event)
             if journal:
                 journal.went(event)
         elif meaning == REFUSED_BY_API:
             self._metrics.count("api.retries")
-            extra = {"event": "api_refused", "api": lane.api.url, **event.fields()}
-            log.warning("rating API refused, to be tried again", extra=extra)
+            if outcome == REFUSED_BY_API:
+                extra = {"event": "api_refused", "api": lane.api.url, **event.fields()}
+                log.warning("rating API refused, to be tried again", extra=extra)
             if journal:
                 journal.attempted(event)
         for rejected in gone:
@@ -5577,6 +5800,13 @@ class Delivery:
             self._reject(rejected, reason)
         if journal and meaning != REFUSED_BY_API:
             self._settled.append((lane, event.key))
+
+    def _left_out(self, lane: _Lane, event: RatingEvent) -> None:
+        self._metrics.count("events.unknown_party")
+        if lane.outbox.leave_out(event, time.monotonic()):
+            extra = {"event": "unknown_party", "api": lane.api.url, **event.fields()}
+            account = printable(event.left_out)
+            log.warning("the rating API does not know account %s: left out", account, extra=extra)
 
     def _reject(self, event: RatingEvent, reason: str) -> None:
         event.answer = event.answer or reason
@@ -6153,10 +6383,11 @@ class Connection:
     ``since`` is when the waiting began, seconds of a monotonic clock.
     """
 
-    __slots__ = ("greenlet", "inside", "sender", "since")
+    __slots__ = ("greenlet", "inside", "sender", "since", "sock")
 
-    def __init__(self, sender: Sender, now: float) -> None:
+    def __init__(self, sender: Sender, sock: socket.socket, now: float) -> None:
         self.sender = sender
+        self.sock = sock
         self.greenlet = gevent.getcurrent()
         self.inside = False
         self.since = now
@@ -6211,19 +6442,30 @@ class TcpServer(gevent.server.StreamServer):
         self._open.discard(connection)
         connection.greenlet.kill(block=False)
 
+    def hang_up(self) -> bool:
+        """Tell the senders that no more is to come; what they send until they close is read.
+
+        Returns whether there are connections left.
+        """
+        for connection in self._open:
+            # Not SSLSocket's own, which would end the reading, too.
+            with suppress(OSError):
+                socket.socket.shutdown(connection.sock, socket.SHUT_WR)
+        return bool(self.pool)
+
     def _secure(self, sock: socket.socket) -> socket.socket:
         return sock
 
     def _converse(self, sock: socket.socket, sender: Sender) -> None:
         agent, splitter = self._agent, HepSplitter()
-        connection = Connection(sender, time.monotonic())
+        connection = Connection(sender, sock, time.monotonic())
         agent.connections += 1
         agent.metrics.count("connections.opened")
         handled = 0
         try:
             # A sender that is gone without a word would keep its place for ever.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock = self._secure(sock)
+            sock = connection.sock = self._secure(sock)
             self._open.add(connection)
             while data := sock.recv(splitter.room):
                 whole = False
@@ -6684,7 +6926,8 @@ def run(configuration: Configuration) -> int:
             address = f"127.0.0.1{address}"
         if address:
             try:
-                servers.append(server_class(bind(address, server_class.kind), agent))
+                sock = configuration.sockets.get(option) or bind(address, server_class.kind)
+                servers.append(server_class(sock, agent))
             except (OSError, UnicodeError) as error:
                 reason = getattr(error, "strerror", None) or error
                 return _fail(f"{option}: {address}: {reason}; allowed: a free address of this host")
@@ -6702,12 +6945,9 @@ def run(configuration: Configuration) -> int:
     gevent.signal_handler(signal.SIGUSR1, agent.log_status)
     for server in servers:
         server.start()
-        host, port = server.socket.getsockname()[:2]
-        extra = {
-            "event": "listening",
-            "address": f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
-        }
+        extra: dict[str, Any] = {"event": "listening", "address": bound_to(server.socket)}
         extra["transport"] = server.transport
+        extra["inherited"] = f"listen_{server.transport}" in configuration.sockets
         extra["receive_buffer"] = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
         agent.listeners.append({name: extra[name] for name in ("transport", "address")})
         log.info("listening", extra=extra)
@@ -6725,7 +6965,7 @@ def run(configuration: Configuration) -> int:
             if isinstance(server, TcpServer):
                 server.close_overdue(time.monotonic())
     notifier.say("STOPPING=1")
-    _shut_down(agent, servers, background)
+    _shut_down(agent, servers, background, configuration.sockets)
     return 0
 
 
@@ -6805,7 +7045,10 @@ def _tell_restored(agent: Agent, journal: Journal) -> None:
 
 
 def _shut_down(
-    agent: Agent, servers: Sequence[UdpServer | TcpServer], background: list[gevent.Greenlet]
+    agent: Agent,
+    servers: Sequence[UdpServer | TcpServer | StatusServer],
+    background: list[gevent.Greenlet],
+    inherited: Collection[str],
 ) -> None:
     log.info("stopping", extra={"event": "stopping", "waiting": len(agent.delivery)})
     timeout, journal = agent.settings.shutdown_timeout, agent.journal
@@ -6813,11 +7056,11 @@ def _shut_down(
     # Some of the time is for the last commit and the last metrics.
     last_send = deadline - min(timeout / 4, STATSD_FLUSH)
     for server in servers:
-        if isinstance(server, UdpServer):
+        # What waits in an inherited socket is the next agent's.
+        if isinstance(server, UdpServer) and "listen_udp" not in inherited:
             server.do_read()
         server.close()
-    # The greenlets of TCP connections finish what they have read.
-    gevent.sleep(TICK)
+    _hang_up([server for server in servers if isinstance(server, TcpServer)], deadline)
     for server in servers:
         server.stop(timeout=0)
     # What waits for a late message is decided with what is known now, where nobody keeps it.
@@ -6842,6 +7085,14 @@ def _shut_down(
     if journal:
         journal.close(max(deadline - time.monotonic(), 0.1))
     log.info("stopped", extra={"event": "stopped"})
+
+
+def _hang_up(servers: Sequence[TcpServer], deadline: float) -> None:
+    """Read what senders have sent until they know that they are not heard any more."""
+    last = min(time.monotonic() + HANG_UP, deadline)
+    # All, without a stop at the first that has some.
+    while sum(server.hang_up() for server in servers) and time.monotonic() < last:
+        gevent.sleep(TICK / 10)
 
 
 def decode_files(names: Sequence[str], out: Any) -> int:
@@ -6975,8 +7226,10 @@ def _fail(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status: 0, or 2 for what the operator has to mend."""
     try:
-        arguments = sys.argv[1:] if argv is None else argv
-        configuration = load_configuration(arguments, dict(os.environ))
+        arguments, environ = sys.argv[1:] if argv is None else argv, dict(os.environ)
+        for name in PASSING:
+            os.environ.pop(name, None)
+        configuration = load_configuration(arguments, environ)
     except ConfigError as error:
         return _fail(str(error))
     command, arguments = configuration.command, configuration.arguments

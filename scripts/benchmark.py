@@ -623,18 +623,18 @@ class Bench:
 
         return asyncio.run(run())
 
-    def _whole(self, name: str, target: float, share: float, *options: str) -> Iterator[Figure]:
+    def _whole(self, target: float, share: float) -> Iterator[Figure]:
         brief = self.brief
         runs, posts, faults = [], [], []
         for _ in range(self.rounds):
             posts.append(self._posts(1.5 if brief else 4))
-            runs.append(self._job(*options, calls=3_000 if brief else 10_000))
+            runs.append(self._job(calls=3_000 if brief else 10_000))
             faults += [runs[-1][1]] if runs[-1][1] else []
         rate = statistics.median(run[0] for run in runs)
         allowed = statistics.median(posts) / 2
         target = max(target, share * allowed)
         yield Figure(
-            f"{name}: as fast as it goes",
+            "whole job: as fast as it goes",
             rate,
             "calls/s",
             f">= {target:,.0f}",
@@ -650,12 +650,12 @@ class Bench:
         # At a steady rate, whatever the agent does: what it holds for long.
         for part in (0.97, 0.93, 0.88, 0.8, 0.7):
             seconds = 5 if brief else 30
-            _, fault, cpu = self._job(*options, calls=int(rate * part * seconds), rate=rate * part)
+            _, fault, cpu = self._job(calls=int(rate * part * seconds), rate=rate * part)
             if not fault:
                 break
         held = rate * part
         yield Figure(
-            f"{name}: held for {seconds} s",
+            f"whole job: held for {seconds} s",
             held if not fault else 0,
             "calls/s",
             f">= {target:,.0f}",
@@ -665,35 +665,30 @@ class Bench:
         )
 
     def job_udp(self) -> Iterator[Figure]:
-        """Whole job over UDP, one request an event."""
-        yield from self._whole("whole job", 1_500, 0.75)
-
-    def job_batch(self) -> Iterator[Figure]:
-        """The same with rating_api_batch 32."""
-        yield from self._whole("whole job, batch 32", 4_000, 0, "--rating-api-batch=32")
+        """Whole job over UDP."""
+        yield from self._whole(1_500, 0.75)
 
     def job_journal(self) -> Iterator[Figure]:
         """The same with the journal, as a part of the figure without."""
         calls = 3_000 if self.brief else 10_000
-        for name, options in (("journal", ()), ("journal, batch 32", ("--rating-api-batch=32",))):
-            parts, rates, faults = [], [], []
-            for _ in range(self.rounds):
-                without = self._job(*options, calls=calls)
-                with tempfile.TemporaryDirectory(dir=ROOT) as folder:
-                    within = self._job(*options, f"--state-dir={folder}/state", calls=calls)
-                parts.append(within[0] / without[0])
-                rates.append(within[0])
-                faults += [x for x in (without[1], within[1]) if x]
-            part = statistics.median(parts)
-            yield Figure(
-                f"{name}: part of the figure without",
-                part,
-                "",
-                ">= 0.8",
-                part >= 0.8,
-                "",
-                "; ".join(faults) or f"all right; {statistics.median(rates):,.0f} calls/s",
-            )
+        parts, rates, faults = [], [], []
+        for _ in range(self.rounds):
+            without = self._job(calls=calls)
+            with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+                within = self._job(f"--state-dir={folder}/state", calls=calls)
+            parts.append(within[0] / without[0])
+            rates.append(within[0])
+            faults += [x for x in (without[1], within[1]) if x]
+        part = statistics.median(parts)
+        yield Figure(
+            "journal: part of the figure without",
+            part,
+            "",
+            ">= 0.8",
+            part >= 0.8,
+            "",
+            "; ".join(faults) or f"all right; {statistics.median(rates):,.0f} calls/s",
+        )
 
     # CPU
 
@@ -925,7 +920,6 @@ def _udp_drops(port: int) -> int:
 
 FIGURES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "job-udp": Bench.job_udp,
-    "job-batch": Bench.job_batch,
     "job-journal": Bench.job_journal,
     "core": Bench.core,
     "cpu-ignored": Bench.cpu_ignored,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -104,21 +105,47 @@ class RatingServer:
         self._server.stop(timeout=1)
 
 
+# Becomes the command that it is given, with sockets as systemd passes them: from descriptor 3 on,
+# and with the pid of the process that they are for.
+PASSER = """
+import os, sys
+names, files, *command = sys.argv[1:]
+for place, file in enumerate(files.split(), 3):
+    os.dup2(int(file), place)
+    os.close(int(file))
+passed = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(place - 2), "LISTEN_FDNAMES": names}
+os.execve(command[0], command, {**os.environ, **passed})
+"""
+
+
+def passing(sockets: Mapping[str, socket.socket]) -> tuple[list[str], list[int]]:
+    """What stands before a command to pass it sockets by name, and the files to leave open."""
+    # Far above those that they are moved to.
+    files = [fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, 100) for sock in sockets.values()]
+    named = [":".join(sockets), " ".join(map(str, files))]
+    return [sys.executable, "-c", PASSER, *named], files
+
+
 class AgentProcess:
     """The agent on ports of its own choice; `lines` are its JSON log lines, parsed.
 
     With `--listen-tls=...` among the options it has an address `tls`, too. `files` is how many it
-    may open at one time.
+    may open at one time, `sockets` are passed to it as systemd does.
     """
 
     def __init__(
-        self, *options: str, env: dict[str, str] | None = None, files: int | None = None
+        self,
+        *options: str,
+        env: dict[str, str] | None = None,
+        files: int | None = None,
+        sockets: Mapping[str, socket.socket] | None = None,
     ) -> None:
         self.lines: list[dict[str, Any]] = []
-        limit = ["prlimit", f"--nofile={files}"] if files else []
+        before = ["prlimit", f"--nofile={files}"] if files else []
+        before, passed = passing(sockets) if sockets else (before, [])
         self._process = subprocess.Popen(
             [
-                *limit,
+                *before,
                 sys.executable,
                 str(ROOT / "rating_agent_hep.py"),
                 "--listen-udp=127.0.0.1:0",
@@ -127,11 +154,19 @@ class AgentProcess:
             ],
             stdout=subprocess.PIPE,
             env={**os.environ, **(env or {})},
+            pass_fds=passed,
         )
+        for file in passed:
+            os.close(file)
         self.pid = self._process.pid
         self._reader = gevent.spawn(self._read)
-        tls = any(option.startswith("--listen-tls") for option in options)
-        count = 2 + tls + any(option.startswith("--listen-status") for option in options)
+        optional = {"hep-tls": "--listen-tls", "status": "--listen-status"}
+        extra = {
+            name
+            for name, option in optional.items()
+            if name in (sockets or {}) or any(given.startswith(option) for given in options)
+        }
+        tls, count = "hep-tls" in extra, 2 + len(extra)
         wait_until(
             lambda: len(self.events("listening")) == count or self.ended, "the agent listens"
         )

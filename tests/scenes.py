@@ -32,8 +32,9 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
-import hepbuild
 from pure import Arrival
+
+import hepbuild
 
 # UNIX time of a scene's second 0: 2026-11-25T10:00:00Z.
 UNIX = 1_795_600_800
@@ -161,7 +162,8 @@ class Line:
 
 def read(text: str) -> list[Line]:
     """The lines of a scene."""
-    return [Line(line) for line in text.strip().splitlines() if line.strip()]
+    lines = [Line(line) for line in text.strip().splitlines() if line.strip()]
+    return sorted(lines, key=lambda line: line.time)
 
 
 def messages(text: str) -> list[Line]:

@@ -42,9 +42,9 @@ def program(name: str) -> str:
     return found
 
 
-def free_port() -> int:
-    """A UDP port of 127.0.0.1 that nobody has."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+def free_port(kind: socket.SocketKind = socket.SOCK_DGRAM) -> int:
+    """A port of 127.0.0.1 that nobody has, UDP by default."""
+    with socket.socket(socket.AF_INET, kind) as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
 
@@ -84,14 +84,16 @@ def listens(port: int) -> bool:
 
 
 @contextlib.contextmanager
-def proxy(agent: tuple[str, int], folder: Path, *defines: str) -> Iterator[str]:
+def proxy(
+    agent: tuple[str, int], folder: Path, *defines: str, configuration: Path = CONFIGURATION
+) -> Iterator[str]:
     """Kamailio with our configuration, and the carrier behind it; yields where to call."""
     kamailio, sipp = program("kamailio"), program("sipp")
     sip, carrier = free_port(), free_port()
     serve = [sipp, "-sf", str(SCENARIOS / "carrier.xml"), "-i", "127.0.0.1", "-bind_local"]
     serve += ["-p", str(carrier), "-nostdin"]
     # In the foreground, with nothing in a place that another run might use.
-    route = [kamailio, "-DD", "-E", "-f", str(CONFIGURATION), "-Y", str(folder)]
+    route = [kamailio, "-DD", "-E", "-f", str(configuration), "-Y", str(folder)]
     route += ["-m", "32", "-A", f"LISTEN=udp:127.0.0.1:{sip}"]
     route += ["-A", f'AGENT_URI="sip:{agent[0]}:{agent[1]}"']
     route += ["-A", f'CARRIER_URI="sip:127.0.0.1:{carrier}"']

@@ -43,7 +43,6 @@ DEFAULTS: dict[str, Any] = {
     "rating_api_url": "http://localhost:8080",
     "rating_api_timeout": 5.0,
     "rating_api_concurrency": 16,
-    "rating_api_batch": 1,
     "rating_api_ca_file": "",
     "rating_api_token": "",
     "rating_api_token_file": "",
@@ -61,6 +60,7 @@ DEFAULTS: dict[str, Any] = {
     "account_tag_match_regexp": "",
     "routes": "",
     "begin_on": "answer",
+    "unknown_party": "drop",
     "max_calls": 200_000,
     "invite_timeout": 600.0,
     "max_call_duration": 21_600.0,
@@ -98,7 +98,6 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "rating_api_url": ("https://rating.example:8443/base/", "https://rating.example:8443/base"),
     "rating_api_timeout": ("2.5", 2.5),
     "rating_api_concurrency": ("3", 3),
-    "rating_api_batch": ("32", 32),
     "rating_api_ca_file": ("{ca.pem}", ...),
     "rating_api_token_file": ("{token}", ...),
     "rating_api_password_file": ("{password}", ...),
@@ -116,6 +115,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "account_tag_match_regexp": ("[0-9]{2}([0-9]+)", "[0-9]{2}([0-9]+)"),
     "routes": ("{routes.yaml}", ...),
     "begin_on": ("ack", "ack"),
+    "unknown_party": ("reject", "reject"),
     "max_calls": ("10", 10),
     "invite_timeout": ("30", 30.0),
     "max_call_duration": ("3600", 3600.0),
@@ -173,7 +173,6 @@ BAD: dict[str, list[str]] = {
     ],
     "rating_api_timeout": ["0", "-1", "301", "nan", "inf", "5s", "x", ""],
     "rating_api_concurrency": [*COUNTS, "1001"],
-    "rating_api_batch": [*COUNTS, "101"],
     "rating_api_ca_file": ["/no/such/file", "/", "/dev/null", __file__],
     "rating_api_token_file": ["/no/such/file", "/", "/dev/null", __file__],
     "rating_api_password_file": ["/no/such/file", "/", "/dev/null", __file__],
@@ -189,6 +188,7 @@ BAD: dict[str, list[str]] = {
     "account_tag_match_regexp": ["(", "[0-9]+", "(?:x)", "*(x)", "(?=x)(y)", "(\udcff)"],
     "routes": ["/no/such/file", "/"],
     "begin_on": ["", "ANSWER", "bye"],
+    "unknown_party": ["", "Drop", "keep", "true"],
     "max_calls": [*COUNTS, "100000001"],
     "invite_timeout": ["0", "86401", "nan", "x", ""],
     "max_call_duration": ["0", "86401", "nan", "x", ""],
@@ -458,6 +458,8 @@ def test_an_empty_listener_is_off_and_one_must_be_left(config: Any) -> None:
     ("argv", "command", "files"),
     [
         (["run"], "run", []),
+        (["agent"], "run", []),
+        (["--tenant=x", "agent", "--debug"], "run", []),
         (["check"], "check", []),
         (["decode", "a", "b"], "decode", ["a", "b"]),
         (["--tenant=x", "decode", "a"], "decode", ["a"]),
@@ -646,6 +648,7 @@ def test_files_that_can_not_be_read(tmp_path: Path) -> None:
         (["walk"], "command"),
         (["run", "file"], "file"),
         (["check", "file"], "file"),
+        (["agent", "file"], "file"),
         (["walk\n\x1b[31m"], "command"),
         (["--nope\n\x1b[31m"], "--nope"),
     ],
@@ -1001,6 +1004,7 @@ def shown(value: Any) -> str:
 def test_help_has_each_option_once_with_its_default() -> None:
     done = program("--help")
     assert (done.returncode, done.stderr) == (0, "")
+    assert "run (the default; also agent)" in " ".join(done.stdout.split())
     text = " ".join(done.stdout.partition("\noptions:")[2].split())
     for name in NAMES:
         dashed = name.replace("_", "-")

@@ -45,10 +45,10 @@ class RatingApi(Server):
 
     def __init__(self) -> None:
         self.mode = "ok"
-        self.running: dict[str, bytes] = {}
+        self.running: dict[str, tuple[bytes, set[str]]] = {}
         self.records: dict[str, tuple[bytes, bytes]] = {}
         self.faults: list[str] = []
-        self.bodies: dict[tuple[str, str], bytes] = {}
+        self.bodies: dict[tuple[str, str], str] = {}
         self.repeats = 0
         self.rude: dict[str, int] = {}
         self._thaw = gevent.event.Event()
@@ -89,32 +89,40 @@ class RatingApi(Server):
         return None if mode == "close" else answer(200, {"ok": ok})
 
     def _carry_out(self, kind: str, tag: str, body: bytes) -> bool:
-        known = self.bodies.setdefault((kind, tag), body)
-        self.repeats += known is not body
-        if known != body:
+        content = json.loads(body)
+        # While its storage is dead it refuses both parties, and then one alone may be tried.
+        parties = {name for name in content if name.endswith("account_tag")}
+        content = {name: content[name] for name in content if name not in parties}
+        rest = json.dumps(content)
+        known = self.bodies.setdefault((kind, tag), rest)
+        self.repeats += known is not rest
+        if known != rest:
             self.faults.append(f"{tag}: {kind} with other octets")
         if kind == "begin":
             if tag in self.records:
                 self.faults.append(f"{tag}: begun again after its end")
-            self.running[tag] = body
+            self.running[tag] = (body, parties | self.running.get(tag, (b"", set()))[1])
             return True
-        begin = self.running.pop(tag, None)
-        if begin is None:
+        if tag not in self.running:
             if tag not in self.records:
                 self.faults.append(f"{tag}: ended without its begin")
             return False
+        begin, begun = self.running.pop(tag)
+        if begun != parties:
+            self.faults.append(f"{tag}: begun for {begun}, ended for {parties}")
         self.records[tag] = (begin, body)
         return True
 
 
 class Traffic:
-    """Calls at RATE a second over UDP and TCP; some ring for long, some are refused.
+    """Calls at a rate a second over UDP and TCP; some ring for long, some are refused.
 
     Each call keeps to one of the two: spread over both, its ACK may be read before all its replies,
     and then the call begins with the ACK, some ms late, as in a mirror without replies.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, rate: float = RATE) -> None:
+        self._rate = rate
         self._chance = random.Random(seed)
         self._due: list[tuple[float, int, bytes]] = []
         self._sent: deque[tuple[float, int, bytes]] = deque()
@@ -139,7 +147,7 @@ class Traffic:
         while self._clock < begun + seconds:
             gevent.sleep(0.004)
             self._clock = begun + time.monotonic() - started
-            while self.calling and self.number < self._clock * RATE:
+            while self.calling and self.number < self._clock * self._rate:
                 self._call()
             self._due.sort()
             while self._due and self._due[0][0] <= self._clock:

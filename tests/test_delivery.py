@@ -8,23 +8,18 @@ import json
 import random
 import re
 import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import gevent
 import gevent.event
 import gevent.pool
 import gevent.server
-import graphql
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -32,7 +27,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 import harness
 import rating_agent_hep as agent
-import rating_sandbox
 from rating_agent_hep import DELIVERED, REFUSED_BY_API, REJECTED, DeliveryError, Outbox
 
 URL = "http://127.0.0.1:1"
@@ -1290,23 +1284,6 @@ def test_a_call_is_delivered_and_logged_once(deliveries: Any, server: Server, lo
     assert delivery._metrics.totals["api.answers.delivered"] == 2
 
 
-ALIAS = re.compile(r"(e\d+): (begin|end)Transaction\(")
-
-
-def events_of(request: Request) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The events of a GraphQL request by alias: kind and arguments. The document must be valid."""
-    content = json.loads(request.body)
-    assert request.path == "/graphql"
-    assert graphql.validate(rating_sandbox.SCHEMA, graphql.parse(content["query"])) == []
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
-    for alias, kind in ALIAS.findall(content["query"]):
-        prefix = f"{alias}_"
-        variables = content["variables"].items()
-        own = {name[len(prefix) :]: value for name, value in variables if name.startswith(prefix)}
-        found[alias] = (kind, own)
-    return found
-
-
 class Ledger:
     """What the rating API keeps: as recorded in reference/rating-api.md, and it fails at random."""
 
@@ -1317,11 +1294,9 @@ class Ledger:
         self.faults: list[str] = []
         self.attempts: dict[tuple[str, str], int] = {}
         self.answered: set[str] = set()
-        self.rude = self.batches = 0
+        self.rude = 0
 
     def __call__(self, sock: Any, request: Request) -> bytes | None:
-        if request.path == "/graphql":
-            return self.batch(request)
         kind = request.path.split("/")[-1].partition("_")[0]
         tag = json.loads(request.body)["transaction_tag"]
         if kind == "end" and tag not in self.answered:
@@ -1350,37 +1325,7 @@ class Ledger:
             self.answered.add(tag)
         return answer(200, {"ok": ok})
 
-    def batch(self, request: Request) -> bytes | None:
-        """The same for a request of several events, each with a fate of its own."""
-        parts = events_of(request)
-        self.batches += 1
-        fate = random.Random(f"{self.seed} {self.batches}").random()
-        if fate < 0.1:
-            return None
-        if fate < 0.15:
-            return answer(500)
-        if fate < 0.2:
-            return answer(400, {"errors": [{"message": "too many"}]})
-        data: dict[str, Any] = {}
-        tags = [body["transaction_tag"] for _, body in parts.values()]
-        assert len(set(tags)) == len(tags), "events of different calls"
-        for alias, (kind, body) in parts.items():
-            tag = body["transaction_tag"]
-            if kind == "end" and tag not in self.answered:
-                self.faults.append(f"{tag}: the end came before the begin was answered")
-            attempt = self.attempts[tag, kind] = self.attempts.get((tag, kind), 0) + 1
-            own = random.Random(f"{self.seed} {tag} {kind} {attempt}").random()
-            ok = own > 0.1 and self.carry_out(kind, tag, json.dumps(body).encode())
-            data[alias] = {"ok": ok} if own > 0.05 else None
-            if kind == "begin" and ok and fate > 0.3:
-                self.answered.add(tag)
-        if fate < 0.3:
-            return None  # done, but the answer is lost
-        return answer(200, {"data": data, "errors": [{"message": "an engine is gone"}]})
-
     def carry_out(self, kind: str, tag: str, body: bytes) -> bool:
-        # As values: in a batch they are the same, the octets around them are not.
-        body = json.dumps(json.loads(body), sort_keys=True).encode()
         if kind == "begin":
             if self.running.setdefault(tag, body) != body or tag in self.records:
                 self.faults.append(f"{tag}: begun twice")
@@ -1391,26 +1336,14 @@ class Ledger:
         return True
 
 
-@pytest.mark.parametrize(("seed", "batch"), [(1, 1), (2, 1), (1, 8), (2, 8), (3, 3)])
+@pytest.mark.parametrize("seed", [1, 2, 3])
 def test_an_exact_ledger_under_a_server_that_fails_at_random(
-    seed: int,
-    batch: int,
-    deliveries: Any,
-    server: Server,
-    log: Any,
-    fast: None,
-    monkeypatch: pytest.MonkeyPatch,
+    seed: int, deliveries: Any, server: Server, log: Any, fast: None
 ) -> None:
-    monkeypatch.setattr(agent, "SINGLE_PAUSE", 0.02)
     ledger = Ledger(seed)
     server.behave = ledger
     token = "hunter2-token"
-    delivery = deliveries(
-        rating_api_concurrency=8 if batch == 1 else 2,
-        rating_api_timeout=0.2,
-        rating_api_token=token,
-        rating_api_batch=batch,
-    )
+    delivery = deliveries(rating_api_concurrency=8, rating_api_timeout=0.2, rating_api_token=token)
     calls = [f"call {number}" for number in range(60)]
     for number, call in enumerate(calls):
         delivery.put(event("begin", call, server.url))
@@ -1421,8 +1354,7 @@ def test_an_exact_ledger_under_a_server_that_fails_at_random(
     for call in calls[::2]:
         delivery.put(event("end", call, server.url))
     work(delivery, lambda: len(delivery) == 0, "all are delivered")
-    assert ledger.rude > 50 or ledger.batches > 5, "the server was rude enough"
-    assert bool(ledger.batches) == (batch > 1)
+    assert ledger.rude > 50, "the server was rude enough"
     assert ledger.faults == []
     assert ledger.running == {} and sorted(ledger.records) == sorted(calls)
     lines = log()
@@ -1432,8 +1364,6 @@ def test_an_exact_ledger_under_a_server_that_fails_at_random(
     assert token not in json.dumps(lines)
     bodies: dict[tuple[str, str], set[bytes]] = {}
     for request in server.requests:
-        if request.path == "/graphql":
-            continue
         tag = json.loads(request.body)["transaction_tag"]
         bodies.setdefault((request.path, tag), set()).add(request.body)
     assert {len(octets) for octets in bodies.values()} == {1}
@@ -1573,7 +1503,7 @@ def test_stop_with_nothing_left_is_silent(deliveries: Any, server: Server, log: 
 def test_an_event_that_is_lost_is_logged_whole(
     deliveries: Any, server: Server, log: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent, "Outbox", lambda: outbox(limit=3))
+    monkeypatch.setattr(agent, "Outbox", lambda **_: outbox(limit=3))
     server.behave = lambda *_: gevent.sleep(harness.DEADLINE * 2)
     delivery = deliveries(rating_api_timeout=20.0, rating_api_concurrency=1)
     first = event("begin", "out", server.url)
@@ -1650,173 +1580,3 @@ def test_levels_of_what_is_logged(deliveries: Any, server: Server, log: Any, fas
     found = [(line["level"], line["event"]) for line in log()]
     assert found == [("WARNING", "api_error"), ("WARNING", "api_refused"), ("INFO", "call_begin")]
     assert [line["attempt"] for line in log()] == [1, 2, 3]
-
-
-# Batches
-
-
-def test_a_batch_is_taken_only_where_more_wait_than_workers_are_free() -> None:
-    box = outbox()
-    put(box, *(event("begin", str(number)) for number in range(10)), event("end", "0"))
-    assert [each.transaction_tag for each in box.take_several(0.0, 1, 0)] == ["0"]
-    assert [each.transaction_tag for each in box.take_several(0.0, 4, 8)] == ["1"]
-    assert [each.transaction_tag for each in box.take_several(0.0, 4, 6)] == ["2", "3"]
-    assert [each.transaction_tag for each in box.take_several(0.0, 4, 0)] == ["4", "5", "6", "7"]
-    assert [each.transaction_tag for each in box.take_several(0.0, 4, 0)] == ["8", "9"]
-    assert box.take_several(0.0, 4, 0) == [], "the end waits for its begin"
-
-
-def test_what_was_tried_before_goes_alone() -> None:
-    box = outbox()
-    events = [event("begin", str(number), serial=10 - number) for number in range(4)]
-    put(box, *events[:2])
-    for each in (taken(box), taken(box)):
-        box.fail(each, failure(), 0.0)
-    put(box, *events[2:])
-    assert box.take_several(0.0, 9, 0) == [events[3], events[2]]
-    for each in events[2:]:
-        box.put_back(each)
-    # At this time what failed is ready again, behind the others.
-    assert box.take_several(5.0, 9, 0) == [events[3], events[2]]
-    assert [each.attempts for each in events] == [1, 1, 1, 1]
-    assert box.take_several(5.0, 9, 0) == [events[1]]
-    assert box.take_several(5.0, 9, 0) == [events[0]]
-
-
-def test_a_batch_that_fails_is_one_failure_and_a_probe_is_one_event() -> None:
-    box = outbox()
-    put(box, *(event("begin", str(number)) for number in range(9)))
-    for _ in range(agent.DOWN_AFTER):
-        assert not box.down
-        events = box.take_several(0.0, 3, 0)
-        assert len(events) == 3
-        for number, each in enumerate(events):
-            box.fail(each, failure(True), 0.0, another=number > 0)
-    assert box.down
-    assert len(box.take_several(100.0, 3, 0)) == 1
-
-
-ODD = 'quote " brace } $e0_tenant \\ é \n'
-
-
-def batch_events(server: Server) -> list[agent.RatingEvent]:
-    events = [event(kind, call, server.url) for kind, call in (("end", ODD), ("begin", "b"))]
-    for each in events:
-        content = json.loads(each.body) | {"product_tag": "VOICE", "tags": ["x", ODD]}
-        each.body = json.dumps(content).encode()
-    return events
-
-
-def test_values_of_a_batch_are_variables(server: Server) -> None:
-    server.behave = answer(200, {"data": {"e0": {"ok": True}, "e1": {"ok": False}}})
-    events = batch_events(server)
-    outcomes = client(server.url, rating_api_token="t").send_batch(events)
-    assert outcomes == [REFUSED_BY_API, DELIVERED], "in the order that they were given in"
-    (request,) = server.requests
-    assert request.headers["authorization"] == "Bearer t"
-    assert "quote" not in json.loads(request.body)["query"]
-    begin, end = events_of(request).values()
-    want = json.loads(events[1].body)
-    del want["product_tag"]
-    assert begin == ("begin", want)
-    assert end[0] == "end" and end[1]["transaction_tag"] == ODD
-    assert "tags" not in end[1]
-
-
-@pytest.mark.parametrize(
-    ("body", "first", "second"),
-    [
-        ({"data": {"e0": {"ok": True}, "e1": {"ok": True}}}, DELIVERED, DELIVERED),
-        (
-            {"data": {"e0": None, "e1": {"ok": True}}, "errors": [{"message": "no"}]},
-            DELIVERED,
-            "no",
-        ),
-        ({"data": {"e1": {"ok": False}}}, REFUSED_BY_API, "no answer for one event"),
-        ({"data": None, "errors": [{"message": "gone"}]}, "gone", "gone"),
-        ({"data": {}}, "no answer", "no answer"),
-    ],
-)
-def test_each_event_of_a_batch_is_answered_by_itself(
-    body: Any, first: str, second: str, server: Server
-) -> None:
-    server.behave = answer(200, body)
-    outcomes = client(server.url).send_batch(batch_events(server))
-    for outcome, wanted in zip(outcomes, (first, second), strict=True):
-        if isinstance(outcome, DeliveryError):
-            assert outcome.unknown and wanted in str(outcome)
-        else:
-            assert outcome == wanted
-
-
-@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"data": []}', b'{"data": {"e0": 1}}'])
-def test_a_batch_without_a_verdict_is_of_unknown_outcome(body: bytes, server: Server) -> None:
-    server.behave = answer(200, body)
-    try:
-        outcomes = client(server.url).send_batch(batch_events(server))
-    except DeliveryError as error:
-        outcomes = [error]
-    assert all(isinstance(outcome, DeliveryError) and outcome.unknown for outcome in outcomes)
-
-
-@pytest.mark.parametrize(
-    "refusal",
-    [
-        answer(404),
-        answer(400, {"errors": [{"message": "Cannot query field"}]}),
-        answer(413),
-        answer(200, {"errors": [{"message": "Unknown argument"}]}),
-    ],
-)
-def test_an_api_that_takes_no_batches_gets_one_event_a_request(
-    refusal: bytes, deliveries: Any, server: Server, log: Any
-) -> None:
-    server.behave = lambda _, request: refusal if request.path == "/graphql" else answer()
-    delivery = deliveries(rating_api_concurrency=1, rating_api_batch=4)
-    for number in range(12):
-        delivery.put(event("begin", str(number), server.url))
-    work(delivery, lambda: len(delivery) == 0, "all are delivered")
-    paths = [request.path for request in server.requests]
-    assert paths.count("/graphql") == 1 and len(paths) == 13
-    assert delivery._metrics.totals["api.batches_refused"] == 1
-    assert [line["attempt"] for line in log() if line["event"] == "call_begin"] == [1] * 12
-    (warning,) = [line for line in log() if line["event"] == "api_batch_refused"]
-    assert warning["level"] == "WARNING"
-
-
-def test_the_sandbox_takes_a_batch_as_it_takes_single_events(
-    tmp_path: Path, deliveries: Any, log: Any
-) -> None:
-    process = subprocess.Popen(
-        [sys.executable, str(harness.ROOT / "scripts" / "rating_sandbox.py"), "--listen"]
-        + ["127.0.0.1:0", "--database", str(tmp_path / "sandbox.sqlite")],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        found = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())
-        assert found is not None
-        account = """mutation { upsertAccount(name: "a", account_tag: "2000", type: POSTPAID,
-            balance: 0, active: true, max_concurrent_transactions: 100) { id } }"""
-        post(found[0], account)
-        delivery = deliveries(rating_api_concurrency=1, rating_api_batch=32, rating_api_timeout=5.0)
-        for number in range(100):
-            delivery.put(event("begin", str(number), found[0]))
-        for number in range(100):
-            delivery.put(event("end", str(number), found[0]))
-        work(delivery, lambda: len(delivery) == 0, "all are delivered")
-        assert delivery._metrics.totals["api.batches"] > 3
-        assert len(tags(log(), "call_end")) == 100
-        meta = post(found[0], "{ _allTransactionsMeta { count } }")
-        assert meta["data"]["_allTransactionsMeta"]["count"] == 100
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
-def post(url: str, query: str) -> Any:
-    body = json.dumps({"query": query}).encode()
-    request = urllib.request.Request(f"{url}/graphql", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as reply:
-        return json.load(reply)

@@ -174,7 +174,7 @@ def test_makefile_has_the_targets_of_the_tutorial() -> None:
     assert targets >= {
         *("docker-build", "docker-pull", "docker-start", "docker-start-opensips"),
         *("docker-start-kamailio", "docker-test-opensips", "docker-test-kamailio", "docker-test"),
-        *("test-opensips", "test-kamailio", "docker-logs", "docker-stop"),
+        *("test-opensips", "test-kamailio", "test-images", "docker-logs", "docker-stop"),
     }
     for target in targets:
         done = subprocess.run(

@@ -469,7 +469,7 @@ def test_an_older_file_is_brought_up_and_nothing_of_it_lost(
     monkeypatch.setattr(agent, "MIGRATIONS", (*agent.MIGRATIONS, further))
     journal = journals()
     assert sum(journal.waiting().values()) == 10
-    assert len(rows(tmp_path / "state")[0]) == 11 and rows(tmp_path / "state", "more") == []
+    assert len(rows(tmp_path / "state")[0]) == 12 and rows(tmp_path / "state", "more") == []
     assert journal.commit()
     journal.close(9)
     monkeypatch.undo()

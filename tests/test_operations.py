@@ -226,11 +226,13 @@ def test_dashboard_is_of_metrics_that_statsd_exporter_has() -> None:
 
 
 UNIT = harness.ROOT / "conf" / "rating-agent-hep.service"
+SOCKETS = sorted(UNIT.parent.glob("*.socket"))
 
 
-def unit() -> dict[str, list[str]]:
-    """The settings of the [Service] section, each with its values."""
-    part = UNIT.read_text(encoding="utf-8").partition("[Service]\n")[2].partition("\n[Install]")[0]
+def unit(path: Path = UNIT, section: str = "Service") -> dict[str, list[str]]:
+    """The settings of one section, each with its values."""
+    text = path.read_text(encoding="utf-8")
+    part = text.partition(f"[{section}]\n")[2].partition("\n[Install]")[0]
     found: dict[str, list[str]] = {}
     for name, value in re.findall(r"^(\w+)=(.*)$", part, re.M):
         found.setdefault(name, []).append(value)
@@ -255,18 +257,38 @@ def test_the_unit_starts_the_agent_as_it_wants_to_be_started() -> None:
     assert {"AF_UNIX", "AF_INET", "AF_INET6"} <= set(service["RestrictAddressFamilies"][0].split())
 
 
-def test_the_unit_by_systemd_analyze(tmp_path: Path) -> None:
+def test_the_socket_units_are_of_the_service_and_of_options() -> None:
+    names = [socket.name for socket in SOCKETS]
+    assert " ".join(sorted(names, reverse=True)) == unit()["Sockets"][0] and len(names) == 2
+    installed = UNIT.read_text(encoding="utf-8").partition("[Unit]")[0]
+    for name, listen in zip(sorted(names), ("ListenStream", "ListenDatagram"), strict=True):
+        settings = unit(UNIT.with_name(name), "Socket")
+        assert settings["Service"] == [UNIT.name] and settings[listen] == ["9060"]
+        (passed,) = settings["FileDescriptorName"]
+        assert f"rating-agent-{passed}.socket" == name
+        # The same address that the agent would open itself.
+        assert getattr(agent.Settings(), f"listen_{passed.removeprefix('hep-')}") == ":9060"
+        assert settings["BindIPv6Only"] == ["both"] and name in installed
+
+
+def test_the_units_by_systemd_analyze(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
-        pytest.skip("systemd-analyze is not installed: the unit is checked as text only")
+        pytest.skip("systemd-analyze is not installed: the units are checked as text only")
+    for socket in SOCKETS:
+        shutil.copy(socket, tmp_path)
     copy = tmp_path / UNIT.name
     # It must be there for `verify`.
     text = UNIT.read_text(encoding="utf-8").replace("/opt/rating-agent-hep/bin/", "/bin/true ")
     copy.write_text(text, encoding="utf-8")
-    done = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True)
+    sockets = [tmp_path / socket.name for socket in SOCKETS]
+    verify = ["systemd-analyze", "verify", copy, *sockets]
+    done = subprocess.run(verify, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     copy.write_text(text.replace("WatchdogSec=30", "WatchdogSek=30"), encoding="utf-8")
-    done = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True)
-    assert "WatchdogSek" in done.stderr, "it tells wrong from right"
+    sockets[0].write_text(sockets[0].read_text().replace("ReceiveBuffer", "ReceiveBufer"))
+    done = subprocess.run(verify, capture_output=True, text=True)
+    for fault in ("WatchdogSek", "ReceiveBufer"):
+        assert fault in done.stderr, "it tells wrong from right"
     # 0 to 10, of which 2 and less is called OK; hardly anything is left to forbid.
     done = subprocess.run(
         ["systemd-analyze", "security", "--offline=yes", "--threshold=20", UNIT],

@@ -1,4 +1,4 @@
-"""Each rule of `reference/sip-call-rules.md`, and each kind of wrong charge found so far, as scenes.
+"""Each rule of `reference/sip-call-rules.md`, each kind of wrong charge found so far, as scenes.
 
 A scene says which rules it is about, what the mirror shows (`scenes`), and what is right: the
 seconds from which to which each call is charged, and on which accounts where that matters. It is
@@ -15,13 +15,14 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import pytest
-
 import pure
-import rating_agent_hep as agent
+import pytest
 import scenes
 from pure import Arrival
 from scenes import Line
+
+import hepbuild
+import rating_agent_hep as agent
 
 # Seconds between a message and its forwarded copy.
 TOLERANCE = 0.05
@@ -260,12 +261,12 @@ scene("3 K1", "P-Asserted-Identity of the challenged attempt", """
     5.02  200:BYE c=3
 """, "2-5 3000>2001", "2.05-5 3000>2001")
 scene("3 K1", "the proxy asserts an identity further on, of the answered attempt only", """
-    0     INVITE from=sip:anonymous@anonymous.invalid
-    0.01  INVITE from=sip:anonymous@anonymous.invalid hop=p h="P-Asserted-Identity: <sip:9999@sip.canyan.io>"
+    0     INVITE from=sip:x@x.invalid
+    0.01  INVITE from=sip:x@x.invalid hop=p h="P-Asserted-Identity: sip:9999@sip.canyan.io"
     0.1   407
     0.15  NACK
-    1     INVITE c=2 from=sip:anonymous@anonymous.invalid
-    1.01  INVITE c=2 from=sip:anonymous@anonymous.invalid hop=p h="P-Asserted-Identity: <sip:3000@sip.canyan.io>"
+    1     INVITE c=2 from=sip:x@x.invalid
+    1.01  INVITE c=2 from=sip:x@x.invalid hop=p h="P-Asserted-Identity: sip:3000@sip.canyan.io"
     2     200 c=2
     2.05  ACK c=2
     5     BYE c=3
@@ -301,7 +302,7 @@ scene("3 K1", "a redirection changes who is called", """
     5     BYE c=3
     5.02  200:BYE c=3
 """, "2-5 2000>+39333", "2.05-5 2000>+39333",
-      routes="- destination: request-uri\n  account: [from]\n  destination_account: [request-uri]\n")
+      routes="- destination: request-uri\n  destination_account: [request-uri]\n")
 scene("3 K1", "a further INVITE while the call runs names another", ANSWERED + """
     2     INVITE c=7 from=sip:9999@sip.canyan.io
     2.1   482 c=7 from=sip:9999@sip.canyan.io
@@ -1197,6 +1198,376 @@ scene("19", "the INVITE is too late for what it explains", """
     3     INVITE seen=0
 """, "", "", without="shuffle")
 
+# More of what public reports may hold.
+
+scene("6 3 K7", "the proxy answers the challenge, and what it sends is mirrored too", """
+    0     INVITE
+    0.01  INVITE hop=p
+    0.5   407 hop=p
+    0.51  INVITE c=2 hop=q br=INVITE1r
+    2     200 c=2 hop=q br=INVITE1r
+    2.01  200
+    2.05  ACK
+    2.06  ACK c=2 hop=q br=ACK1r
+    6     BYE c=2
+    6.01  BYE c=3 hop=q br=BYE2r
+    6.02  200:BYE c=3 hop=q br=BYE2r
+    6.03  200:BYE c=2
+""", "2-6", "2.05-6")
+scene("6 12 K7", "the proxy answers the challenge of INVITE and BYE", """
+    0     INVITE
+    0.5   407
+    2     200 c=2
+    2.05  ACK
+    6     BYE c=2
+    6.02  407:BYE c=3 br=BYE2r
+    6.1   200:BYE c=4 br=BYE2r
+""", "2-6")
+scene("3 K1", "History-Info of the challenged attempt only", """
+    0     INVITE h="History-Info: <sip:9999@sip.canyan.io>;index=1,<sip:2001@sip.canyan.io>;index=2"
+    0.1   401
+    0.15  NACK
+    1     INVITE c=2
+    2     200 c=2
+    2.05  ACK c=2
+    5     BYE c=3
+    5.02  200:BYE c=3
+""", "2-5", "2.05-5")
+scene("3 5 K1", "Diversion of the answered attempt", """
+    0     INVITE h="Diversion: <sip:9999@sip.canyan.io>;reason=no-answer"
+    0.1   407
+    0.15  NACK
+    1     INVITE c=2 h="Diversion: <sip:3000@sip.canyan.io>, <sip:9999@sip.canyan.io>"
+    2     200 c=2
+    2.05  ACK c=2
+    5     BYE c=3
+    5.02  200:BYE c=3
+""", "2-5 3000>2001", "2.05-5 3000>2001",
+      routes="- account: [diversion, from]\n  destination_account: [to]\n")
+scene("3 5 K1", "Remote-Party-ID of the answered attempt", """
+    0     INVITE h="Remote-Party-ID: <sip:9999@sip.canyan.io>;party=calling"
+    0.1   407
+    0.15  NACK
+    1     INVITE c=2 h="Remote-Party-ID: <sip:3000@sip.canyan.io>;party=calling"
+    2     200 c=2
+    2.05  ACK c=2
+    5     BYE callee
+    5.02  200:BYE callee
+""", "2-5 3000>2001", "2.05-5 3000>2001",
+      routes="- account: [remote-party-id, from]\n  destination_account: [to]\n")
+scene("3 K1", "challenged under another tenant's route, both attempts with one CSeq", """
+    0     INVITE from=sip:9999@sip.canyan.io
+    0.1   407 from=sip:9999@sip.canyan.io
+    0.15  NACK from=sip:9999@sip.canyan.io
+    1     INVITE br=second
+    2     200 br=second
+    2.05  ACK
+    5     BYE
+    5.02  200:BYE
+""", "2-5", "2.05-5")
+scene("2 3 K8", "another From tag and another name after the challenge", """
+    0     INVITE from=sip:9999@sip.canyan.io
+    0.1   407 from=sip:9999@sip.canyan.io
+    1     INVITE tag=d c=2
+    2     200 tag=d c=2
+    2.05  ACK tag=d c=2
+    6     BYE tag=d c=3
+    6.02  200:BYE tag=d c=3
+""", "2-6", "2.05-6")
+scene("2 K8", "the From tag changes twice", """
+    0     INVITE
+    1     INVITE tag=d c=2
+    2     INVITE tag=e c=3
+    3     200 tag=e c=3
+    3.05  ACK tag=e c=3
+    6     BYE tag=e callee
+    6.02  200:BYE tag=e callee
+""", "3-6", "3.05-6")
+scene("1 12", "four re-INVITEs, holds of both sides", ANSWERED + """
+    2     reINVITE c=2
+    2.1   200 c=2
+    2.15  ACK c=2
+    3     reINVITE c=3 callee
+    3.05  491 c=3 callee
+    3.06  NACK c=3 callee uri=sip:2000@127.0.0.20:5070
+    4     reINVITE c=4 callee
+    4.1   200 c=4 callee
+    4.15  ACK c=4 callee
+    5     reINVITE c=3
+    5.1   200 c=3
+    5.15  ACK c=3
+    9     BYE c=5 callee
+    9.02  200:BYE c=5 callee
+""", "1-9", "1.05-9")
+scene("12", "NOTIFY of the same side behind its BYE", ANSWERED + """
+    5     BYE c=2
+    5.02  481:BYE c=2
+    5.1   NOTIFY c=3
+    5.12  481:NOTIFY c=3
+""", "1-5", "1.05-5")
+scene("12", "the callee's NOTIFY behind its BYE, which nobody answers", ANSWERED + """
+    3     REFER
+    3.1   202:REFER
+    3.2   NOTIFY callee c=1
+    3.3   200:NOTIFY callee c=1
+    5     BYE callee c=2
+    5.1   NOTIFY callee c=3
+""", "1-5", "1.05-5")
+scene("12", "the answered INVITE's 200 and ACK once more behind the BYE", ANSWERED + """
+    5     BYE
+    5.01  200
+    5.02  ACK
+    5.03  200:BYE
+    5.5   200
+""", "1-5", "1.05-5")
+scene("12", "a 100 to the BYE, then nothing", ANSWERED + """
+    5     BYE
+    5.1   100:BYE
+""", "1-5", "1.05-5")
+scene("12 K2", "BYEs refused on both sides, the third is carried out", ANSWERED + """
+    5     BYE
+    5.02  403:BYE
+    8     BYE callee
+    8.02  503:BYE callee
+    60    BYE c=3
+    60.02 200:BYE c=3
+""", "1-60", "1.05-5")
+scene("12", "refused in one try, 481 in the next", ANSWERED + """
+    5     BYE
+    5.02  503:BYE
+    8     BYE c=3
+    8.02  481:BYE c=3
+""", "1-8", "1.05-5")
+scene("12", "the same BYE is refused, and goes through when it is sent again", ANSWERED + """
+    5     BYE
+    5.02  503:BYE
+    5.5   BYE
+    5.52  200:BYE
+""", "1-5", "1.05-5")
+scene("12", "one side's BYE is challenged, the other side hangs up", ANSWERED + """
+    5     BYE
+    5.02  407:BYE
+    9     BYE callee
+    9.02  200:BYE callee
+""", "1-9", "1.05-5")
+scene("12 11", "BYE to a fork that was not answered", ANSWERED + """
+    0.5   180 to=t
+    5     BYE to=t
+    5.02  481:BYE to=t
+    9     BYE c=3
+    9.02  200:BYE c=3
+""", "1-9", "1.05-9", without="far")
+scene("13 K4", "the proxy ends the call; callee's 200 and the caller's 481", ANSWERED + """
+    5     200:BYE c=100
+    5.1   481:BYE callee c=100
+""", "1-5")
+scene("13 K4", "the BYE is lost, its 200 is seen, the other side's BYE follows", ANSWERED + """
+    5     200:BYE
+    5.5   BYE callee
+    5.52  481:BYE callee
+""", "1-5")
+scene("13 11 K4", "two dialogs, the proxy ends both", """
+    0     INVITE
+    1     200 to=s
+    1.1   200 to=t
+    1.2   ACK to=s br=as
+    1.3   ACK to=t br=at
+    5     200:BYE to=s
+    6     200:BYE to=t
+""", "1-6")
+scene("14 11 K3", "an early fork is refused, another ended by BYE, the third answers", """
+    0     INVITE
+    0.5   180 to=s
+    0.6   180 to=t
+    0.7   180 to=u
+    1     486 to=u
+    2     BYE to=s
+    2.02  200:BYE to=s
+    5     200 to=t
+    5.05  ACK to=t
+    9     BYE to=t callee br=x
+    9.02  200:BYE to=t callee br=x
+""", "5-9", "5.05-9")
+scene("14 K3", "Max-Forwards 0", """
+    0     INVITE
+    0.5   180
+    1     BYE mf=0
+    1.02  483:BYE
+    5     200
+    5.05  ACK
+    9     BYE c=3
+    9.02  200:BYE c=3
+""", "5-9", "5.05-9", without="wire far")
+scene("14 K3", "nobody answers it, and the dialog is answered", """
+    0     INVITE
+    0.5   180
+    1     BYE
+    5     200
+    5.05  ACK
+    9     BYE c=3
+    9.02  200:BYE c=3
+""", "5-9", "5.05-9")
+scene("16", "refreshed by an UPDATE, then never again", TIMED + """
+    60     UPDATE c=2
+    60.1   200:UPDATE c=2 h="Session-Expires: 120;refresher=uac"
+    400    -
+""", "1-180.1", without="restart")
+scene("16", "of two dialogs one expires, the other is hung up", """
+    0     INVITE
+    1     200 to=s h="Session-Expires: 90;refresher=uac"
+    1.1   200 to=t
+    1.2   ACK to=s br=as
+    1.3   ACK to=t br=at
+    300   BYE to=t br=bt
+    300.1 200:BYE to=t br=bt
+""", "1-300", without="restart")
+scene("16", "a short session counts as one of 90 s", TIMED.replace("90", "5") + "200 -", "1-91",
+      without="restart")
+scene("17 K16", "tied, requests only: BYE of the other leg", """
+    0     INVITE corr=one
+    1.05  ACK corr=one
+    5     BYE id=leg-2@b2b tag=b to=t callee corr=one
+""", "1.05-5", "1.05-5", routes="- transaction_tag: correlation-id\n", without="far")
+scene("17 2", "two calls of one Call-ID and one tie are charged once", """
+    0     INVITE h="X-CID: one"
+    0.1   INVITE tag=b br=b h="X-CID: one"
+    1     200
+    1.02  200 tag=b br=b to=t
+    1.05  ACK
+    1.07  ACK tag=b br=ba to=t
+    5     BYE h="X-CID: one"
+    5.02  200:BYE
+""", "1-5", "1.05-5", routes=TIE, without="shuffle wire")
+scene("17", "the tie is used again by a later call", """
+    0     INVITE h="X-CID: one"
+    1     200
+    1.05  ACK
+    5     BYE h="X-CID: one"
+    5.02  200:BYE
+    10    INVITE id=call-2@host br=d h="X-CID: one"
+    11    200 id=call-2@host br=d
+    11.05 ACK id=call-2@host br=da
+    15    BYE id=call-2@host br=db h="X-CID: one"
+    15.02 200:BYE id=call-2@host br=db
+""", "1-5, 11-15", "1.05-5, 11.05-15", routes=TIE)
+scene("18 K12", "both BYE and its answer are stamped before the begin", """
+    0     INVITE
+    1     200
+    1.05  ACK
+    5     BYE seen=0.2
+    5.02  200:BYE seen=0.22
+""", "1-1", "1.05-1.05", without="shuffle")
+scene("18", "late copies of the answer and of the ACK of a call that runs", ANSWERED + """
+    45    INVITE seen=0 cap=2
+    46    200 seen=1 cap=2
+    46.05 ACK seen=1.05 cap=2
+    60    BYE
+    60.02 200:BYE
+""", "1-60", "1.05-60", without="wire")
+scene("20 K12", "stamps of 1970 in some messages only", """
+    0     INVITE seen=-1795600000
+    1     200
+    1.05  ACK seen=-1795600000
+    5     BYE
+    5.02  200:BYE seen=-1795600000
+""", "1-5", "1.05-5", without="wire far shuffle")
+scene("4 K10", "many forks under invented tags", ANSWERED + "\n".join(
+    f"{2 + index / 100} UPDATE to=invented{index} c={3 + index}" for index in range(80)) + """
+    5     BYE c=100
+    5.02  200:BYE c=100
+""", "1-5", "1.05-5")
+scene("4 12 K10", "many BYEs that are refused", ANSWERED + "\n".join(
+    f"{2 + index} BYE c={3 + index}\n{2.02 + index} 403:BYE c={3 + index}"
+    for index in range(40)) + """
+    50     BYE c=100
+    50.02  200:BYE c=100
+""", "1-50", without="shuffle")
+scene("4 K10", "many challenged attempts", "\n".join(
+    f"{index} INVITE c={1 + index} from=sip:9999@sip.canyan.io\n{index}.1 407 c={1 + index}"
+    for index in range(40)) + """
+    40    INVITE c=41
+    41    200 c=41
+    41.05 ACK c=41
+    50    BYE c=42
+    50.02 200:BYE c=42
+""", "41-50", "41.05-50")
+scene("1 4 K10", "a re-INVITE of the ringing dialog with the CSeq of the INVITE", """
+    0     INVITE
+    0.5   180
+    0.6   reINVITE c=1 br=other
+    0.7   500 c=1 br=other
+    1     200
+    1.05  ACK
+    5     BYE
+    5.02  200:BYE
+""", "1-5", "1.05-5")
+scene("1 4 K10", "a re-INVITE with an old CSeq while the call runs", ANSWERED + """
+    2     reINVITE c=1 br=other
+    2.1   500 c=1 br=other
+    3     200
+    5     BYE
+    5.02  200:BYE
+""", "1-5", "1.05-5")
+scene("12 K2", "an old CSeq, then a higher one", ANSWERED + """
+    3     OPTIONS c=7
+    3.1   200:OPTIONS c=7
+    5     BYE c=6
+    5.02  481:BYE c=6
+    5.5   UPDATE c=8
+    5.6   200:UPDATE c=8
+    50    BYE c=9
+    50.02 200:BYE c=9
+""", "1-50", "1.05-50")
+scene("3 4", "more attempts than are kept, and the answer comes before its INVITE", "\n".join(
+    f"{index / 10} INVITE c={1 + index} from=sip:9999@sip.canyan.io\n"
+    f"{index / 10}1 407 c={1 + index}" for index in range(1, 40)) + """
+    4.9   200 c=41
+    5     INVITE c=41 seen=4
+    5.05  ACK c=41
+    50    BYE c=42
+    50.02 200:BYE c=42
+""", "4.9-50", without="shuffle")
+scene("8 4", "an ACK to a refusal that there never was, while it rings for long", """
+    0     INVITE
+    1     NACK
+    2     180
+    50    200
+    50.05 ACK
+    60    BYE
+    60.02 200:BYE
+""", "50-60", "50.05-60")
+scene("8 15", "a CANCEL that never went further, while it rings for long", """
+    0     INVITE
+    1     CANCEL
+    50    200
+    50.05 ACK
+    60    BYE
+    60.02 200:BYE
+""", "50-60", "50.05-60")
+scene("4 12", "many BYEs before the answer, of the answered dialog", "0 INVITE\n" + "\n".join(
+    f"{1 + index / 10} BYE br=b{index} c={index + 2}" for index in range(20)) + """
+    4     200
+    4.05  ACK
+    60    BYE c=30
+    60.02 200:BYE c=30
+""", "4-60")
+scene("2 4", "four calls at one time under one Call-ID and one From tag",
+      ANSWERED + "".join(f"""
+    {2 + index}    INVITE c={index + 2} br=p{index}
+    {2.5 + index}  200 c={index + 2} br=p{index} to=t{index}
+    {2.55 + index} ACK c={index + 2} to=t{index}
+    {20 + index}   BYE c=9 to=t{index} br=b{index}
+    {20.1 + index} 200:BYE c=9 to=t{index} br=b{index}
+""" for index in range(3)) + """
+    30    BYE c=9
+    30.02 200:BYE c=9
+""", "1-30, 2.5-20, 3.5-21, 4.5-22", without="shuffle")
+scene("12", "sent again with another branch, after a refusal", ANSWERED + """
+    5     BYE br=one
+    5.02  403:BYE br=one
+    9     BYE br=two
+    9.02  200:BYE br=two
+""", "1-9", "1.05-5")
 # fmt: on
 
 
@@ -1221,8 +1592,16 @@ def compact(lines: list[Line]) -> list[Arrival]:
 COMPACT = re.compile(
     rb"(?m)^(Via|From|To|Call-ID|CSeq|Session-Expires|Max-Forwards|Content-Length): "
 )
-SHORT = {b"Via": b"V", b"From": b"f", b"To": b"T", b"Call-ID": b"i", b"CSeq": b"cseq",
-         b"Session-Expires": b"x", b"Max-Forwards": b"mAX-forwards", b"Content-Length": b"l"}  # fmt: skip
+SHORT = {
+    b"Via": b"V",
+    b"From": b"f",
+    b"To": b"T",
+    b"Call-ID": b"i",
+    b"CSeq": b"cseq",
+    b"Session-Expires": b"x",
+    b"Max-Forwards": b"mAX-forwards",
+    b"Content-Length": b"l",
+}
 
 
 def _shorten(name: re.Match[bytes]) -> bytes:
@@ -1380,6 +1759,107 @@ def test_scene_in_any_order(one: Scene) -> None:
     acks = [line.stamp / 1_000_000 - scenes.UNIX for line in lines if line.what == "ACK"]
     for seed in range(4):
         assert faults(play(one, shuffled(lines, seed)).events, one.right, acks) == [], seed
+
+
+# Rule 5, K11: what is written, and the number or account that rates read.
+NUMBERS = [
+    ("tel:+52-33.1234(5678)", "tel:+523312345678"),
+    ("tel:+523312345678;phone-context=example.com", "tel:+523312345678"),
+    ("TEL:+52-33", "tel:+5233"),
+    ("sip:+52-33-1234@sip.canyan.io;user=phone", "sip:+52331234@sip.canyan.io"),
+    ("sip:(0039)06.1234@sip.canyan.io;USER=Phone", "sip:0039061234@sip.canyan.io"),
+    ("sip:%2B39061234@sip.canyan.io", "sip:+39061234@sip.canyan.io"),
+    ("sip:%2b39061234@sip.canyan.io;user=phone", "sip:+39061234@sip.canyan.io"),
+    ("sip:%32001@sip.canyan.io", "sip:2001@sip.canyan.io"),
+    ("sip:+39061234;npdi=yes@sip.canyan.io", "sip:+39061234@sip.canyan.io"),
+    ("sips:2001@SIP.Canyan.IO:5061", "sips:2001@sip.canyan.io"),
+    ("sip:anne-marie@sip.canyan.io", "sip:anne-marie@sip.canyan.io"),
+    ("sip:a%40b@sip.canyan.io", "sip:a%40b@sip.canyan.io"),
+]
+
+
+@pytest.mark.parametrize(("written", "read"), NUMBERS)
+@pytest.mark.parametrize("callee", [False, True])
+def test_numbers_as_rates_read_them(written: str, read: str, callee: bool) -> None:
+    party = "dest" if callee else "from"
+    text = ANSWERED.replace("INVITE", f"INVITE {party}={written}") + "5 BYE\n5.02 200:BYE"
+    core = pure.Core(
+        pure.settings(), "- account: [from]\n  destination_account: [to]\n", scenes.UNIX
+    )
+    events = core.play(scenes.arrivals(scenes.messages(text)))
+    body = json.loads(events[0].body)
+    assert body["destination" if callee else "source"] == read
+    account = body["destination_account_tag" if callee else "account_tag"]
+    assert account == read.partition(":")[2].partition("@")[0].replace("%40", "@")
+
+
+# Rule 5: several identities in one header; the account that is charged.
+IDENTITIES = [
+    ("P-Asserted-Identity: <tel:+39061234>, <sip:3000@sip.canyan.io>", "3000"),
+    ('P-Asserted-Identity: "A, B <x>" <sip:3000@sip.canyan.io>', "3000"),
+    ("p-ASSERTED-identity : sip:3000@SIP.canyan.io;user=phone", "3000"),
+    ("P-Asserted-Identity: <sip:3000@elsewhere.example>", "2000"),
+    ('History-Info: <sip:3000@sip.canyan.io>;index=1, "x, <y>" <sip:2001@x.example>;index=1.1',
+     "3000"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("header", "account"), IDENTITIES)
+def test_identity_of_the_answered_attempt(header: str, account: str) -> None:
+    text = """
+        0     INVITE h="P-Asserted-Identity: <sip:9999@sip.canyan.io>"
+        0.1   407
+        1     INVITE c=2
+        2     200 c=2
+    """
+    lines = scenes.messages(text)
+    name, _, value = header.partition(":")
+    lines[2].headers.append((name, value.strip()))
+    core = pure.Core(pure.settings(), unix=scenes.UNIX)
+    assert core.play([x.arrival() for x in lines])[0].account_tag == account
+
+
+# Rule 4, K17: what is one payload, and what becomes of the call.
+def test_three_messages_of_a_segment() -> None:
+    lines = scenes.messages("0 INVITE\n1 183\n1 200\n1.05 ACK\n5 BYE\n5.02 200:BYE")
+    payloads = [line.payload() for line in lines]
+    body = b"v=0\r\n\r\nBYE sip:x SIP/2.0\r\n"
+    payloads[2] = payloads[2].replace(b"Length: 0", b"Length: %d" % len(body)) + body
+    keep_alive = b"\r\n\r\n"
+    arrivals = [
+        lines[0].arrival(keep_alive + payloads[0] + keep_alive, protocol=6),
+        lines[2].arrival(payloads[1] + keep_alive + payloads[2] + payloads[3], protocol=6),
+        Arrival(4.0, hepbuild.hep3(keep_alive, protocol=6, time_us=lines[3].stamp)),
+        lines[4].arrival(payloads[4] + payloads[5], protocol=6),
+    ]
+    core = pure.Core(pure.settings(), unix=scenes.UNIX)
+    assert faults(core.play(arrivals), "1-5") == []
+
+
+@pytest.mark.parametrize("kept", [0, 1, 40])
+def test_the_last_message_of_a_segment_is_cut(kept: int) -> None:
+    """A cut body matters to nobody; a cut head is no message, and those before it count."""
+    lines = scenes.messages("0 INVITE\n1 200\n1.05 ACK\n5 BYE\n5.02 200:BYE")
+    body = b"v=0\r\n" * 20
+    long = lines[1].payload().replace(b"Length: 0", b"Length: 9999") + body[:kept]
+    arrivals = [
+        lines[0].arrival(),
+        lines[1].arrival(lines[0].payload() + long, protocol=6),
+        lines[2].arrival(),
+        lines[3].arrival(lines[3].payload() + lines[4].payload()[:kept], protocol=6),
+        lines[4].arrival(),
+    ]
+    core = pure.Core(pure.settings(), unix=scenes.UNIX)
+    assert faults(core.play(arrivals), "1-5") == []
+
+
+def test_behind_the_message_of_a_datagram_nothing_counts() -> None:
+    """Or a caller could write an end there that no proxy reads."""
+    lines = scenes.messages(ANSWERED + "2 INFO\n5 BYE\n9 200:BYE")
+    hidden = lines[3].payload() + lines[4].payload() + lines[5].payload()
+    arrivals = [*(x.arrival() for x in lines[:3]), lines[3].arrival(hidden, protocol=17)]
+    core = pure.Core(pure.settings(), unix=scenes.UNIX)
+    assert faults(core.play(arrivals), "1-") == []
 
 
 def test_every_rule_and_every_kind_has_a_scene() -> None:

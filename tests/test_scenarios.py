@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import socket
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,6 +101,122 @@ def test_both_ways_of_mirroring_were_run(stack: Stack, request: pytest.FixtureRe
     reasons = {line["reason"] for line in stack.agent.events("call_begin")}
     expected = {"ack"} if "requests only" in request.node.name else {"answer"}
     assert reasons == expected
+
+
+# The lines that mirror what the proxy sends itself.
+OWN_REQUESTS = "event_route[tm:local-request] {\n    sip_trace();\n}\n"
+CALL_LIMIT = 2  # seconds after which the proxy ends a call, give or take a tick of its timer
+# Seconds after which the agent does, where it sees no end; later than the scenario's checks.
+DEADLINE = 12
+# What is mirrored of calls that the proxy ends: the defines, and whether with OWN_REQUESTS.
+MIRRORS = {
+    "answers and own requests": ([], True),
+    "own requests, no answers": (["REQUESTS_ONLY"], True),
+    "answers, no own requests": ([], False),
+    "neither": (["REQUESTS_ONLY"], False),
+}
+
+
+@pytest.fixture(scope="module")
+def ended_by_the_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The scenario through each of MIRRORS, side by side, with one agent and one sandbox."""
+    folder = tmp_path_factory.mktemp("ended")
+    text = sipservers.CONFIGURATION.read_text(encoding="utf-8")
+    assert text.count(OWN_REQUESTS) == 1
+    without = folder / "without.cfg"
+    without.write_text(text.replace(OWN_REQUESTS, ""), encoding="utf-8")
+    with contextlib.ExitStack() as cleanup:
+        api_url = cleanup.enter_context(sipservers.sandbox(folder))
+        options = [f"--rating-api-url={api_url}", sipservers.LOCAL]
+        agent = cleanup.enter_context(
+            harness.AgentProcess(*options, f"--max-call-duration={DEADLINE}")
+        )
+        runs = {}
+        for number, (name, (defines, own)) in enumerate(MIRRORS.items()):
+            place = folder / str(number)
+            place.mkdir()
+            target = cleanup.enter_context(
+                sipservers.proxy(
+                    agent.udp,
+                    place,
+                    f"CALL_LIMIT={CALL_LIMIT}",
+                    *defines,
+                    configuration=sipservers.CONFIGURATION if own else without,
+                )
+            )
+            runs[name] = sipservers.ScenarioRun(
+                str(sipservers.SCENARIOS / "proxy_ends_call.yaml"), "-a", api_url, "-t", target
+            )
+            cleanup.callback(runs[name].stop)
+        yield Stack(api_url, agent, runs)
+
+
+@pytest.mark.parametrize("mirror", [name for name in MIRRORS if name != "neither"])
+def test_the_proxy_ends_the_call(ended_by_the_proxy: Stack, mirror: str) -> None:
+    """By its BYEs, or where these are not mirrored by the replies to them (rule 13)."""
+    status, output = ended_by_the_proxy.runs[mirror].result()
+    assert status == 0, output
+
+
+def test_an_end_that_no_mirror_shows_is_the_deadline(ended_by_the_proxy: Stack) -> None:
+    """The limit that docs/kamailio.md names: neither the proxy's BYEs nor replies to them."""
+    runs, api_url = ended_by_the_proxy.runs, ended_by_the_proxy.api_url
+    status, output = runs["neither"].result()
+    assert status == 1 and '"in_progress": true' in output
+    assert "worker 1: proxy_ends_call.xml" in output and "FAILED: sipp" not in output
+    harness.wait_until(lambda: len(transactions(api_url)) >= 2 * len(MIRRORS), "all have ended")
+    durations = sorted(leg["duration"] for leg in transactions(api_url))
+    assert len(durations) == 2 * len(MIRRORS)
+    # A started second counts.
+    assert durations[-2:] == [DEADLINE] * 2 and durations[-3] <= CALL_LIMIT + 1
+
+
+def test_calls_go_through_where_the_mirror_cannot(tmp_path: Path) -> None:
+    """A name of the agent that does not resolve: each sip_trace() fails, and no call does."""
+    scenario = run_scenario.load(sipservers.SCENARIOS / "test_kamailio_call.yaml", "1")
+    sipp = sipservers.program("sipp")
+    with sipservers.proxy(("agent.invalid", 9060), tmp_path) as target:
+        run_scenario.run_worker(scenario.workers[0], target, sipp)
+    assert "could not resolve hostname" in (tmp_path / "kamailio.log").read_text(errors="replace")
+
+
+def test_a_call_through_kamailio_mirrored_over_tcp(tmp_path: Path) -> None:
+    """What docs/kamailio.md changes for it."""
+    text = sipservers.CONFIGURATION.read_text(encoding="utf-8")
+    scenario = run_scenario.load(sipservers.SCENARIOS / "test_kamailio_call.yaml", "1")
+    sipp = sipservers.program("sipp")
+    with harness.RatingServer() as api:
+        options = [f"--rating-api-url={api.url}", sipservers.LOCAL]
+        with harness.AgentProcess(*options) as agent:
+            host, port = agent.tcp
+            own = sipservers.free_port(socket.SOCK_STREAM)
+            for line, changed in (
+                ("disable_tcp=yes\n", "disable_tcp=no\n"),
+                ("listen=LISTEN\n", f"listen=LISTEN\nlisten=tcp:127.0.0.1:{own}\n"),
+                ("AGENT_URI)\n", f'"sip:{host}:{port};transport=tcp")\n'),
+            ):
+                assert text.count(line) == 1
+                text = text.replace(line, changed)
+            configuration = tmp_path / "tcp.cfg"
+            configuration.write_text(text, encoding="utf-8")
+            with sipservers.proxy(agent.udp, tmp_path, configuration=configuration) as target:
+                run_scenario.run_worker(scenario.workers[0], target, sipp)
+                harness.wait_until(lambda: len(api.requests) >= 2, "the call is charged")
+    assert [path for path, _ in api.requests] == ["/v1/begin_transaction", "/v1/end_transaction"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/kamailio.md", "conf/kamailio/kamailio.cfg"])
+def test_what_users_are_told_to_write_can_stop_no_call(name: str) -> None:
+    """The lines that the tests above run are in each document: they are copied from there."""
+    text = (harness.ROOT / name).read_text(encoding="utf-8")
+    text = re.sub(r"^ *#(?!!).*\n", "", text, flags=re.M) if name.endswith(".cfg") else text
+    reply_routes = re.findall(r"^onreply_route \{\n    sip_trace\(.*\n(.*)\n\}", text, re.M)
+    assert reply_routes == ["    return 1;"]
+    assert OWN_REQUESTS in text
+    assert re.findall(r'"duplicate_uri", "?([^")]+)', text) in (
+        ["sip:192.0.2.10:9060"],
+        ["AGENT_URI"],
+    )
 
 
 @pytest.mark.parametrize(
