@@ -1976,7 +1976,8 @@ class Attempt:
     hops below; empty while no copy was seen. ``caller`` is the sent-by of the lowest hop;
     ``sender`` and ``receiver`` are address and port between which the nearest copy went. ``closed``
     are the branches that had their final non-2xx, ``rang`` those with a 1xx; ``decided`` says that
-    a final non-2xx was seen. ``time`` is the HEP time of the first copy, ``cancelled`` that of a CANCEL, 0 for none.
+    a final non-2xx was seen. ``time`` is the HEP time of the first copy, ``cancelled`` that of a
+    CANCEL, 0 for none.
     """
 
     __slots__ = tuple(
@@ -3486,7 +3487,8 @@ class CallTable:
     def _enter(self, call: Call, state: str) -> None:
         self._sizes[call.state] -= 1
         self._sizes[state] += 1
-        self._over.get(call.state, {}).pop(call, None)
+        if call.state in self._over:
+            self._over[call.state].pop(call, None)
         call.state = state
         call.entered = self._now
         if state in self._over:
@@ -3522,7 +3524,8 @@ class CallTable:
         if call.state == ORPHAN and call.tenant == "":
             self._tell_orphan(call)
         self._sizes[call.state] -= 1
-        self._over.get(call.state, {}).pop(call, None)
+        if call.state in self._over:
+            self._over[call.state].pop(call, None)
         self._count_sender(call, -1)
         call.slot = -1
         calls = tuple(other for other in self._calls[call.call_id] if other is not call)
