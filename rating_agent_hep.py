@@ -2403,12 +2403,12 @@ def _note_session(dialog: Dialog, reply: SipMessage) -> bool:
 def _note_alive(dialog: Dialog, message: SipMessage, now: float, from_caller: bool) -> bool:
     """A request or a 2xx that only a dialog has; INFO and the like refresh no session."""
     # A 2xx to the caller's request is the callee's word.
-    if from_caller == bool(message.status):
-        dialog.confirmed = max(dialog.confirmed, message.time)
+    new = message.time > dialog.alive
+    if from_caller == bool(message.status) and message.time > dialog.confirmed:
+        dialog.confirmed, new = message.time, True
     if message.cseq_method in ("INVITE", "UPDATE"):
         dialog.refreshed = max(dialog.refreshed, message.time)
         dialog.refreshed_at = max(dialog.refreshed_at, now)
-    new = message.time > dialog.alive
     dialog.alive = max(dialog.alive, message.time)
     return new
 
@@ -2953,12 +2953,12 @@ def pack_call(call: Call, offset: float) -> str:
 
     ``offset`` in seconds is UNIX time less the monotonic clock, which starts anew with the machine.
     """
-    routes: dict[Route, int] = {}
+    routes: dict[str, int] = {}
 
     def identity(known: Identity | None) -> Any:
         if known is None:
             return None
-        return routes.setdefault(known.route, len(routes)), *_identity_values(known)
+        return routes.setdefault(known.route.packed, len(routes)), *_identity_values(known)
 
     def clock(seconds: float) -> float:
         return round(seconds + offset, 3) if seconds else 0.0
@@ -2992,8 +2992,7 @@ def pack_call(call: Call, offset: float) -> str:
             for dialog in call.dialogs
         ],
     ]
-    packed = ",".join(route.packed for route in routes)
-    return f"[{_compact_json(values)},[{packed}]]"
+    return f"[{_compact_json(values)},[{','.join(routes)}]]"
 
 
 def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) -> Call:
@@ -3027,7 +3026,7 @@ def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) ->
         attempt.named = tuple(filter(None, map(unpack_identity, named)))
         attempt.closed, attempt.rang = map(set, closed)
         attempt.copies = {top: (set(uris), set(below)) for top, (uris, below) in copies.items()}
-        parsed = (parse_sip(f"{head}\r\n\r\n".encode("latin-1"), time) for head, time in further)
+        parsed = (parse_sip(f"{head}\n\r\n".encode("latin-1"), time) for head, time in further)
         attempt.further = [message for message in parsed if message is not None]
         call.attempts += (attempt,)
     for plain, clocks, acks, byes in dialogs:
@@ -3105,7 +3104,7 @@ class CallTable:
         self._order: list[int] = []
         self._due: deque[Call] = deque()
         # What makes room first: calls that are over, and the newest ones.
-        self._over: dict[str, deque[Call]] = {ENDED: deque(), FAILED: deque(), ORPHAN: deque()}
+        self._over = {state: OrderedDict[Call, None]() for state in (ENDED, FAILED, ORPHAN)}
         self._newest: deque[Call] = deque(maxlen=EVICTION_LOOK)
         # Charged calls by tenant and transaction tag; legs without INVITE by what ties them.
         self._tags: dict[str, dict[str, Call]] = {}
@@ -3136,7 +3135,9 @@ class CallTable:
             self._handle_invite(sighting)
         else:
             for call in self._owners(sighting):
-                self._note(call, message)
+                # One may have made room for another.
+                if call.slot >= 0:
+                    self._note(call, message)
         return self._take_events()
 
     def expire(self, now: float, closing: bool = False) -> list[RatingEvent]:
@@ -3300,6 +3301,7 @@ class CallTable:
         if message.method == "ACK" and message.cseq == call.cseq:
             return call
         assert attempt is not None
+        self._make_room(message)
         return self._part(call, (attempt,), (dialog,) if dialog else ())
 
     def _part(self, call: Call, attempts: Sequence[Attempt], dialogs: Sequence[Dialog]) -> Call:
@@ -3311,7 +3313,8 @@ class CallTable:
         call.dialogs = tuple(x for x in call.dialogs if x not in dialogs)
         other.row = self.next_serial()
         self._add(other)
-        self._touch(call)
+        if call.slot >= 0:
+            self._touch(call)
         self._touch(other)
         return other
 
@@ -3382,11 +3385,7 @@ class CallTable:
 
     def _create(self, sighting: Sighting, from_tag: str, state: str = ORPHAN) -> Call:
         message = sighting.message
-        if len(self) >= self.settings.max_calls:
-            self._evict(message.time)
-        group = self._calls.get(message.call_id, ())
-        if len(group) >= MAX_CALLS_PER_ID:
-            self._evict_call(min(group, key=self._worth), message.time)
+        self._make_room(message)
         call = Call(message.call_id, from_tag, self._now)
         call.row = self.next_serial()
         call.sender = sighting.sender
@@ -3401,7 +3400,7 @@ class CallTable:
         self._count_sender(call, 1)
         self._newest.append(call)
         if call.state in self._over:
-            self._over[call.state].append(call)
+            self._over[call.state][call] = None
 
     def _index(self, call: Call) -> None:
         known = self._from_tags.get(call.from_tag)
@@ -3499,10 +3498,12 @@ class CallTable:
     def _enter(self, call: Call, state: str) -> None:
         self._sizes[call.state] -= 1
         self._sizes[state] += 1
+        if call.state in self._over:
+            self._over[call.state].pop(call, None)
         call.state = state
         call.entered = self._now
         if state in self._over:
-            self._over[state].append(call)
+            self._over[state][call] = None
 
     def _settle(self, call: Call) -> None:
         """Forget what nothing depends on any more, once no ACK of a fork is waited for."""
@@ -3535,6 +3536,8 @@ class CallTable:
         if call.state == ORPHAN and call.tenant == "":
             self._tell_orphan(call)
         self._sizes[call.state] -= 1
+        if call.state in self._over:
+            self._over[call.state].pop(call, None)
         self._count_sender(call, -1)
         call.slot = -1
         calls = tuple(other for other in self._calls[call.call_id] if other is not call)
@@ -3715,6 +3718,14 @@ class CallTable:
 
     # What makes room
 
+    def _make_room(self, message: SipMessage) -> None:
+        """For one more call of this Call-ID."""
+        if len(self) >= self.settings.max_calls:
+            self._evict(message.time)
+        group = self._calls.get(message.call_id, ())
+        if len(group) >= MAX_CALLS_PER_ID:
+            self._evict_call(min(group, key=self._worth), message.time)
+
     def _evict(self, time: int) -> None:
         """Make room for one call: what is over goes first, an answered call last.
 
@@ -3735,10 +3746,8 @@ class CallTable:
 
     def _over_first(self) -> Iterator[Call]:
         """The call that was over first, of each state that is."""
-        for state, calls in self._over.items():
-            while calls and (calls[0].slot <= 0 or calls[0].state != state):
-                calls.popleft()
-            yield from islice(calls, 1)
+        for calls in self._over.values():
+            yield from islice((call for call in calls if call.slot > 0), 1)
 
     @staticmethod
     def _worth(call: Call) -> int:
@@ -4456,6 +4465,7 @@ class _TextFormatter(logging.Formatter):
 
 # Metrics whose last part is a label at Prometheus; conf/statsd/mapping.yaml says the same.
 LABELS = {
+    "calls.end": ("calls_end", "reason"),
     "calls.evicted": ("calls_evicted", "state"),
     "calls.expired": ("calls_expired", "state"),
     "calls.state": ("calls", "state"),

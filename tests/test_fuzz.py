@@ -76,7 +76,7 @@ BREAKS: dict[str, tuple[str, Any]] = {
     "hep": ("_text", lambda value: value.decode("ascii") if value else ""),
     "splitter": ("MAX_HEP_FRAME", 2_000),
     "sip": ("_head_end", lambda payload, start: len(payload)),
-    "table": ("_unpack_message", lambda values: 1 / 0),
+    "table": ("_note_bye", lambda call, bye, now: 1 / 0),
     "agent": ("printable_id", lambda text: text.encode("ascii").decode()),
 }
 

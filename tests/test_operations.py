@@ -91,7 +91,7 @@ def events_of_the_code() -> set[str]:
                 for key, value in zip(node.keys, node.values, strict=True):
                     if isinstance(key, ast.Constant) and key.value == "event":
                         found |= texts(value, names)
-    kinds = first_texts("Notice") | {"begin", "end"}
+    kinds = first_texts("_notice") | {"begin", "end"}
     found |= {f"call_{kind}" for kind in kinds}
     found |= {f"dropped_{kind}" for kind in first_texts("_refuse")}
     # These stand for what was just found.
