@@ -2178,6 +2178,10 @@ class Call:
 
     def concerns(self, message: SipMessage) -> bool:
         """Whether a message has the caller's tag; tags swap with the direction (12.2)."""
+        begins = message.cseq_method in ("INVITE", "ACK")
+        if self.ended_at and begins and message.time > self.ended:
+            # Of a later call, whose INVITE is on its way.
+            return False
         if message.from_tag == self.from_tag:
             return True
         if self.state == ORPHAN:
@@ -2300,8 +2304,8 @@ def note_invite(
     if identity is not None and sender[0] == attempt.sender[0]:
         source = party_text("from", message)
         if source != identity.source and all(x.source != source for x in attempt.named):
-            other = Identity(sighting, route, hops, settings)
-            attempt.named = (*attempt.named[1 - MAX_NAMED :], other)
+            named = Identity(sighting, route, hops, settings)
+            attempt.named = (*attempt.named[1 - MAX_NAMED :], named)
             return True
     if identity is None or hops < identity.hops:
         attempt.named = ()
@@ -3228,7 +3232,7 @@ class CallTable:
         message = sighting.message
         group = self._calls.get(message.call_id, ())
         owners: Sequence[Call] = group
-        if len(group) != 1 or group[0].from_tag != message.from_tag:
+        if len(group) != 1 or group[0].from_tag != message.from_tag or group[0].ended_at:
             owners = [call for call in group if call.concerns(message)]
         if not owners:
             if message.cseq_method not in _CALL_METHODS:
@@ -3390,6 +3394,7 @@ class CallTable:
         call.row = self.next_serial()
         call.sender = sighting.sender
         call.state = state
+        group = self._calls.get(message.call_id, ())
         call.replied = any(x.replied and x.from_tag == from_tag for x in group)
         self._add(call)
         return call
