@@ -2299,7 +2299,7 @@ def note_invite(
         call.attempts += (attempt,)
     new = attempt.note_copy(message)
     if not attempt.time or message.time < attempt.time:
-        attempt.time = message.time
+        attempt.time, new = message.time, True
     identity = attempt.identity
     if identity is not None and sender[0] == attempt.sender[0]:
         source = party_text("from", message)
@@ -2387,6 +2387,7 @@ def _note_answer(dialog: Dialog, answer: SipMessage, now: float) -> bool:
         dialog.acked = min((ack.time for ack in dialog.acks), default=dialog.acked)
     if not dialog.refreshed:
         dialog.refreshed, dialog.refreshed_at = answer.time, now
+    new |= answer.time < dialog.answered
     dialog.answered = min(dialog.answered, answer.time)
     dialog.repeated = max(dialog.repeated, answer.time)
     new |= _note_session(dialog, answer)
@@ -2464,6 +2465,7 @@ def _note_ack(call: Call, ack: SipMessage, now: float) -> int:
                 kept = list(dialog.acks)
                 kept[index] = known._replace(time=ack.time)
                 dialog.acks = tuple(kept)
+                return KEPT
             return NOTHING
     if len(dialog.acks) >= MAX_REQUESTS:
         return NOTHING
@@ -3208,11 +3210,12 @@ class CallTable:
             call = unpack_call(row, text, offset, routes)
             call.sender = senders.setdefault(call.sender, call.sender)
             # The clock may have been set back.
-            call.heard, call.entered = min(call.heard, now), min(call.entered, now)
+            for clock in ("heard", "entered", "begun_at", "ended_at"):
+                setattr(call, clock, min(getattr(call, clock), now))
             if call.state == TRYING:
                 call.heard = now
             for dialog in call.dialogs:
-                dialog.refreshed_at = now
+                dialog.refreshed_at = now if dialog.session else dialog.refreshed_at
             self._add(call)
             if call.begun_at and not call.ended_at:
                 self._index(call)
@@ -3651,7 +3654,7 @@ class CallTable:
         assert identity is not None
         ours = (call.cseq, call.branch)
         ringing = [x for x in call.attempts if x.copies and x.rang and (x.cseq, x.branch) != ours]
-        if ringing and end.reason != "evicted":
+        if ringing and len(self) < self.settings.max_calls:
             self._review(self._part(call, ringing, ()))
         call.attempts = ()
         if end.reason != "bye_unanswered":
