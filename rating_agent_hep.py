@@ -448,12 +448,9 @@ def compile_regexp(text: str) -> Any:
 
 def unpack_route(text: str) -> Route:
     """A route from the JSON text that `Route.packed` made of it."""
-    kept = json.loads(text)
-    # The first version kept the values by name.
-    if isinstance(kept, list):
-        kept = dict(zip([item.name for item in fields(Route)], kept, strict=True))
+    kept = zip([item.name for item in fields(Route)], json.loads(text), strict=True)
     values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in kept.items()
+        name: tuple(value) if isinstance(value, list) else value for name, value in kept
     }
     pattern = values["account_match"]
     return Route(**{**values, "account_match": compile_regexp(pattern) if pattern else None})
@@ -1975,9 +1972,9 @@ class Attempt:
     ``copies`` maps the top branch of each INVITE copy to its Request-URIs and the branches of the
     hops below; empty while no copy was seen. ``caller`` is the sent-by of the lowest hop;
     ``sender`` and ``receiver`` are address and port between which the nearest copy went. ``closed``
-    are the branches that had their final non-2xx, ``rang`` those with a 1xx; ``decided`` says that
+    are the branches that had their final non-2xx, ``rang`` those with a 1xx, ``decided`` says that
     a final non-2xx was seen. ``time`` is the HEP time of the first copy, ``cancelled`` that of a
-    CANCEL, 0 for none.
+    CANCEL, 0 for none. ``named`` are the identities of copies with another From.
     """
 
     __slots__ = tuple(
@@ -2071,9 +2068,9 @@ class Bye:
         Each hop sends it another way, but within T1; who tries again gains no more than that.
         """
         first, *others = sorted(self.seen.values())
-        for time in others:
-            if time - first > SAME_SENDING:
-                first = time
+        for other in others:
+            if other - first > SAME_SENDING:
+                first = other
         return first
 
 
@@ -2181,6 +2178,10 @@ class Call:
 
     def concerns(self, message: SipMessage) -> bool:
         """Whether a message has the caller's tag; tags swap with the direction (12.2)."""
+        begins = message.cseq_method in ("INVITE", "ACK")
+        if self.ended_at and begins and message.time > self.ended:
+            # Of a later call, whose INVITE is on its way.
+            return False
         if message.from_tag == self.from_tag:
             return True
         if self.state == ORPHAN:
@@ -2208,7 +2209,7 @@ class Call:
         if dialog is None:
             dialog = Dialog(to_tag)
             if len(self.dialogs) >= MAX_DIALOGS:
-                spare = next((x for x in self.dialogs if not x.answered), self.dialogs[0])
+                spare = min(self.dialogs, key=lambda x: (bool(x.answered), bool(x.acks)))
                 self.dialogs = tuple(x for x in self.dialogs if x is not spare)
             self.dialogs += (dialog,)
         return dialog
@@ -2303,8 +2304,8 @@ def note_invite(
     if identity is not None and sender[0] == attempt.sender[0]:
         source = party_text("from", message)
         if source != identity.source and all(x.source != source for x in attempt.named):
-            other = Identity(sighting, route, hops, settings)
-            attempt.named = (*attempt.named, other)[-MAX_NAMED:]
+            named = Identity(sighting, route, hops, settings)
+            attempt.named = (*attempt.named[1 - MAX_NAMED :], named)
             return True
     if identity is None or hops < identity.hops:
         attempt.named = ()
@@ -2331,8 +2332,9 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
             return _note_refusal(call, reply)
         dialog = call.dialog(to_tag)
         # Anybody may send a re-INVITE with the CSeq of the INVITE, also before its answer.
+        known = call.attempts or call.begun
         reinvite = 0 < dialog.reinvited <= reply.cseq and not call.is_initial(reply.branch)
-        if not reinvite and (not dialog.answered or reply.cseq <= dialog.cseq):
+        if not (reinvite and known) and (not dialog.answered or reply.cseq <= dialog.cseq):
             attempt = call.attempt_of(reply.cseq, reply.branch)
             if attempt is not None and attempt.named:
                 attempt.choose(party_text("from", reply))
@@ -2345,7 +2347,7 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
 
 
 def _note_ringing(call: Call, reply: SipMessage) -> bool:
-    if reply.cseq_method != "INVITE" or call.begun:
+    if reply.cseq_method != "INVITE":
         return False
     attempt = call.attempt_of(reply.cseq, reply.branch)
     branch = reply.vias[0].branch
@@ -2425,7 +2427,8 @@ def _note_request(call: Call, request: SipMessage, now: float) -> bool:
             bye.late = bye.late or request.time < bye.time
     if request.method == "INVITE" and from_caller:
         dialog.reinvited = min(dialog.reinvited or request.cseq, request.cseq)
-        if dialog.cseq >= dialog.reinvited and not call.is_initial(dialog.branch):
+        known = call.attempts or call.begun
+        if known and dialog.cseq >= dialog.reinvited and not call.is_initial(dialog.branch):
             # What was taken for the answer was the 2xx to this.
             dialog.answered = dialog.repeated = dialog.cseq = 0
     if request.method in ("INVITE", "UPDATE", "INFO"):
@@ -2533,7 +2536,7 @@ def _find_bye(dialog: Dialog, message: SipMessage, from_caller: bool) -> Bye:
     for bye in alike:
         if bye.cseq == message.cseq:
             return bye
-    for bye in alike:
+    for bye in sorted(alike, key=lambda bye: bye.status not in _CARRIED_OUT):
         if bool(bye.seen) == bool(message.status):
             return bye
     bye = Bye(message.cseq, branch, from_caller)
@@ -2661,7 +2664,10 @@ def _begin_of_answer(
         time, reason = dialog.acked, "ack"
     attempt = call.attempt_of(dialog.cseq, dialog.branch)
     if attempt is not None and attempt.copies:
-        return Begin(time, reason, attempt, dialog), -inf
+        # Of an attempt that was refused, an answer of another branch may be to one on its way.
+        certain = not attempt.decided or attempt.branch == dialog.branch
+        at = -inf if certain else dialog.arrived + settings.reorder_window
+        return Begin(time, reason, attempt, dialog), at
     older = [attempt for attempt in attempts if attempt.cseq <= dialog.cseq]
     if not older:
         return None, inf
@@ -2675,7 +2681,9 @@ def _begin_of_acks(
     """Rule 7: an ACK of a dialog whose 2xx was not seen."""
     for ack in sorted(dialog.acks, key=attrgetter("time")):
         attempt, says = _read_ack(call, ack, attempts)
-        if attempt is None or says == "refusal" or _is_void(call, dialog, ack.time):
+        if attempt is None or attempt.identity is None or says == "refusal":
+            continue
+        if _is_void(call, dialog, ack.time):
             continue
         begin = Begin(ack.time, "ack", attempt, dialog)
         if call.replied or says == "doubtful":
@@ -2683,7 +2691,7 @@ def _begin_of_acks(
             carried = bool(attempt.rang) or not call.replied
             if carried and not attempt.decided and _is_followed(call, dialog, ack):
                 return begin, -inf
-        elif says == "answer":
+        elif says == "answer" and ack.time >= attempt.time:
             return begin, -inf
         else:
             return begin, ack.arrived + settings.reorder_window
@@ -2707,9 +2715,10 @@ def _read_ack(call: Call, ack: Ack, attempts: list[Attempt]) -> tuple[Attempt | 
             if ack.uri in copy[0]:
                 return attempt, "refusal"
             return attempt, "doubtful" if 0 < attempt.cancelled < ack.time else "answer"
-    found = call.attempt_of(ack.cseq, ack.lowest)
-    # Nobody is known to be charged for one of which no INVITE was seen.
-    attempt = found if found in same else same[-1]
+    attempt = call.attempt_of(ack.cseq, ack.lowest) or same[-1]
+    if not attempt.copies:
+        # Of an INVITE that was lost, or is on its way.
+        return None, ""
     copies = attempt.copies.items()
     # The copy that a proxy sent to the callee's Contact has the URI of an ACK to a 2xx.
     own = [uris for uris, below in attempt.copies.values() if not below]
@@ -3223,7 +3232,7 @@ class CallTable:
         message = sighting.message
         group = self._calls.get(message.call_id, ())
         owners: Sequence[Call] = group
-        if len(group) != 1 or group[0].from_tag != message.from_tag:
+        if len(group) != 1 or group[0].from_tag != message.from_tag or group[0].ended_at:
             owners = [call for call in group if call.concerns(message)]
         if not owners:
             if message.cseq_method not in _CALL_METHODS:
@@ -3297,16 +3306,20 @@ class CallTable:
             return call
         assert attempt is not None
         self._make_room(message)
+        return self._part(call, (attempt,), (dialog,) if dialog else ())
+
+    def _part(self, call: Call, attempts: Sequence[Attempt], dialogs: Sequence[Dialog]) -> Call:
+        """A call of its own from attempts and dialogs of another one with the same tags."""
         other = Call(call.call_id, call.from_tag, self._now)
         other.capture_id, other.sender, other.tenant = call.capture_id, call.sender, call.tenant
-        other.attempts, other.replied = (attempt,), call.replied
-        other.dialogs = (dialog,) if dialog else ()
-        call.attempts = tuple(x for x in call.attempts if x is not attempt)
-        call.dialogs = tuple(x for x in call.dialogs if x is not dialog)
+        other.attempts, other.dialogs, other.replied = (*attempts,), (*dialogs,), call.replied
+        call.attempts = tuple(x for x in call.attempts if x not in attempts)
+        call.dialogs = tuple(x for x in call.dialogs if x not in dialogs)
         other.row = self.next_serial()
         self._add(other)
         if call.slot >= 0:
             self._touch(call)
+        self._touch(other)
         return other
 
     def _handle_invite(self, sighting: Sighting) -> None:
@@ -3345,10 +3358,11 @@ class CallTable:
                 continue
             if call.ended_at and message.time > call.ended:
                 continue
-            if call.begun_at and message.time > call.begun + LINGER * 1_000_000:
+            answered = (call.cseq, call.branch) == (message.cseq, branch)
+            if answered and call.begun and message.time > call.begun + LINGER * 1_000_000:
                 continue
             known = any(x.cseq == message.cseq and x.branch == branch for x in call.attempts)
-            if known or call.ended_at or (call.cseq, call.branch) == (message.cseq, branch):
+            if known or call.ended_at or answered:
                 return call
             if len(call.attempts) >= MAX_ATTEMPTS:
                 acks = list(call.acks)
@@ -3380,6 +3394,8 @@ class CallTable:
         call.row = self.next_serial()
         call.sender = sighting.sender
         call.state = state
+        group = self._calls.get(message.call_id, ())
+        call.replied = any(x.replied and x.from_tag == from_tag for x in group)
         self._add(call)
         return call
 
@@ -3508,12 +3524,13 @@ class CallTable:
                 dialog.answered = dialog.acked = min(ack.time for ack in dialog.acks)
             dialog.acks = ()
         acks = list(call.acks)
-        rung_out = self._now >= call.begun_at + self.settings.invite_timeout
+        rung = self._now - call.begun_at - self.settings.invite_timeout
+        rung_out = call.begun + rung * 1_000_000
         call.attempts = tuple(
             attempt
             for attempt in call.attempts
             if (attempt.cseq, attempt.branch) != (call.cseq, call.branch)
-            and not rung_out
+            and attempt.time > rung_out
             and not attempt.refused(acks)
         )
 
@@ -3632,6 +3649,10 @@ class CallTable:
             self._from_tags[call.from_tag] = known - 1
         identity = call.identity
         assert identity is not None
+        ours = (call.cseq, call.branch)
+        ringing = [x for x in call.attempts if x.copies and x.rang and (x.cseq, x.branch) != ours]
+        if ringing and end.reason != "evicted":
+            self._review(self._part(call, ringing, ()))
         call.attempts = ()
         if end.reason != "bye_unanswered":
             call.dialogs = ()
@@ -4568,12 +4589,12 @@ NOT_OK = "ok: false"
 # Octets "HEPJ" as the application_id of a file, so that no other program's is touched.
 _JOURNAL_ID = 0x4845504A
 JOURNAL_FILE = "journal.sqlite"
-# Statements that bring a file from the version that is their index to the next. A row of ``calls``
-# stays until its call has left the table and both events were answered. ``call`` is the text of
+# What a file holds, and the version that says so: facts of calls since 2. A row of ``calls`` stays
+# until its call has left the table and both events were answered. ``call`` is the text of
 # `pack_call`, empty once it left; a serial is greater than 0 while its event waits; attempts and
 # answer are of the event that goes next; party is whom alone the begin was taken with.
-MIGRATIONS = (
-    """
+JOURNAL_VERSION = 2
+_SCHEMA = """
     CREATE TABLE calls (
         id INTEGER PRIMARY KEY, api TEXT, call TEXT, begin_event TEXT, begin_serial INTEGER,
         end_event TEXT, end_serial INTEGER, attempts INTEGER, answer TEXT, given_up INTEGER,
@@ -4585,8 +4606,7 @@ MIGRATIONS = (
         serial INTEGER PRIMARY KEY, id INTEGER, api TEXT, event TEXT, attempts INTEGER,
         answer TEXT, retry INTEGER NOT NULL DEFAULT 0
     );
-    """,
-)
+"""
 _COLUMNS = "api call begin_event begin_serial end_event end_serial".split()
 _COLUMNS += "attempts answer given_up party".split()
 _PLACES = {name: place for place, name in enumerate(_COLUMNS)}
@@ -4698,11 +4718,12 @@ def inspect_journal(folder: str) -> str:
     if head[:16] != b"SQLite format 3\0" or head[68:72] != _JOURNAL_ID.to_bytes(4, "big"):
         raise refuse(path, "a file of another program, left untouched", "a folder of its own")
     version = int.from_bytes(head[60:64], "big")
-    if not 1 <= version <= len(MIGRATIONS):
+    if version != JOURNAL_VERSION:
+        written = "an earlier tree" if version < JOURNAL_VERSION else "a newer agent"
         raise refuse(
             path,
-            f"version {version}, written by a newer agent, left untouched",
-            f"versions up to {len(MIGRATIONS)}",
+            f"version {version}, written by {written}, left untouched",
+            f"version {JOURNAL_VERSION}, or an empty folder",
         )
     try:
         # A reader never checkpoints, so the file itself stays as it is.
@@ -4824,8 +4845,7 @@ class Journal:
             with suppress(FileNotFoundError):
                 os.unlink(path + ".new")
             with closing(_connect(path + ".new", "rwc")) as db:
-                db.execute(f"PRAGMA application_id = {_JOURNAL_ID}")
-                self._migrate(db)
+                self._create(db)
             os.chmod(path + ".new", 0o600)
             os.rename(path + ".new", path)
             # The name, too, must outlive a power cut.
@@ -4842,14 +4862,13 @@ class Journal:
         if frames > whole or rest:
             torn = max(frames - whole, 0)
             self.found = f"{torn} pages and {rest} octets behind the last whole commit"
-        self._migrate(db)
         return db
 
     @staticmethod
-    def _migrate(db: sqlite3.Connection) -> None:
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            db.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
+    def _create(db: sqlite3.Connection) -> None:
+        db.execute(f"PRAGMA application_id = {_JOURNAL_ID}")
+        db.execute(f"PRAGMA user_version = {JOURNAL_VERSION}")
+        db.executescript(_SCHEMA)
 
     # What a start takes back
 

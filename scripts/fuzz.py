@@ -550,7 +550,7 @@ def run_table(
             ledger.note(event)
     check_sizes(table, settings)
     require(len(table) == 0, "calls are left")
-    kept = (table._calls, table._slots, table._order, table._due, table._legs)
+    kept: tuple[Any, ...] = (table._calls, table._slots, table._order, table._due, table._legs)
     kept += (table._from_tags, table._unanswered, table._answered)
     kept += (*table._over.values(), *table._tags.values())
     require(not any(kept), "something is left behind")

@@ -1823,11 +1823,11 @@ def _derived() -> Iterator[Case]:
             "vias": (("z9hG4bKzzxdiwo34sw", "host129.example.com"),),
         },
     )
-    for number in (b"", b"-1", b"0x10", b"1.5", b"word", b"\xb2", b"1_0"):
+    for odd in (b"", b"-1", b"0x10", b"1.5", b"word", b"\xb2", b"1_0"):
         yield Case(
-            f"cseq-{number.decode('latin-1') or 'empty'}",
+            f"cseq-{odd.decode('latin-1') or 'empty'}",
             "RFC 3261 20.16",
-            edit(_RAW["invut"], (b"235448 ", number + b" ")),
+            edit(_RAW["invut"], (b"235448 ", odd + b" ")),
             ERROR,
         )
 
