@@ -280,8 +280,8 @@ def what_must_come(
         if "invite" not in arrived:
             # To a CSeq that was not seen: certain after the reorder window (rule 6).
             begun_at += REORDER_WINDOW
-    elif {"invite", "ack", "bye reply"} <= arrived.keys():
-        # The callee's own word follows the ACK (rule 7).
+    elif {"invite", "180", "ack", "bye reply"} <= arrived.keys():
+        # It rang, and the callee's own word follows the ACK (rule 7).
         begin, begun_at = sent["ack"], max(acked, arrived["bye reply"])
     else:
         return {}

@@ -23,6 +23,8 @@ SENT = {"invite": 0, "180": 1, "200": 2, "ack": 3, "bye": 9, "bye reply": 10}
         (("180",), {}, {"begin": 2, "end": 9}),
         (("200",), {}, {"begin": 3, "end": 9}),
         (("200", "180"), {}, {"begin": 3, "end": 9}),
+        # A reply to the INVITE came, but none that says that it rang.
+        (("200", "180"), {"407": 0.5}, {}),
         (("ack",), {}, {"begin": 2, "end": 9}),
         (("bye",), {}, {"begin": 2, "end": 10}),
         (("bye reply",), {}, {"begin": 2, "end": 9}),
@@ -44,6 +46,7 @@ SENT = {"invite": 0, "180": 1, "200": 2, "ack": 3, "bye": 9, "bye reply": 10}
 )
 def test_what_must_come(lost: Any, late: dict[str, float], times: dict[str, int]) -> None:
     sent = {what: at for what, at in SENT.items() if what not in lost}
+    sent |= {"407": 0} if "407" in late else {}
     arrived = {what: late.get(what, float(at)) for what, at in sent.items()}
     assert soak.what_must_come(arrived, sent, 60.0) == times
 
