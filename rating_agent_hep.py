@@ -2258,7 +2258,10 @@ def note(call: Call, message: SipMessage, now: float) -> int:
         call.replied = True
         # Rule 10: a provisional reply renews the ringing time-out, which is not judged at once.
         if message.status < 200:
-            return KEPT if _note_ringing(call, message) else first
+            if not _note_ringing(call, message):
+                return first
+            # An ACK that came before may be waiting for it.
+            return TELLING if call.dialogs else KEPT
         if method == "BYE":
             return _note_bye_reply(call, message, now) or first
         return TELLING if _note_reply(call, message, now) else first
@@ -2351,6 +2354,8 @@ def _note_ringing(call: Call, reply: SipMessage) -> bool:
         return False
     attempt = call.attempt_of(reply.cseq, reply.branch)
     branch = reply.vias[0].branch
+    if attempt is None and not call.begun:
+        attempt = _new_attempt(call, reply)
     if attempt is None or branch in attempt.rang or len(attempt.rang) >= MAX_INVITE_COPIES:
         return False
     attempt.rang.add(branch)

@@ -9,8 +9,9 @@ is no HEP or no SIP. The rating API, a process too, fails one request in fifty: 
 `ok: false`, a connection closed before or after the work, an answer that never comes.
 
 Which messages were lost is known, so for each call it is known what must be begun and ended, and
-with which time stamp: a call whose 200 was lost begins with its ACK, one whose BYE was lost ends at
-its deadline, one whose INVITE was lost, or that was refused, is not charged. Exit status: 0 where
+with which time stamp: a call whose 200 was lost begins with its ACK if the callee's word follows,
+one whose BYE was lost ends with the reply to it, or at its deadline, one whose INVITE was lost, or
+that was refused, is not charged. Exit status: 0 where
 the ledger is exact, memory flat and the log calm; 1 where not.
 """
 
@@ -52,6 +53,7 @@ from fuzz import Mutator
 LOSS, DOUBLED, LATE = 0.05, 0.05, 0.1
 # Seconds by which a late message is late at most; well below the agent's reorder window of 2 s.
 LATEST = 0.3
+REORDER_WINDOW = agent.Settings.reorder_window
 FAULT_EACH = 50  # requests, on average
 FAULTS = ("status 500", "ok: false", "closed before", "closed after", "no answer")
 API_TIMEOUT = 2.0  # seconds
@@ -230,6 +232,12 @@ def call_messages(draw: random.Random, kind: str, name: str) -> Iterator[tuple[s
     def reply(status: int) -> bytes:
         return hepbuild.sip_reply(status, **same, to_tag="s", cseq=cseq, vias=vias)
 
+    def bye_reply() -> bytes:
+        hops = [("127.0.0.20:5070", f"z9hG4bK-{name}-bye")]
+        return hepbuild.sip_reply(
+            200, **same, to_tag="s", cseq=cseq + 1, cseq_method="BYE", vias=hops
+        )
+
     at = 0.0
     if kind == "challenged":
         yield "first invite", at, request("INVITE", aor, to=None)
@@ -247,7 +255,9 @@ def call_messages(draw: random.Random, kind: str, name: str) -> Iterator[tuple[s
         return
     yield "200", at, reply(200)
     yield "ack", at + 0.05, request("ACK", contact, "ack")
-    yield "bye", at + draw.uniform(1, 8), request("BYE", contact, "bye", number=cseq + 1)
+    at += draw.uniform(1, 8)
+    yield "bye", at, request("BYE", contact, "bye", number=cseq + 1)
+    yield "bye reply", at + 0.05, bye_reply()
 
 
 def what_must_come(
@@ -258,15 +268,31 @@ def what_must_come(
     ``arrived`` and ``sent`` tell of the messages that were not lost when they reached the agent,
     and their time stamps.
     """
-    if "invite" not in arrived or not ("200" in arrived or "ack" in arrived):
+    known = [arrived[each] for each in ("invite", "first invite") if each in arrived]
+    replies = [arrived[each] for each in ("407", "180", "200", "bye reply") if each in arrived]
+    asked = arrived.get("invite", 0.0)
+    acked = max(asked, arrived.get("ack", 0.0))
+    if "invite" in arrived and "ack" in arrived and not any(at < acked for at in replies):
+        # It looks like a mirror of requests only (rule 7).
+        begin, begun_at = sent["ack"], acked
+    elif "200" in arrived and known:
+        begin, begun_at = sent["200"], max(asked, arrived["200"])
+        if "invite" not in arrived:
+            # To a CSeq that was not seen: certain after the reorder window (rule 6).
+            begun_at += REORDER_WINDOW
+    elif {"invite", "180", "ack", "bye reply"} <= arrived.keys():
+        # It rang, and the callee's own word follows the ACK (rule 7).
+        begin, begun_at = sent["ack"], max(acked, arrived["bye reply"])
+    else:
         return {}
-    # Where the ACK is seen before any reply the mirror looks like one of requests only (rule 2).
-    judged = max(arrived["invite"], arrived.get("ack", 0.0))
-    replied = any(arrived.get(reply, judged + 1) < judged for reply in ("180", "200"))
-    by_ack = "ack" in arrived and ("200" not in arrived or not replied)
-    begin = sent["ack" if by_ack else "200"]
-    deadline = begin + round(max_call_duration * 1_000_000)
-    return {"begin": begin, "end": sent.get("bye", deadline)}
+    end = begin + round(max_call_duration * 1_000_000)
+    if "bye" in arrived:
+        doubtful = replies and "bye reply" not in arrived
+        if not doubtful or arrived["bye"] + agent.LINGER < begun_at + max_call_duration:
+            end = sent["bye"]
+    elif "bye reply" in arrived:
+        end = sent["bye reply"]
+    return {"begin": begin, "end": end}
 
 
 # The run

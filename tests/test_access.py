@@ -19,7 +19,7 @@ import gevent
 import gevent.server
 import pytest
 from test_agent import LOCAL, call, frames, kinds, whole
-from test_calls import ack, bye, invite, reply
+from test_calls import ack, bye, bye_reply, invite, reply
 from test_delivery import event
 
 import harness
@@ -64,7 +64,7 @@ def closed(sock: socket.socket) -> bool:
 
 
 def with_key(number: int, key: bytes | str | None) -> list[bytes]:
-    return frames(invite(), reply(200), ack(), bye(), number=number, auth_key=key)
+    return frames(invite(), reply(200), ack(), bye(), bye_reply(), number=number, auth_key=key)
 
 
 # hep_allow
@@ -130,7 +130,7 @@ def test_only_packets_with_a_key_are_taken(api: harness.RatingServer, tmp_path: 
     options = ("--rating-api-url", api.url, LOCAL, f"--hep-auth-key-file={keys}")
     old = [
         hepbuild.hep1(payload, src=hepbuild.SRC, dst=hepbuild.DST)
-        for payload in (invite(), reply(200), bye())
+        for payload in (invite(), reply(200), bye(), bye_reply())
     ]
     with harness.AgentProcess(*options) as process:
         refused = [*with_key(1, None), *with_key(2, "wrong"), *with_key(3, ""), *old]

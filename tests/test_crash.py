@@ -25,7 +25,7 @@ import gevent
 import gevent.pool
 import gevent.server
 import pytest
-from test_calls import ack, bye, invite, negative_ack, numbered, reply
+from test_calls import ack, bye, bye_reply, invite, negative_ack, numbered, reply
 from test_delivery import Request, Server, answer
 from test_journal import fill
 
@@ -183,7 +183,8 @@ class Traffic:
             steps += [(answered, reply(486)), (answered + 0.01, negative_ack())]
         else:
             self.ended[tag] = (self._base + answered, self._base + end)
-            steps += [(answered, reply(200)), (answered + 0.01, ack()), (end, bye())]
+            steps += [(answered, reply(200)), (answered + 0.01, ack())]
+            steps += [(end, bye()), (end + 0.01, bye_reply())]
         for when, payload in steps:
             stamp = round((self._base + when) * 1_000_000)
             data = hepbuild.hep3(numbered(payload, number), time_us=stamp)

@@ -13,7 +13,7 @@ import harness
 import rating_agent_hep as agent
 import soak
 
-SENT = {"invite": 0, "180": 1, "200": 2, "ack": 3, "bye": 9}
+SENT = {"invite": 0, "180": 1, "200": 2, "ack": 3, "bye": 9, "bye reply": 10}
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,18 @@ SENT = {"invite": 0, "180": 1, "200": 2, "ack": 3, "bye": 9}
         (("180",), {}, {"begin": 2, "end": 9}),
         (("200",), {}, {"begin": 3, "end": 9}),
         (("200", "180"), {}, {"begin": 3, "end": 9}),
+        # A reply to the INVITE came, but none that says that it rang.
+        (("200", "180"), {"407": 0.5}, {}),
         (("ack",), {}, {"begin": 2, "end": 9}),
-        (("bye",), {}, {"begin": 2, "end": 2 + 60_000_000}),
+        (("bye",), {}, {"begin": 2, "end": 10}),
+        (("bye reply",), {}, {"begin": 2, "end": 9}),
+        (("bye", "bye reply"), {}, {"begin": 2, "end": 2 + 60_000_000}),
+        # Of a BYE that nobody answered the deadline is sooner than 32 s.
+        (("bye reply",), {"bye": 35.0}, {"begin": 2, "end": 2 + 60_000_000}),
+        # Replies are mirrored, so an ACK needs the callee's word.
+        (("200", "bye reply"), {}, {}),
+        # Without any reply it looks like a mirror of requests only.
+        (("180", "200", "bye reply"), {}, {"begin": 3, "end": 9}),
         (("200", "ack"), {}, {}),
         (("invite",), {}, {}),
         # An ACK that overtakes all replies looks like that of a mirror without replies.
@@ -36,6 +46,7 @@ SENT = {"invite": 0, "180": 1, "200": 2, "ack": 3, "bye": 9}
 )
 def test_what_must_come(lost: Any, late: dict[str, float], times: dict[str, int]) -> None:
     sent = {what: at for what, at in SENT.items() if what not in lost}
+    sent |= {"407": 0} if "407" in late else {}
     arrived = {what: late.get(what, float(at)) for what, at in sent.items()}
     assert soak.what_must_come(arrived, sent, 60.0) == times
 
@@ -58,7 +69,7 @@ def test_the_rules_are_those_of_the_agent(kind: str) -> None:
             message = agent.parse_sip(packet.payload, packet.time)
             assert message is not None
             events += table.handle(agent.Sighting(packet, message), now)
-        for now in (15.0, 30.0, 90.0, 180.0):
+        for now in (15.0, 30.0, 45.0, 90.0, 180.0):
             events += table.expire(now)
         got = {event.kind: agent.rfc3339(event.time) for event in events}
         assert len(got) == len(events)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from test_agent import LOCAL, call
-from test_calls import ack, bye, invite, numbered, reply
+from test_calls import ack, bye, bye_reply, invite, numbered, reply
 
 import browser
 import harness
@@ -67,10 +67,11 @@ def running(api: harness.RatingServer) -> Any:
 
 def test_status_of_a_busy_agent(api: harness.RatingServer, running: harness.AgentProcess) -> None:
     assert running.status.startswith("http://127.0.0.1:"), "loopback where only a port is given"
-    harness.send_udp(running.udp, [*live(invite(), reply(200), ack(), bye(), number=1), b"junk"])
+    whole = live(invite(), reply(200), ack(), bye(), bye_reply(), number=1)
+    harness.send_udp(running.udp, [*whole, b"junk"])
     harness.send_tcp(running.tcp, live(invite(), reply(200), number=2))
     harness.send_udp(running.udp, live(invite(), number=3))
-    harness.wait_until(lambda: status(running)["counters"].get("calls.begun") == 2, "two calls")
+    harness.wait_until(lambda: status(running)["counters"].get("calls.end.bye") == 1, "the end")
     found = status(running)
     assert found["version"] == agent.__version__ and 0 < found["uptime"] < harness.DEADLINE
     assert abs(found["time"] - time.time()) < 5 and abs(found["heard"] - time.time()) < 10
@@ -79,9 +80,9 @@ def test_status_of_a_busy_agent(api: harness.RatingServer, running: harness.Agen
         "tcp": "{}:{}".format(*running.tcp),
         "status": running.status.removeprefix("http://"),
     }
-    assert found["calls"] == {"trying": 1, "failed": 0, "answered": 1, "ended": 1}
+    assert found["calls"] == {"orphan": 0, "trying": 1, "failed": 0, "answered": 1, "ended": 1}
     (sender,) = found["senders"]
-    assert (sender["address"], sender["packets"], found["known_senders"]) == ("127.0.0.1", 8, 1)
+    assert (sender["address"], sender["packets"], found["known_senders"]) == ("127.0.0.1", 9, 1)
     assert sender["dropped"] == {"hep_magic": 1} and "6a756e6b" in sender["last_fault"]
     assert abs(sender["last_seen"] - time.time()) < 10 and abs(sender["clock_skew_ms"]) < 5000
     (row,) = found["apis"]
@@ -89,7 +90,8 @@ def test_status_of_a_busy_agent(api: harness.RatingServer, running: harness.Agen
     (error,) = found["last_errors"]
     assert (error["event"], error["count"]) == ("malformed_hep_magic", 1)
     assert found["journal"] is None and found["healthy"] and found["faults"] == []
-    assert found["counters"]["packets.received.udp"] == 6
+    assert found["counters"]["packets.received.udp"] == 7
+    assert found["counters"]["calls.begun"] == 2
 
 
 def test_calls_filtered_and_in_pages(running: harness.AgentProcess) -> None:
@@ -139,7 +141,8 @@ def test_metrics_by_the_parser_of_prometheus(running: harness.AgentProcess) -> N
     name = "rating_agent_hep_"
     harness.wait_until(lambda: samples().get((f"{name}calls_ended_total", ())) == 1, "the end")
     found = samples()
-    assert found[f"{name}packets_received_total", (("transport", "udp"),)] == 6
+    assert found[f"{name}packets_received_total", (("transport", "udp"),)] == 7
+    assert found[f"{name}calls_end_total", (("reason", "bye"),)] == 1
     assert found[f"{name}packets_malformed_total", (("reason", "hep_magic"),)] == 1
     assert found[f"{name}packets_dropped_total", (("reason", "not_sip"),)] == 1
     assert found[f"{name}calls", (("state", "ended"),)] == 1
@@ -249,8 +252,8 @@ def test_calls_that_change_while_they_are_looked_through(monkeypatch: pytest.Mon
     rows = [call.row for call in next(looking)]
     assert rows == list(range(30, 20, -1))
     # The oldest go, and others come.
-    for old in list(table._states[agent.TRYING])[:15]:
-        table._expire_call(old, "deadline")
+    for number in range(1, 16):
+        table._leave(*table._calls[f"call-{number}@host"])
     take(invite(), 31)
     rows += [call.row for part in looking for call in part]
     assert rows == list(range(30, 15, -1))
@@ -342,7 +345,7 @@ def test_half_a_million_calls_do_not_hold_the_loop() -> None:
     for row in range(1, 500_001):
         one = agent.Call.__new__(agent.Call)
         one.call_id, one.row, one.state, one.entered = f"call-{row}@host", row, agent.TRYING, 0.0
-        one.route = whole.table.rules[-1].route
+        one.identity, one.attempts = None, ()
         whole.table._calls[one.call_id] = (one,)
     pauses = []
 
