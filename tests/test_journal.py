@@ -688,7 +688,7 @@ def test_tcp_is_not_read_while_the_journal_is_far_behind(
         closed.clear()
         sender.get(timeout=harness.DEADLINE)
         harness.wait_until(
-            lambda: on.metrics.totals["packets.received.tcp"] == 20_000, "all is read in the end"
+            lambda: on.metrics.totals["packets.received.tcp"] == 25_000, "all is read in the end"
         )
     tcp.stop()
 
