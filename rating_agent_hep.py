@@ -3747,8 +3747,8 @@ class CallTable:
     # What makes room
 
     def _make_room(self, message: SipMessage) -> None:
-        """For one more call of this Call-ID."""
-        if len(self) >= self.settings.max_calls:
+        """For one more call of this Call-ID; an attempt that outlives its call came without."""
+        for _ in range(min(len(self) - self.settings.max_calls + 1, 2)):
             self._evict(message.time)
         group = self._calls.get(message.call_id, ())
         if len(group) >= MAX_CALLS_PER_ID:
