@@ -24,6 +24,8 @@ FOLDER = harness.captures_folder()
 EXPECTED = harness.expected(FOLDER)
 REPORTS = sum(bool(call[kind]) for entry in EXPECTED.values() for call in entry["calls"]
               for kind in ("begin", "end"))  # fmt: skip
+# Reports that need no more than the reorder window; the others are ends by unanswered BYEs.
+CERTAIN = REPORTS - 82 if FOLDER == harness.ALL else REPORTS * 3 // 4
 # Seconds. T1 of RFC 3261: a retransmission leaves at least that long after its original.
 T1 = 0.5
 
@@ -34,8 +36,9 @@ def judge(send: Callable[[harness.AgentProcess], None], *options: str) -> None:
         more = ("--rating-api-url", api.url, "--sip-local-domains=sip.canyan.io", *options)
         with harness.AgentProcess(*more) as agent:
             send(agent)
-            # What still waits is reported on SIGTERM, so after that the ledger is final.
-            harness.wait_until(lambda: len(api.requests) >= REPORTS, "all calls are reported")
+            # A BYE that nobody answered is believed after 32 s, or on SIGTERM: after that the
+            # ledger is final.
+            harness.wait_until(lambda: len(api.requests) >= CERTAIN, "most calls are reported")
             assert agent.stop(signal.SIGTERM) == 0
             faults = [line for line in agent.lines if "internal_error" in line.get("event", "")]
         assert faults == []
