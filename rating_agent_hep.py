@@ -3155,8 +3155,11 @@ class CallTable:
                 known = [call for call in owners if call.has_invite(message.cseq, branch)]
                 known = known or [x for x in owners if x.attempt_of(message.cseq, branch)]
             owners = known or [call for call in owners if not call.ended_at] or owners
-        if owners[0].begun_at and owners[0].attempts:
-            return [self._split(call, message) for call in owners]
+        if any(call.begun_at and call.attempts for call in owners):
+            return [
+                self._split(call, message) if call.begun_at and call.attempts else call
+                for call in owners
+            ]
         return owners
 
     def _tie_orphan(self, call: Call, sighting: Sighting) -> None:
