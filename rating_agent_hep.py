@@ -2223,8 +2223,8 @@ def note_invite(
     if identity is not None and sender[0] == attempt.sender[0]:
         source = party_text("from", message)
         if source != identity.source and all(x.source != source for x in attempt.named):
-            other = Identity(sighting, route, hops, settings)
-            attempt.named = (*attempt.named[1 - MAX_NAMED :], other)
+            named = Identity(sighting, route, hops, settings)
+            attempt.named = (*attempt.named[1 - MAX_NAMED :], named)
             return True
     if identity is None or hops < identity.hops:
         attempt.named = ()
