@@ -3279,8 +3279,11 @@ class CallTable:
             owners = known or [call for call in owners if not call.ended_at] or owners
             # Of a caller with more attempts than one call keeps, it is the latest call.
             owners = owners if known else list({call.tenant: call for call in owners}.values())
-        if owners[0].begun_at and owners[0].attempts:
-            return [self._split(call, message) for call in owners]
+        if any(call.begun_at and call.attempts for call in owners):
+            return [
+                self._split(call, message) if call.begun_at and call.attempts else call
+                for call in owners
+            ]
         return owners
 
     def _tie_orphan(self, call: Call, sighting: Sighting) -> None:
