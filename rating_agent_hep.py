@@ -925,7 +925,7 @@ class SipMessage:
     head: str = field(default="", repr=False)
     _partial: bool = False
     _vias: tuple[Via, ...] | None = None
-    _parties: dict[str, Uri | None] = field(default_factory=dict)
+    _parties: dict[str, Uri | None] | None = None
 
     @property
     def vias(self) -> tuple[Via, ...]:
@@ -944,6 +944,8 @@ class SipMessage:
 
     def party(self, name: str) -> Uri | None:
         """The URI of "from" or "to", or the "request-uri"; None where it is no URI."""
+        if self._parties is None:
+            self._parties = {}
         if name not in self._parties:
             try:
                 if name == "request-uri":
@@ -957,12 +959,21 @@ class SipMessage:
     @property
     def branch(self) -> str:
         """The branch of the lowest hop, which names the transaction of who sent the request."""
+        return self._branch_of(-1)
+
+    @property
+    def top_branch(self) -> str:
+        """The branch of the latest hop, which names the transaction of who sent this copy."""
+        return self._branch_of(0)
+
+    def _branch_of(self, hop: int) -> str:
+        # Most messages are asked for one of their hops only.
         if self._vias is None:
             lines = self.headers.get("via")
-            if lines and "," not in lines[-1]:
-                found = _BRANCH.search(lines[-1])
+            if lines and "," not in lines[hop]:
+                found = _BRANCH.search(lines[hop])
                 return comparable(found[1]) if found else ""
-        return self.vias[-1].branch
+        return self.vias[hop].branch
 
     @property
     def session_interval(self) -> int:
@@ -1152,12 +1163,12 @@ def _read_judged(text: str) -> dict[str, list[str]] | None:
 
 
 def _parse_start_line(line: str) -> tuple[str, int, str]:
-    request = _REQUEST_LINE.fullmatch(line)
-    if request is not None:
-        return request[1], 0, request[2]
     status = _STATUS_LINE.fullmatch(line)
     if status is not None:
         return "", int(status[1]), ""
+    request = _REQUEST_LINE.fullmatch(line)
+    if request is not None:
+        return request[1], 0, request[2]
     raise SipError("start-line", f"no SIP start line: {line[:40]!r}")
 
 
@@ -2067,6 +2078,8 @@ class Bye:
 
         Each hop sends it another way, but within T1; who tries again gains no more than that.
         """
+        if len(self.seen) == 1:
+            return next(iter(self.seen.values()))
         first, *others = sorted(self.seen.values())
         for other in others:
             if other - first > SAME_SENDING:
@@ -2258,7 +2271,8 @@ def note(call: Call, message: SipMessage, now: float) -> int:
         call.replied = True
         # Rule 10: a provisional reply renews the ringing time-out, which is not judged at once.
         if message.status < 200:
-            if not _note_ringing(call, message):
+            # A 100 is the next hop's own word (RFC 3261 8.2.6.1): nothing rings by it.
+            if message.status == 100 or not _note_ringing(call, message):
                 return first
             # An ACK that came before may be waiting for it.
             return TELLING if call.dialogs else KEPT
@@ -2338,8 +2352,9 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
         known = call.attempts or call.begun
         reinvite = 0 < dialog.reinvited <= reply.cseq and not call.is_initial(reply.branch)
         if not (reinvite and known) and (not dialog.answered or reply.cseq <= dialog.cseq):
-            attempt = call.attempt_of(reply.cseq, reply.branch)
-            if attempt is not None and attempt.named:
+            named = any(attempt.named for attempt in call.attempts)
+            attempt = call.attempt_of(reply.cseq, reply.branch) if named else None
+            if attempt is not None:
                 attempt.choose(party_text("from", reply))
             return _note_answer(dialog, reply, now)
     elif reply.status >= 300:
@@ -2353,7 +2368,7 @@ def _note_ringing(call: Call, reply: SipMessage) -> bool:
     if reply.cseq_method != "INVITE":
         return False
     attempt = call.attempt_of(reply.cseq, reply.branch)
-    branch = reply.vias[0].branch
+    branch = reply.top_branch
     if attempt is None and not call.begun:
         attempt = _new_attempt(call, reply)
     if attempt is None or branch in attempt.rang or len(attempt.rang) >= MAX_INVITE_COPIES:
@@ -2371,7 +2386,7 @@ def _note_refusal(call: Call, reply: SipMessage) -> bool:
     before = len(attempt.closed), attempt.decided
     attempt.decided = True
     if len(attempt.closed) < MAX_INVITE_COPIES:
-        attempt.closed.add(reply.vias[0].branch)
+        attempt.closed.add(reply.top_branch)
     return before != (len(attempt.closed), attempt.decided)
 
 
@@ -2874,25 +2889,25 @@ def _judge_bye(
         if carried_out:
             return End(bye.reply_time, "bye_reply"), bye.replied_at + settings.reorder_window
         return None, inf
+    time = bye.time
     out_of_order = bye.late or (bye.from_caller and bye.cseq < dialog.cseq)
     # Before the answer it ended an early dialog, or nothing (rule 14).
     overdue = settings.reorder_window if call.replied and not bye.status else 0.0
-    early = bye.time < dialog.answered and bye.arrived < call.begun_at + overdue
+    early = time < dialog.answered and bye.arrived < call.begun_at + overdue
     if early and not confirmed:
         return None, inf
     if confirmed or (carried_out and not out_of_order):
         highest = dialog.highest(bye.from_caller)
         # Where a CSeq was left out, the BYE that was challenged before may be on its way.
         certain = bye.arrived + settings.reorder_window if highest < bye.cseq - 1 else -inf
-        time = bye.time if len(dialog.byes) == 1 else _first_try(dialog, bye)
-        return End(time, "bye"), certain
+        return End(time if len(dialog.byes) == 1 else _first_try(dialog, bye), "bye"), certain
     if bye.status:
         return None, inf
     if not call.replied:
-        return (None, inf) if out_of_order else (End(bye.time, "bye"), -inf)
-    if settings.unanswered_bye == "ignore" or dialog.alive > bye.time:
+        return (None, inf) if out_of_order else (End(time, "bye"), -inf)
+    if settings.unanswered_bye == "ignore" or dialog.alive > time:
         return None, inf
-    return End(bye.time, "bye_unanswered"), bye.arrived + LINGER
+    return End(time, "bye_unanswered"), bye.arrived + LINGER
 
 
 def _first_try(dialog: Dialog, bye: Bye) -> int:
