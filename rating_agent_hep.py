@@ -3617,6 +3617,9 @@ class CallTable:
         call.cseq, call.branch = begin.attempt.cseq, begin.attempt.branch
         self._index(call)
         dialog = begin.dialog
+        if dialog.branch == call.branch:
+            # One text for both: an open call is to be small.
+            dialog.branch = call.branch
         if not dialog.answered:
             dialog.answered = dialog.repeated = dialog.acked = begin.time
             dialog.cseq, dialog.arrived = call.cseq, self._now
