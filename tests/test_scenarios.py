@@ -221,7 +221,7 @@ def test_what_users_are_told_to_write_can_stop_no_call(name: str) -> None:
 
 @pytest.mark.parametrize(
     "capture",
-    ["requests-only-tcp/01t_tutorial_call", "requests-and-replies-tcp/01_answered_caller_bye"],
+    ["requests-only-tcp/01t_tutorial_call", "transaction-tcp/01_answered_caller_bye"],
 )
 def test_opensips_scenario_with_a_recorded_opensips(capture: str, tmp_path: Path) -> None:
     """OpenSIPS is no package of Debian's: its own recorded mirror takes its place."""

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
-from test_calls import ack, bye, invite, numbered, reply
+from test_calls import ack, bye, bye_reply, invite, numbered, reply
 from test_delivery import URL, deliveries, failure, log, outbox, put, server, taken, work
 
 import harness
@@ -487,7 +487,9 @@ class AgentMachine(RuleBasedStateMachine):
 
     def start(self) -> None:
         options: Any = {"state_dir": self.folder.name, "sip_local_domains": ("sip.canyan.io",)}
-        chosen = agent.Settings(**options, rating_api_url=URL, max_call_duration=86_400.0)
+        chosen = agent.Settings(
+            **options, rating_api_url=URL, max_call_duration=86_400.0, reorder_window=0
+        )
         self.agent = agent.Agent(
             chosen,
             agent.parse_routes("", "", chosen),
@@ -538,7 +540,7 @@ class AgentMachine(RuleBasedStateMachine):
 
     def end(self, number: int) -> None:
         self.talking.remove(number)
-        self.feed(number, bye(), reply(200, 2, to="s"))
+        self.feed(number, bye(), bye_reply())
         self.commit()
 
     def commit(self) -> None:
@@ -612,7 +614,7 @@ class AgentMachine(RuleBasedStateMachine):
         """All calls end, the API is good: every leg that was begun is ended, by its own tags."""
         self.api.alive = True
         for number in self.talking:
-            self.feed(number, bye(), reply(200, 2, to="s"))
+            self.feed(number, bye(), bye_reply())
         for _ in range(1000):
             self.commit()
             if not self.agent.waiting:
@@ -760,7 +762,7 @@ def test_kill_9_of_the_process(at: str, api: harness.RatingServer, tmp_path: Pat
 
     held = gevent.event.Event()
     api.answer = behave
-    head, tail = [invite(), reply(200), ack()], [bye(), reply(200, 2, to="s")]
+    head, tail = [invite(), reply(200), ack()], [bye(), bye_reply()]
     stamps = iter(range(1_790_000_000_000_000, 1_790_000_100_000_000, 1_000_000))
     frames = [hepbuild.hep3(payload, time_us=next(stamps)) for payload in head + tail]
     with harness.AgentProcess(*options) as process:
