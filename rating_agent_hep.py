@@ -12,7 +12,7 @@ SIP servers send copies of their messages as HEP packets. This agent decodes the
 each call and tells a rating API when the call begins and when it ends:
 
     OpenSIPS --HEP/TCP--+
-    Kamailio --HEP/UDP--+-> decode -> parse -> route -> track -> outbox -> rating API (HTTP)
+    Kamailio --HEP/UDP--+-> decode -> parse -> facts -> judge -> outbox -> rating API (HTTP)
                         +------- pure: bytes, settings, now -----+   +- in order, per call -+
 
 Two rules keep the file readable. A room uses only names of its own or of rooms above. Rooms 4 to
@@ -23,8 +23,8 @@ answered, a retry with the same octets; no charge without an answer; with a jour
 was taken in is lost; nothing grows without bound; one bad packet costs only itself; everything
 dropped is counted and says why.
 
-The rooms: 2 imports, 3 limits, 4 errors and types, 5 HEP, 6 SIP, 7 routes, 8 call state,
-9 call table, 10 configuration, 11 logs and metrics, 12 journal, outbox, delivery, 13 agent,
+The rooms: 2 imports, 3 limits, 4 errors and types, 5 HEP, 6 SIP, 7 routes, 8 the call: facts and
+a judge, 9 call table, 10 configuration, 11 logs and metrics, 12 journal, outbox, delivery, 13 agent,
 14 servers, 15 command line.
 """
 
@@ -1854,7 +1854,7 @@ def _host(source: str, message: SipMessage) -> str:
 # 2xx to an INVITE         begins at its time, at once                                   6
 #   CSeq of no INVITE      begins after the reorder window                               6
 #   To tag ended by BYE    begins nothing                                                14
-#   sent for 16 s, no ACK  ends the call where it began                                  9
+#   sent for 16 s, no ACK  ends the call where it began, after 32 s                      9
 # ACK, new branch and URI  proves nothing by itself            begins, at once           7
 #   of another hop         proves nothing by itself            begins after the window   7
 #   INVITE's URI, CANCEL   proves nothing by itself            proves nothing by itself  7
