@@ -24,8 +24,8 @@ was taken in is lost; nothing grows without bound; one bad packet costs only its
 dropped is counted and says why.
 
 The rooms: 2 imports, 3 limits, 4 errors and types, 5 HEP, 6 SIP, 7 routes, 8 the call: facts and
-a judge, 9 call table, 10 configuration, 11 logs and metrics, 12 journal, outbox, delivery, 13 agent,
-14 servers, 15 command line.
+a judge, 9 call table, 10 configuration, 11 logs and metrics, 12 journal, outbox, delivery,
+13 agent, 14 servers, 15 command line.
 """
 
 # Room 2: imports
