@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 CAPTURES = ROOT / "tests" / "captures"
 CALLS = [
-    ("OpenSIPS, answered", "tcp", "opensips-3.6/requests-and-replies-tcp/01_answered_caller_bye"),
+    ("OpenSIPS, answered", "tcp", "opensips-3.6/transaction-tcp/01_answered_caller_bye"),
     ("Kamailio, answered", "udp", "kamailio-5.6/transaction-udp/02_answered_callee_bye"),
     ("OpenSIPS, busy", "tcp", "opensips-3.6/transaction-tcp/03_busy_486"),
 ]
