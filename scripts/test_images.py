@@ -257,7 +257,7 @@ def run_all(folder: Path) -> None:
             service.start()
         for service in services.values():
             wait_until(service.ready, f"{service.name} is ready")
-    scenarios = sorted(path.name for path in (ROOT / "tests" / "scenarios").glob("*.yaml"))
+    scenarios = sorted(path.name for path in (ROOT / "tests" / "scenarios").glob("test_*.yaml"))
     with step(f"{len(scenarios)} scenarios"):
         # Each for itself: they have accounts of their own.
         runs = [tester.start(f"/scenarios/{name}", "--target", PROXY) for name in scenarios]
