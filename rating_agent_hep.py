@@ -3265,17 +3265,16 @@ class CallTable:
             self._tie_orphan(owners[0], sighting)
         if len(owners) > 1:
             # Calls of one From tag, one after another or at one time: whose is it?
-            to_tag = message.to_tag
+            to_tag, cseq, branch = message.to_tag, message.cseq, message.branch
             known = [
                 call
                 for call in owners
                 if call.find_dialog(to_tag if call.is_from_caller(message) else message.from_tag)
             ]
-            if not known and message.cseq_method in ("INVITE", "ACK", "CANCEL"):
-                branch = message.branch
+            if message.cseq_method in ("INVITE", "ACK", "CANCEL") and (message.status or not known):
                 # The CSeq alone is of several calls where their INVITEs differ in the branch only.
-                known = [call for call in owners if call.has_invite(message.cseq, branch)]
-                known = known or [x for x in owners if x.attempt_of(message.cseq, branch)]
+                known = [call for call in owners if call.has_invite(cseq, branch)] or known
+                known = known or [call for call in owners if call.attempt_of(cseq, branch)]
             owners = known or [call for call in owners if not call.ended_at] or owners
             # Of a caller with more attempts than one call keeps, it is the latest call.
             owners = owners if known else list({call.tenant: call for call in owners}.values())
