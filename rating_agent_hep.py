@@ -3677,8 +3677,13 @@ class CallTable:
             self._from_tags[call.from_tag] = known - 1
         identity = call.identity
         assert identity is not None
-        ours = (call.cseq, call.branch)
-        ringing = [x for x in call.attempts if x.copies and x.rang and (x.cseq, x.branch) != ours]
+        ours, acks = (call.cseq, call.branch), list(call.acks)
+        ringing = [
+            x
+            for x in call.attempts
+            if x.copies and (x.cseq, x.branch) != ours and (x.rang or not call.replied)
+        ]
+        ringing = [x for x in ringing if not x.refused(acks)]
         if ringing and len(self) < self.settings.max_calls:
             self._review(self._part(call, ringing, ()))
         call.attempts = ()
