@@ -1009,6 +1009,36 @@ def test_what_comes_late_in_a_call_is_followed_as_well(world: World) -> None:
     assert len(world.events) == 4
 
 
+def test_the_to_tag_of_an_answer_was_used_before_in_another_call(world: World) -> None:
+    """Rule 2: a re-INVITE in a dialog of the second call's while that rings."""
+    world.send(honest())
+    world.answer(world.rings()[0])
+    world.send(Request("INVITE", cseq=3, vias=via("z9hG4bK-3")))
+    world.send(Request("INVITE", to_tag="s0-call-c-3", cseq=50, vias=via("z9hG4bK-4")))
+    world.send(honest(cseq=3, vias=via("z9hG4bK-2")))
+    world.answer(world.rings()[1], cross=True)
+    world.finish()
+    assert len(world.events) == 4
+
+
+def test_what_rings_on_is_followed_without_replies_too() -> None:
+    """Rule 2, in a requests-only mirror."""
+    world = World("requests")
+    world.send(honest())
+    world.send(honest(cseq=2, vias=via("z9hG4bK-2")))
+    first, _, second, _ = world.rings()
+    world.answer(first)
+    acknowledge(world, first)
+    world.wait(10.0)
+    world.hang_up(first)
+    world.wait(20.0)
+    world.answer(second)
+    acknowledge(world, second)
+    world.wait(60.0)
+    world.finish()
+    assert len(world.events) == 4
+
+
 def test_an_ack_beside_a_cancel_whose_invite_was_not_seen_does_no_harm() -> None:
     world = World("received")
     world.send(honest())
