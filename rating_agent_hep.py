@@ -3266,12 +3266,14 @@ class CallTable:
         if len(owners) > 1:
             # Calls of one From tag, one after another or at one time: whose is it?
             to_tag, cseq, branch = message.to_tag, message.cseq, message.branch
-            known = [
-                call
+            found = {
+                call: call.find_dialog(to_tag if call.is_from_caller(message) else message.from_tag)
                 for call in owners
-                if call.find_dialog(to_tag if call.is_from_caller(message) else message.from_tag)
-            ]
-            if message.cseq_method in ("INVITE", "ACK", "CANCEL") and (message.status or not known):
+            }
+            known = [call for call, dialog in found.items() if dialog]
+            # Before its answer a To tag is only what somebody wrote; the INVITE says more.
+            sure = any(x.answered or not message.status for x in found.values() if x)
+            if message.cseq_method in ("INVITE", "ACK", "CANCEL") and not sure:
                 # The CSeq alone is of several calls where their INVITEs differ in the branch only.
                 known = [call for call in owners if call.has_invite(cseq, branch)] or known
                 known = known or [call for call in owners if call.attempt_of(cseq, branch)]
