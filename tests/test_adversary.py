@@ -29,6 +29,7 @@ START = 1_790_000_000_000_000  # microseconds
 CALLER: hepbuild.Address = ("10.0.0.1", 5060)
 PROXY: hepbuild.Address = ("10.0.0.2", 5060)
 AOR = "sip:2001@sip.canyan.io"
+CALLER_CONTACT = "sip:2000@10.0.0.1:5060"
 OURS, VICTIM = "2000", "6666"
 # Any account may be written in these; an operator whose callers are not trusted rates by From.
 ROUTES = "- account: from\n  destination_account: request-uri\n"
@@ -39,6 +40,7 @@ SLACK = 0.01
 
 # What the rules leave open, by name. `World.open` notes each with what it opens.
 UNANSWERED_BYE = "12: a BYE that the proxy refused by a reply that is not mirrored"
+ASTRAY_BYE = "12: a 481 of somebody else, to a BYE that was sent astray; no rule names this one"
 CHALLENGED_BYE = "12: a challenged BYE counts at its own time, its retry follows within 5 s"
 UNMIRRORED_REFUSAL = "7: of a call that the proxy refused no reply is mirrored, its ACK decides"
 FORGED_ACK = "7: an ACK before any answer, and what follows it; it charges who sent it only"
@@ -103,7 +105,9 @@ class Leg:
     answered: float = 0.0
     ended: float = 0.0
     acked: float = 0.0
+    # When the mirror showed an ACK for it, and whether one did that may have come after its end.
     ack_seen: float = 0.0
+    ack_named: bool = False
     own_cseq: int = 0
     challenged: float = 0.0
     # From when on a limit that the rules name may have ended its charge.
@@ -143,10 +147,13 @@ class World:
         unanswered_bye: str = "end",
         stateless: bool = True,
         challenge_bye: bool = False,
+        validates: bool = True,
     ) -> None:
         self.mode, self.unanswered_bye = mode, unanswered_bye
         # Whether the proxy forgets what it refused itself (8.2.7), as auth modules do.
         self.stateless, self.challenge_bye = stateless, challenge_bye
+        # Whether it holds the Request-URI against the dialog, as `validate_dialog` of OpenSIPS does.
+        self.validates = validates
         options = agent.Settings(
             sip_local_domains=("sip.canyan.io",), unanswered_bye=unanswered_bye
         )
@@ -217,6 +224,10 @@ class World:
         if request.method == "ACK":
             self._ack(request, known)
         elif known is not None:
+            ours = (known.request.call_id, known.request.from_tag)
+            if request.method == "INVITE" and ours != (request.call_id, request.from_tag):
+                # By its branch it is another call's (17.2.3): nothing is mirrored for this one.
+                self.open[UNMIRRORED_REFUSAL].add((request.call_id, request.from_tag))
             if request.method == "BYE":
                 # Another BYE to a dialog, taken for a copy of one that was answered.
                 self._doubt_bye(request)
@@ -399,8 +410,10 @@ class World:
         if not any(leg.answered for leg in self._named(request)):
             self.open[FORGED_ACK].add((request.call_id, request.from_tag))
         for leg in self._named(request):
-            if not leg.ended and request.from_tag == leg.invite.from_tag:
-                leg.ack_seen = leg.ack_seen or self.now
+            if request.from_tag == leg.invite.from_tag:
+                leg.ack_named = True
+                if not leg.ended:
+                    leg.ack_seen = leg.ack_seen or self.now
         if absorbed or not request.forwards or not (request.to_tag and request.route):
             return
         for leg in self._at_uri(request):
@@ -431,13 +444,22 @@ class World:
             ):
                 yield leg
 
+    def _target(self, leg: Leg, request: Request) -> str:
+        """Where a request with these tags belongs: to the callee, or the other way to the caller."""
+        ours = request.from_tag == leg.invite.from_tag
+        return self.contact(leg.callee) if ours else CALLER_CONTACT
+
     def _in_dialog(self, request: Request) -> None:
-        if all(self.contact(callee) != request.uri for callee in range(self.CALLEES)) or any(
-            self.contact(leg.callee) != request.uri for leg in self._named(request)
-        ):
-            # Not the target of its dialog, as a proxy with a dialog module sees it.
+        callees = [self.contact(callee) for callee in range(self.CALLEES)]
+        known = list(self._named(request))
+        astray = any(self._target(leg, request) != request.uri for leg in known)
+        if request.uri not in callees or (self.validates and astray):
             self._refuse(request, 404)
             return
+        if request.method == "BYE" and astray:
+            self.open[ASTRAY_BYE].add((request.call_id, request.from_tag))
+            for named in known:
+                named.excused = min(named.excused, self.now)
         transaction = self.transactions[self._key(request)] = Transaction(request)
         branch = self._branch()
         if self.mode == "all":
@@ -515,7 +537,7 @@ class World:
         leg.own_cseq += 1
         bye = Request(
             "BYE",
-            "sip:2000@10.0.0.1:5060",
+            CALLER_CONTACT,
             leg.invite.call_id,
             leg.to_tag,
             leg.invite.from_tag,
@@ -601,7 +623,7 @@ class World:
 
     def _talked(self, legs: list[Leg]) -> list[tuple[float, float]]:
         """The spans of one accepted INVITE that must be charged."""
-        acked = any(leg.acked or leg.ack_seen for leg in legs)
+        acked = any(leg.acked or leg.ack_named for leg in legs)
         spans = []
         for leg in legs:
             begin, end = leg.answered, min(leg.ended, leg.excused)
@@ -799,8 +821,10 @@ class Adversary(RuleBasedStateMachine):
     def flood(self, index: int, method: str, vary: str, count: int) -> None:
         """So many that the bounds of what is known of a call are reached."""
         leg = self.world.legs[-1 - index % len(self.world.legs)]
-        if vary == "from_tag" and (method != "INVITE" or self.mode == "requests"):
-            # Of requests alone nothing tells the call that is answered from those of a flood.
+        if vary == "from_tag" and method != "INVITE":
+            return
+        if vary in ("from_tag", "to_tag") and self.mode == "requests":
+            # Of requests alone nothing tells what is answered from what a flood invents.
             return
         for number in range(count):
             name = f"f{next(self.world.numbers)}"
@@ -1021,6 +1045,24 @@ def test_the_to_tag_of_an_answer_was_used_before_in_another_call(world: World) -
     assert len(world.events) == 4
 
 
+def test_a_reinvite_with_the_branch_of_a_refused_invite_is_none_of_it(world: World) -> None:
+    """Rule 3: the victim's INVITE was challenged; the re-INVITE is in a dialog that was answered."""
+    world.send(Request("INVITE", cseq=3, vias=via("z9hG4bK-3"), user=VICTIM))
+    world.send(honest())
+    first = world.rings()[0]
+    world.answer(first)
+    acknowledge(world, first)
+    world.send(honest(cseq=3, vias=via("z9hG4bK-2")))
+    second = world.rings()[0]
+    world.answer(second)
+    acknowledge(world, second)
+    reinvite = Request("INVITE", world.contact(second.callee), to_tag=second.to_tag, cseq=3)
+    world.send(replace(reinvite, vias=via("z9hG4bK-3"), route=True))
+    world.wait(60.0)
+    world.finish()
+    assert len(world.events) == 4
+
+
 def test_what_rings_on_is_followed_without_replies_too() -> None:
     """Rule 2, in a requests-only mirror."""
     world = World("requests")
@@ -1054,6 +1096,7 @@ MACHINES: list[tuple[str, dict[str, Any]]] = [
     ("received", {"unanswered_bye": "ignore", "challenge_bye": True}),
     ("received", {}),
     ("received", {"stateless": False}),
+    ("received", {"unanswered_bye": "ignore", "validates": False}),
     ("all", {}),
     ("requests", {}),
 ]
