@@ -2192,7 +2192,8 @@ class Call:
     def concerns(self, message: SipMessage) -> bool:
         """Whether a message has the caller's tag; tags swap with the direction (12.2)."""
         begins = message.cseq_method in ("INVITE", "ACK")
-        if self.ended_at and begins and message.time > self.ended:
+        ours = (message.cseq, message.branch) == (self.cseq, self.branch)
+        if self.ended_at and begins and not ours and message.time > self.ended:
             # Of a later call, whose INVITE is on its way.
             return False
         if message.from_tag == self.from_tag:
