@@ -2316,7 +2316,8 @@ def note_invite(
         attempt = Attempt(message.cseq, branch)
         call.attempts += (attempt,)
     new = attempt.note_copy(message)
-    if not attempt.time or message.time < attempt.time:
+    # After 32 s it is no retransmission, but the branch used again.
+    if not 0 < attempt.time <= message.time <= attempt.time + LINGER * 1_000_000:
         attempt.time, new = message.time, True
     identity = attempt.identity
     if identity is not None and sender[0] == attempt.sender[0]:
