@@ -41,6 +41,7 @@ SLACK = 0.01
 # What the rules leave open, by name. `World.open` notes each with what it opens.
 UNANSWERED_BYE = "12: a BYE that the proxy refused by a reply that is not mirrored"
 ASTRAY_BYE = "12: a 481 of somebody else, to a BYE that was sent astray; no rule names this one"
+SHARED_HOP = "3: INVITEs of one CSeq and lowest branch that differ above it look like copies"
 CHALLENGED_BYE = "12: a challenged BYE counts at its own time, its retry follows within 5 s"
 UNMIRRORED_REFUSAL = "7: of a call that the proxy refused no reply is mirrored, its ACK decides"
 FORGED_ACK = "7: an ACK before any answer, and what follows it; it charges who sent it only"
@@ -165,7 +166,7 @@ class World:
         self.transactions: dict[tuple[str, str, str], Transaction] = {}
         self.legs: list[Leg] = []
         # Calls, by Call-ID and From tag, of which a reply was mirrored, and which a limit concerns.
-        self.replied: set[tuple[str, str]] = set()
+        self.replied: dict[tuple[str, str], float] = {}
         self.open: dict[str, set[tuple[str, str]]] = defaultdict(set)
         self.sent: list[Request] = []
         self.log: list[str] = []
@@ -181,7 +182,7 @@ class World:
         if message.status and self.mode == "requests":
             return
         if message.status:
-            self.replied.add((message.call_id, message.from_tag))
+            self.replied[message.call_id, message.from_tag] = self.now
         self.take(self.table.handle(agent.Sighting(packet, message, src[0]), self.now))
         self.take_time(0.001)
 
@@ -429,7 +430,8 @@ class World:
 
     def _forge_ack(self, request: Request) -> None:
         key = (request.call_id, request.from_tag)
-        if key not in self.replied and self.mode == "received":
+        forgotten = self.now - self.replied.get(key, 0.0) > self.table.settings.invite_timeout
+        if forgotten and self.mode == "received":
             self.open[UNMIRRORED_REFUSAL].add(key)
 
     def _at_uri(self, request: Request) -> Iterator[Leg]:
@@ -445,7 +447,7 @@ class World:
                 yield leg
 
     def _target(self, leg: Leg, request: Request) -> str:
-        """Where a request with these tags belongs: to the callee, or the other way to the caller."""
+        """Where a request with these tags belongs: to the callee, or back to the caller."""
         ours = request.from_tag == leg.invite.from_tag
         return self.contact(leg.callee) if ours else CALLER_CONTACT
 
@@ -607,7 +609,12 @@ class World:
         for leg in self.legs:
             if leg.invite.call_id == call_id and leg.answered:
                 groups[id(leg.group)].append(leg)
-        talked = [self._talked(legs) for legs in groups.values()]
+        # SHARED_HOP: INVITEs that only differ in upper Vias are one attempt.
+        hops: dict[tuple[str, int, tuple[str, str]], list[Leg]] = defaultdict(list)
+        for legs in groups.values():
+            invite = legs[0].invite
+            hops[invite.from_tag, invite.cseq, invite.vias[-1]] += legs
+        talked = [self._talked(legs) for legs in hops.values()]
         moments = {t for spans in talked for span in spans for t in span}
         for moment in sorted(moments):
             for t in (moment + SLACK, moment - SLACK):
@@ -1046,7 +1053,7 @@ def test_the_to_tag_of_an_answer_was_used_before_in_another_call(world: World) -
 
 
 def test_a_reinvite_with_the_branch_of_a_refused_invite_is_none_of_it(world: World) -> None:
-    """Rule 3: the victim's INVITE was challenged; the re-INVITE is in a dialog that was answered."""
+    """Rule 3: the victim's INVITE was challenged, the re-INVITE is in an answered dialog."""
     world.send(Request("INVITE", cseq=3, vias=via("z9hG4bK-3"), user=VICTIM))
     world.send(honest())
     first = world.rings()[0]
@@ -1061,6 +1068,36 @@ def test_a_reinvite_with_the_branch_of_a_refused_invite_is_none_of_it(world: Wor
     world.wait(60.0)
     world.finish()
     assert len(world.events) == 4
+
+
+def test_a_branch_that_is_used_again_rings_as_long_as_any_other(world: World) -> None:
+    """Rule 2: nobody took the first, nine minutes before."""
+    world.send(honest(cseq=3, vias=via("z9hG4bK-3")))
+    world.wait(560.0)
+    world.send(honest(cseq=3, vias=via("z9hG4bK-3")))
+    world.send(honest())
+    dear, _, cheap, _ = world.rings()
+    world.answer(cheap)
+    acknowledge(world, cheap)
+    world.wait(100.0)
+    world.answer(dear)
+    acknowledge(world, dear)
+    world.wait(60.0)
+    world.finish()
+    assert len(world.events) == 4
+
+
+def test_a_2xx_that_is_sent_again_after_the_end_begins_nothing() -> None:
+    """Rule 6: its CSeq is higher than that of the victim's INVITE; the caller has it repeated."""
+    world = World("all")
+    world.send(honest(cseq=4, vias=via("z9hG4bK-3") + via("z9hG4bK-2")))
+    world.answer(world.rings()[0])
+    world.hang_up(world.talks()[0])
+    world.wait(10.0)
+    world.send(Request("INVITE", user=VICTIM))
+    world.send(Request("INVITE", call_id="call2", vias=via("z9hG4bK-3")))
+    world.finish()
+    assert len(world.events) == 2
 
 
 def test_what_rings_on_is_followed_without_replies_too() -> None:
