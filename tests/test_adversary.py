@@ -153,7 +153,7 @@ class World:
         self.mode, self.unanswered_bye = mode, unanswered_bye
         # Whether the proxy forgets what it refused itself (8.2.7), as auth modules do.
         self.stateless, self.challenge_bye = stateless, challenge_bye
-        # Whether it holds the Request-URI against the dialog, as `validate_dialog` of OpenSIPS does.
+        # Whether it compares the Request-URI with the dialog, as OpenSIPS' validate_dialog does.
         self.validates = validates
         options = agent.Settings(
             sip_local_domains=("sip.canyan.io",), unanswered_bye=unanswered_bye
@@ -634,7 +634,7 @@ class World:
         spans = []
         for leg in legs:
             begin, end = leg.answered, min(leg.ended, leg.excused)
-            if not (leg.acked or leg.ack_seen) and (acked or leg.ended - leg.answered >= 16.0):
+            if not leg.acked and (acked or leg.ended - leg.answered >= 16.0):
                 self.open[NEVER_ACKNOWLEDGED].add((leg.invite.call_id, leg.invite.from_tag))
                 continue
             if self.mode == "requests":
