@@ -550,8 +550,10 @@ class AgentMachine(RuleBasedStateMachine):
         """The API's lane, with what was on disk only."""
         lane = self.agent.delivery._lane(URL)
         self.agent.tick()
-        while lane.loader:
-            gevent.sleep(0)
+        # A loop of `sleep(0)` keeps the interpreter's lock from the thread that reads.
+        if lane.loader:
+            lane.loader.join(harness.DEADLINE)
+        assert not lane.loader
         return lane
 
     def pass_time(self, seconds: float) -> None:
