@@ -7292,7 +7292,8 @@ MAX_STREAMS = 1_024
 MAX_HELD = 16 * 1024 * 1024
 # Seconds without a segment after which a connection is another one.
 STREAM_IDLE = 7_200.0
-# Seconds for which a lost segment is waited for; where the other side acknowledges it, no time.
+# Seconds for which a segment is waited for that others have overtaken; a retransmission after that
+# finds its place given up. As long as the default of reorder_window.
 HOLE_PATIENCE = 2.0
 # Octets of one line of a `.hepl` file: a read of 64 kB in base64 and what stands around it.
 MAX_LINE = 262_144
@@ -7645,6 +7646,9 @@ class Network:
         yield from self._give_up(unit, now - HOLE_PATIENCE)
         delivered = False
         key = self._direction(frame)
+        if key[::-1] in self._holes:
+            # Not given up yet: what is out of order may have been overtaken by its acknowledgment.
+            frame = self._without_ack(frame)
         for item in self._tcp.add(frame):
             delivered = delivered or (item.source, item.destination) == key
             yield from self._streamed(unit, item)
@@ -7667,6 +7671,11 @@ class Network:
         kinds = (self._library.IPv4Layer, self._library.IPv6Layer)
         ip = next(layer for layer in reversed(frame.layers) if isinstance(layer, kinds))
         return ip, frame.layers[-1]
+
+    @staticmethod
+    def _without_ack(frame: Any) -> Any:
+        *outer, tcp = frame.layers
+        return frame._replace(layers=(*outer, tcp._replace(flags=tcp.flags & ~0x10)))
 
     @staticmethod
     def _end(frame: Any) -> int:
@@ -8178,7 +8187,7 @@ def record_row(record: CallRecord) -> dict[str, Any]:
     }
 
 
-# The columns of `record_row`, and their characters in a table; what is longer moves those behind it.
+# The columns of `record_row`, and their characters in a table; what is longer moves the next ones.
 _COLUMNS_SHOWN = {
     "call_id": 24,
     "tenant": 8,
@@ -8301,70 +8310,7 @@ class _Progress:
             self._bar.close()
 
 
-def rate(
-    options: RateOptions, settings: Settings, rules: Sequence[Rule], out: Any, note: Any
-) -> int:
-    """Charge recordings: show what became of each call on ``out``, a summary on ``note``.
-
-    With ``--deliver`` the rating API is told. Returns the exit status: 0, 1 where a file is cut,
-    damaged or could not be read, or events wait. Raises ConfigError.
-    """
-    faults: list[str] = []
-
-    def fault(name: str, text: str) -> None:
-        faults.append(name)
-        print(printable(f"rating_agent_hep.py: {name}: {text}"), file=note)
-
-    delivering = _RecordedDelivery(options, settings, rules) if options.deliver else None
-    opened: list[tuple[str, Any]] = []
-    below = []
-    for name in options.files:
-        try:
-            file, raw = open_recording(name)
-        except (OSError, EOFError, zlib.error) as error:
-            fault(name, getattr(error, "strerror", None) or str(error))
-            continue
-        opened.append((name, file))
-        below.append(raw)
-    recordings = Recordings(opened, fault)
-    playback = Playback(settings, rules, recordings.counts)
-    ledger = _Ledger(options.format or ("table" if out.isatty() else "csv"), out)
-    progress = _Progress(below)
-    try:
-        for number, recorded in enumerate(recordings):
-            _account(playback.take(recorded), playback.table.take_records(), ledger, delivering)
-            if not number % PROGRESS_EACH:
-                progress.step()
-        _account(playback.finish(), playback.table.take_records(), ledger, delivering)
-        for record in playback.table.unfinished():
-            ledger.note(record)
-        progress.close()
-        for line in ledger.summary(playback, recordings.counts):
-            print(line, file=note)
-        waiting = delivering.finish(note) if delivering is not None else 0
-    except BrokenPipeError:
-        return _reader_left(out)
-    finally:
-        progress.close()
-        if delivering is not None:
-            delivering.close()
-    return 1 if faults or waiting else 0
-
-
-def _account(
-    events: Sequence[RatingEvent],
-    records: Sequence[CallRecord],
-    ledger: _Ledger,
-    delivering: _RecordedDelivery | None,
-) -> None:
-    for record in records:
-        ledger.note(record)
-    if delivering is not None:
-        for event in events:
-            delivering.put(event)
-
-
-class _RecordedDelivery:
+class RecordedDelivery:
     """Sends the events of a recording, each call once it is over, and knows how far it came.
 
     The same files give the same calls in the same order, so that a number is enough to go on from:
@@ -8372,7 +8318,7 @@ class _RecordedDelivery:
     them may be sent. A call that still runs at the end is not sent: the API would let it run on.
     """
 
-    def __init__(self, options: RateOptions, settings: Settings, rules: Sequence[Rule]) -> None:
+    def __init__(self, options: RateOptions, settings: Settings) -> None:
         quiet = settings.log_level if settings.log_level == "error" else "warning"
         set_up_logging(replace(settings, log_level=quiet), sys.stderr)
         self._journal = Journal(options.journal)
@@ -8507,6 +8453,66 @@ def fingerprint(files: Sequence[str], settings: Settings) -> str:
             size = os.fstat(file.fileno()).st_size
             digest.update(f"{size}\n".encode() + file.read(READ_AHEAD))
     return digest.hexdigest()
+
+
+def rate(
+    options: RateOptions, settings: Settings, rules: Sequence[Rule], out: Any, note: Any
+) -> int:
+    """Charge recordings: show what became of each call on ``out``, a summary on ``note``.
+
+    With ``--deliver`` the rating API is told. Returns the exit status: 0, or 1 where a file is cut,
+    damaged or could not be read, or events wait or were rejected. Raises ConfigError.
+    """
+    faults: list[str] = []
+
+    def fault(name: str, text: str) -> None:
+        faults.append(name)
+        print(printable(f"rating_agent_hep.py: {name}: {text}"), file=note)
+
+    delivery = RecordedDelivery(options, settings) if options.deliver else None
+    opened = []
+    for name in options.files:
+        try:
+            opened.append((name, *open_recording(name)))
+        except (OSError, EOFError, zlib.error) as error:
+            fault(name, getattr(error, "strerror", None) or str(error))
+    recordings = Recordings([(name, file) for name, file, _ in opened], fault)
+    playback = Playback(settings, rules, recordings.counts)
+    ledger = _Ledger(options.format or ("table" if out.isatty() else "csv"), out)
+    progress = _Progress([below for _, _, below in opened])
+    waiting = 0
+    try:
+        for number, recorded in enumerate(recordings):
+            _account(playback.take(recorded), playback.table, ledger, delivery)
+            if not number % PROGRESS_EACH:
+                progress.step()
+        _account(playback.finish(), playback.table, ledger, delivery)
+        for record in playback.table.unfinished():
+            ledger.note(record)
+        progress.close()
+        for line in ledger.summary(playback, recordings.counts):
+            print(line, file=note)
+        waiting = delivery.finish(note) if delivery is not None else 0
+    except BrokenPipeError:
+        return _reader_left(out)
+    finally:
+        progress.close()
+        if delivery is not None:
+            delivery.close()
+    return 1 if faults or waiting else 0
+
+
+def _account(
+    events: Sequence[RatingEvent],
+    table: RecordedTable,
+    ledger: _Ledger,
+    delivery: RecordedDelivery | None,
+) -> None:
+    for record in table.take_records():
+        ledger.note(record)
+    if delivery is not None:
+        for event in events:
+            delivery.put(event)
 
 
 def outbox(folder: str, arguments: Sequence[str], out: Any) -> int:
