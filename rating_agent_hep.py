@@ -3840,8 +3840,12 @@ class Heard:
         if reply.status < 200:
             if reply.status > 100:
                 self.ringing = min(self.ringing or reply.time, reply.time)
-        elif len(reply.vias) <= self.hops:
-            self.hops, self.status = len(reply.vias), reply.status
+            return
+        # Near enough where a quoted comma stands in a Via.
+        lines = reply.headers.get("via", ())
+        hops = len(lines) + sum(line.count(",") for line in lines)
+        if hops <= self.hops:
+            self.hops, self.status = hops, reply.status
             phrase = _PHRASE.match(reply.head)
             self.phrase = phrase[1].strip()[:MAX_PHRASE] if phrase else ""
 
@@ -7543,9 +7547,39 @@ class _Stream:
         return self._sip.rest()
 
 
+# A packed address and a port; the library has the address as text.
+Endpoint = tuple[bytes, int]
+
+
 @lru_cache(maxsize=4_096)
-def _pack_address(text: str) -> bytes:
-    return ipaddress.ip_address(text).packed
+def _packed_end(end: tuple[str, int]) -> Endpoint:
+    return ipaddress.ip_address(end[0]).packed, end[1]
+
+
+# Where the IP header begins behind the usual link layers: Ethernet, raw IP, Linux cooked 1 and 2;
+# and what says that it is IPv4, by its place.
+_USUAL_LINKS = {1: (14, 12), 101: (0, None), 113: (16, 14), 276: (20, 0)}
+_IPV4_UDP = struct.Struct(">BxH2xHxB2x4s4sHHH2x")
+
+
+def usual_datagram(frame: Any) -> tuple[Endpoint, Endpoint, bytes, bool] | None:
+    """Both ends and the payload of a UDP datagram in one IPv4 packet without options, else None.
+
+    Also whether its end is missing. It says what the library would say, in an eighth of the time:
+    nearly all frames are of this kind.
+    """
+    data = frame.data
+    start, place = _USUAL_LINKS.get(frame.linktype, (-1, None))
+    if start < 0 or len(data) < start + 28:
+        return None
+    if place is not None and data[place : place + 2] != b"\x08\x00":
+        return None
+    found = _IPV4_UDP.unpack_from(data, start)
+    version, total, fragment, protocol, source, destination, sender, receiver, length = found
+    if version != 0x45 or protocol != 17 or fragment & 0x3FFF or total < 28 or length < 8:
+        return None
+    payload = data[start + 28 : start + min(total, 20 + length)]
+    return (source, sender), (destination, receiver), payload, length > 8 + len(payload)
 
 
 class Network:
@@ -7568,29 +7602,31 @@ class Network:
         # Directions that wait for a lost segment: since when, and the last segment behind it.
         self._holes: OrderedDict[Any, tuple[float, Any]] = OrderedDict()
 
-    def take(self, unit: Unit) -> Iterator[Recorded]:
+    def take(self, unit: Unit) -> Iterable[Recorded]:
         """What one frame completes."""
+        usual = usual_datagram(unit.content)
+        if usual is not None:
+            found = self._sort_out(unit, *usual)
+            return () if found is None else (found,)
         frame = self._dissector.dissect(unit.content)
         last = frame.layers[-1] if frame.layers else None
         if isinstance(last, self._library.UDPLayer):
-            datagram = frame.datagram()
-            if datagram is not None and not datagram.fragmented:
-                yield from self._datagram(unit, datagram)
-        elif isinstance(last, self._library.TCPLayer):
-            yield from self._segment(unit, frame)
-        elif frame.error is not None:
-            self._count("frames.malformed")
-        else:
-            self._count("frames.other")
+            found = self._datagram(unit, frame)
+            return () if found is None else (found,)
+        if isinstance(last, self._library.TCPLayer):
+            return self._segment(unit, frame)
+        self._count("frames.other" if frame.error is None else "frames.malformed")
+        return ()
 
     def finish(self, unit: Unit) -> Iterator[Recorded]:
         """What is left at the end; ``unit`` is the last one."""
         yield from self._give_up(unit, inf)
         for item in self._tcp.flush():
             yield from self._streamed(unit, item)
-        for (_, source, destination), stream in self._streams.items():
+        for (_, *ends), stream in self._streams.items():
             for message in stream.rest():
                 self._count("messages.cut")
+                source, destination = map(_packed_end, ends)
                 yield self._wire(unit, unit.time, 6, source, destination, message)
         self._streams.clear()
         stats = self._dissector.stats
@@ -7605,41 +7641,55 @@ class Network:
     def _count(self, name: str, number: int = 1) -> None:
         self._counts[name] = self._counts.get(name, 0) + number
 
+    @staticmethod
     def _wire(
-        self, unit: Unit, time: int, protocol: int, source: Any, destination: Any, payload: bytes
+        unit: Unit,
+        time: int,
+        protocol: int,
+        source: Endpoint,
+        destination: Endpoint,
+        payload: bytes,
     ) -> Recorded:
         packet = HepPacket(
-            version=0,
-            time=time,
-            protocol=protocol,
-            protocol_type=SIP_PROTOCOL_TYPE,
-            source=_pack_address(source[0]),
-            destination=_pack_address(destination[0]),
-            source_port=source[1],
-            destination_port=destination[1],
+            0,
+            time,
+            protocol,
+            SIP_PROTOCOL_TYPE,
+            source[0],
+            destination[0],
+            source[1],
+            destination[1],
             payload=payload,
         )
         return Recorded(time, unit.name, unit.where, "", packet)
 
-    def _hep(self, unit: Unit, time: int, source: Any, data: bytes) -> Recorded:
-        return Recorded(time, unit.name, unit.where, source[0], _decoded(data, time))
+    @staticmethod
+    def _hep(unit: Unit, time: int, source: Endpoint, data: bytes) -> Recorded:
+        return Recorded(time, unit.name, unit.where, _ip_text(source[0]), _decoded(data, time))
 
-    def _datagram(self, unit: Unit, datagram: Any) -> Iterator[Recorded]:
-        payload, source = datagram.payload, datagram.source
-        if payload[:4] in _MAGIC:
+    def _datagram(self, unit: Unit, frame: Any) -> Recorded | None:
+        cut = frame.layers[-1].length > 8 + len(frame.payload)
+        source, destination = map(_packed_end, self._direction(frame))
+        return self._sort_out(unit, source, destination, frame.payload, cut)
+
+    def _sort_out(
+        self, unit: Unit, source: Endpoint, destination: Endpoint, payload: bytes, cut: bool
+    ) -> Recorded | None:
+        """What a datagram is; None for what is neither SIP nor HEP."""
+        if _NEXT.match(payload) is not None:
+            found = self._wire(unit, unit.time, 17, source, destination, payload)
+        elif payload[:4] in _MAGIC:
             found = self._hep(unit, unit.time, source, payload)
-        elif _NEXT.match(payload) is not None:
-            found = self._wire(unit, unit.time, 17, source, datagram.destination, payload)
         else:
             # HEP1 and HEP2 have no magic: only what is in it tells one from anything else.
             old = payload[:1] in (b"\x01", b"\x02")
             found = self._hep(unit, unit.time, source, payload if old else b"")
             if isinstance(found.packet, HepError) or _NEXT.match(found.packet.payload) is None:
                 self._count("datagrams.other")
-                return
-        if datagram.truncated:
+                return None
+        if cut:
             self._count("messages.cut")
-        yield found
+        return found
 
     def _segment(self, unit: Unit, frame: Any) -> Iterator[Recorded]:
         now = unit.time / 1_000_000
@@ -7663,14 +7713,17 @@ class Network:
             self._holes.move_to_end(key)
 
     def _direction(self, frame: Any) -> tuple[Any, Any]:
-        ip, tcp = self._headers(frame)
-        return (ip.source, tcp.source_port), (ip.destination, tcp.destination_port)
+        """Between which ends a datagram or a segment goes, as the library has them."""
+        ip, last = self._headers(frame)
+        return (ip.source, last.source_port), (ip.destination, last.destination_port)
 
     def _headers(self, frame: Any) -> tuple[Any, Any]:
-        """The innermost IP header, and that of TCP behind it."""
-        kinds = (self._library.IPv4Layer, self._library.IPv6Layer)
-        ip = next(layer for layer in reversed(frame.layers) if isinstance(layer, kinds))
-        return ip, frame.layers[-1]
+        """The innermost IP header, and that of UDP or TCP behind it."""
+        *outer, ip, last = frame.layers
+        while not isinstance(ip, (self._library.IPv4Layer, self._library.IPv6Layer)):
+            # A header of IPv6 that extends it.
+            *outer, ip = outer
+        return ip, last
 
     @staticmethod
     def _without_ack(frame: Any) -> Any:
@@ -7718,14 +7771,15 @@ class Network:
         else:
             self._streams.move_to_end(key)
         time = round(item.time * 1_000_000)
+        source, destination = _packed_end(item.source), _packed_end(item.destination)
         if item.missing:
             self._count("segments.missing")
         try:
             for is_hep, data in stream.feed(item.data, item.missing):
                 if is_hep:
-                    yield self._hep(unit, time, item.source, data)
+                    yield self._hep(unit, time, source, data)
                 else:
-                    yield self._wire(unit, time, 6, item.source, item.destination, data)
+                    yield self._wire(unit, time, 6, source, destination, data)
         except HepError as error:
             yield Recorded(time, unit.name, unit.where, item.source[0], error)
         if item.end:
@@ -7767,8 +7821,8 @@ class Playback:
     """Takes recorded packets through the agent's pure code; the clock is that of the recording.
 
     ``table`` keeps the records of calls. ``now`` is UNIX time in seconds, 0 before the first
-    packet; ``gap`` the longest time without a packet and when it began; ``counts`` what was taken
-    in and what was not.
+    packet; ``gap`` the longest time without a packet and when it began; ``packets`` and
+    ``messages`` what was taken in, ``counts`` what was not.
     """
 
     def __init__(
@@ -7778,18 +7832,21 @@ class Playback:
         self.counts: dict[str, int] = {} if counts is None else counts
         self.now = 0.0
         self.gap = (0.0, 0.0)
+        self.packets = self.messages = 0
         self._senders = Senders(settings.hep_allow)
         self._keys = {key.encode() for key in settings.hep_auth_key}
         self._odd: Recorded | None = None
 
     def take(self, recorded: Recorded) -> list[RatingEvent]:
         """Take in one packet, and what has become due since the last; the events of both."""
+        time = recorded.time / 1_000_000 or self.now
+        if self._odd is None and abs(time - self.now) <= LEAP:
+            return self._take(recorded, time)
         events: list[RatingEvent] = []
         odd, self._odd = self._odd, None
         if odd is not None:
             confirmed = recorded.time and abs(recorded.time - odd.time) <= LEAP * 1_000_000
             events += self._take(odd, odd.time / 1_000_000 if confirmed else self.now)
-        time = recorded.time / 1_000_000 if recorded.time else self.now
         if abs(time - self.now) > LEAP:
             self._odd = recorded
             return events
@@ -7809,21 +7866,38 @@ class Playback:
     def _advance(self, time: float) -> list[RatingEvent]:
         """Let time pass as for the live agent, which looks at each deadline when it is due."""
         events: list[RatingEvent] = []
-        if self.now and time - self.now > self.gap[0]:
-            self.gap = (time - self.now, self.now)
-        while self.now and (due := self.table.due()) <= time:
-            self.now = max(self.now, due)
-            events += self.table.expire(self.now)
+        step = time - self.now
+        if self.now:
+            if step > self.gap[0]:
+                self.gap = (step, self.now)
+            while (due := self.table.due()) <= time:
+                self.now = max(self.now, due)
+                events += self.table.expire(self.now)
         # Back only where two packets agree that the clock was wrong.
-        self.now = time if abs(time - self.now) > LEAP else max(self.now, time)
+        if step > 0 or step < -LEAP:
+            self.now = time
         return events
 
     def _take(self, recorded: Recorded, time: float) -> list[RatingEvent]:
         events = self._advance(time)
+        sender = recorded.sender
         try:
-            for message in self._messages(recorded):
-                sighting = Sighting(recorded.packet, message, recorded.sender)  # type: ignore[arg-type]
-                events += self.table.handle(sighting, self.now)
+            packet, payloads = self._let_in(recorded)
+            fault: SipError | None = None
+            for payload in payloads:
+                try:
+                    message = parse_sip(payload, packet.time)
+                except SipError as error:
+                    # What stands behind it in the stream counts all the same.
+                    fault = fault or error
+                    continue
+                if message is None:
+                    self._count("ignored.method")
+                else:
+                    self.messages += 1
+                    events += self.table.handle(Sighting(packet, message, sender), self.now)
+            if fault is not None:
+                raise fault
         except (HepError, SipError) as error:
             layer = "hep" if isinstance(error, HepError) else "sip"
             self._count(f"malformed.{layer}_{error.kind}".replace("-", "_"))
@@ -7831,36 +7905,28 @@ class Playback:
             self._count("internal_error")
         return events
 
-    def _messages(self, recorded: Recorded) -> Iterator[SipMessage]:
-        """The SIP messages of a packet that can matter. Raises the first HepError or SipError."""
+    def _let_in(self, recorded: Recorded) -> tuple[HepPacket, Sequence[bytes]]:
+        """A packet and its SIP messages, none where the agent takes none. Raises HepError."""
         packet = recorded.packet
-        self._count("packets")
+        self.packets += 1
         if isinstance(packet, HepError):
             raise packet
         packet.time = packet.time or round(self.now * 1_000_000)
+        refused = ""
         if packet.version and recorded.sender:
-            # As the live agent had it.
             key = packet.auth_key.rstrip(b"\0")
             if not self._senders.of(recorded.sender).allowed:
-                return self._count("refused.not_allowed")
-            if self._keys and key not in self._keys:
-                return self._count("refused.key")
+                refused = "refused.not_allowed"
+            elif self._keys and key not in self._keys:
+                refused = "refused.key"
         if packet.protocol_type != SIP_PROTOCOL_TYPE:
-            return self._count("ignored.not_sip")
-        if not packet.payload.strip(_BLANK):
-            return self._count("ignored.empty")
-        fault: SipError | None = None
-        for payload in split_messages(packet):
-            try:
-                message = parse_sip(payload, packet.time)
-            except SipError as error:
-                fault = fault or error
-                continue
-            self._count("messages" if message is not None else "ignored.method")
-            if message is not None:
-                yield message
-        if fault is not None:
-            raise fault
+            refused = refused or "ignored.not_sip"
+        elif packet.payload[:1] in _BLANK and not packet.payload.strip(_BLANK):
+            refused = refused or "ignored.empty"
+        if refused:
+            self._count(refused)
+            return packet, ()
+        return packet, split_messages(packet)
 
 
 # Room: command line
@@ -8217,8 +8283,9 @@ def _write_table(row: Mapping[str, Any], out: Any) -> None:
 
 
 def _write_csv(row: Mapping[str, Any], out: Any) -> None:
-    cells = {name: printable(str(value)) for name, value in row.items()}
-    csv.writer(out, lineterminator="\n").writerow(cells.values())
+    texts = map(str, row.values())
+    cells = [text if text.isprintable() else printable(text) for text in texts]
+    csv.writer(out, lineterminator="\n").writerow(cells)
 
 
 def _write_json(row: Mapping[str, Any], out: Any) -> None:
@@ -8261,7 +8328,8 @@ class _Ledger:
         told = ", ".join(f"{number} {_LOST[name]}" for name, number in lost.items() if number)
         broken = {name: n for name, n in counts.items() if name.startswith("malformed.")}
         told = ", ".join(filter(None, [told, *(f"{n} {name}" for name, n in broken.items())]))
-        yield f"{counts.get('packets', 0)} packets; cut or lost: {told or 'nothing'}"
+        yield f"{playback.packets} packets, {playback.messages} messages of calls"
+        yield f"cut or lost: {told or 'nothing'}"
         more = {name: n for name, n in sorted(counts.items()) if name not in (*_LOST, *broken)}
         yield "counted: " + ", ".join(f"{name} {number}" for name, number in more.items())
 
@@ -8508,8 +8576,9 @@ def _account(
     ledger: _Ledger,
     delivery: RecordedDelivery | None,
 ) -> None:
-    for record in table.take_records():
-        ledger.note(record)
+    if table.records:
+        for record in table.take_records():
+            ledger.note(record)
     if delivery is not None:
         for event in events:
             delivery.put(event)
