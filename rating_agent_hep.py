@@ -7299,6 +7299,10 @@ STREAM_IDLE = 7_200.0
 # Seconds for which a segment is waited for that others have overtaken; a retransmission after that
 # finds its place given up. As long as the default of reorder_window.
 HOLE_PATIENCE = 2.0
+# Segments behind a hole of which the time is known, 0.1 kB each; the library holds 1,024 of them.
+MAX_SEGMENTS = 1_024
+# Packets that are held back while a segment is waited for: 2 s of 5,000 a second, 1 kB each.
+MAX_LATE = 10_000
 # Octets of one line of a `.hepl` file: a read of 64 kB in base64 and what stands around it.
 MAX_LINE = 262_144
 # Files that are read at one time, in order of time.
@@ -7582,6 +7586,71 @@ def usual_datagram(frame: Any) -> tuple[Endpoint, Endpoint, bytes, bool] | None:
     return (source, sender), (destination, receiver), payload, length > 8 + len(payload)
 
 
+class _Hole:
+    """A lost segment of one direction of a TCP connection, and what is known of those behind it.
+
+    ``since`` is when the first of these came, in seconds, ``last`` the one that goes furthest and
+    ``end`` the sequence number behind it.
+    """
+
+    def __init__(self, now: float, frame: Any) -> None:
+        self.since = now
+        self.last = frame
+        self.end = self._first = self._start(frame)
+        # When the segments came, by how far behind the first one they begin; and how much more that
+        # is than the library's offset.
+        self._times: dict[int, float] = {}
+        self._shift: int | None = None
+
+    def note(self, now: float, frame: Any) -> None:
+        """Take in a segment behind the hole."""
+        start = self._start(frame)
+        end = start + len(frame.payload)
+        if self._behind(end, self.end) > 0:
+            self.end, self.last = end, frame
+        if len(self._times) < MAX_SEGMENTS:
+            self._times.setdefault(self._behind(start, self._first), now)
+
+    def fill(self, now: float, frame: Any, item: Any) -> None:
+        """Take in that a segment brought an item of the library."""
+        self.since = now
+        if item.data.startswith(frame.payload):
+            self._shift = self._behind(self._start(frame), self._first) - item.offset
+
+    def parts(self, items: Sequence[Any]) -> Iterator[Any]:
+        """What the library held of them, taken apart again, each part with its own time."""
+        times = sorted(self._times.items())
+        shift, at, latest = self._shift or 0, 0, 0.0
+        if self._shift is None and items:
+            # The first octet that it gives is that of the earliest segment.
+            shift = times[0][0] - items[0].offset
+        for item in items:
+            start, end = item.offset, item.offset + len(item.data)
+            while at < len(times) and times[at][0] - shift < end:
+                latest = max(latest, times[at][1])
+                at += 1
+                cut = min(times[at][0] - shift, end) if at < len(times) else end
+                if cut > start or cut == end:
+                    yield item._replace(
+                        time=latest,
+                        data=item.data[start - item.offset : cut - item.offset],
+                        missing=item.missing if start == item.offset else 0,
+                        end=item.end and cut == end,
+                    )
+                start = max(start, cut)
+            if start < end or not item.data:
+                yield item._replace(time=latest, data=item.data[start - item.offset :])
+
+    @staticmethod
+    def _start(frame: Any) -> int:
+        return int(frame.layers[-1].sequence)
+
+    @staticmethod
+    def _behind(sequence: int, other: int) -> int:
+        """How far one sequence number is behind another, which may have wrapped (RFC 9293 3.4)."""
+        return ((sequence - other + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+
+
 class Network:
     """Takes the frames of networks and gives what there was of SIP and HEP in them.
 
@@ -7599,8 +7668,7 @@ class Network:
             max_streams=MAX_STREAMS, max_buffered=MAX_HELD, idle_timeout=STREAM_IDLE
         )
         self._streams: OrderedDict[Any, _Stream] = OrderedDict()
-        # Directions that wait for a lost segment: since when, and the last segment behind it.
-        self._holes: OrderedDict[Any, tuple[float, Any]] = OrderedDict()
+        self._holes: OrderedDict[Any, _Hole] = OrderedDict()
 
     def take(self, unit: Unit) -> Iterable[Recorded]:
         """What one frame completes."""
@@ -7617,6 +7685,13 @@ class Network:
             return self._segment(unit, frame)
         self._count("frames.other" if frame.error is None else "frames.malformed")
         return ()
+
+    @property
+    def waits_since(self) -> float:
+        """The earliest time, in microseconds, of what is held behind a lost segment; else inf."""
+        for hole in self._holes.values():
+            return hole.since * 1_000_000
+        return inf
 
     def finish(self, unit: Unit) -> Iterator[Recorded]:
         """What is left at the end; ``unit`` is the last one."""
@@ -7694,23 +7769,24 @@ class Network:
     def _segment(self, unit: Unit, frame: Any) -> Iterator[Recorded]:
         now = unit.time / 1_000_000
         yield from self._give_up(unit, now - HOLE_PATIENCE)
-        delivered = False
+        first: Any = None
         key = self._direction(frame)
         if key[::-1] in self._holes:
             # Not given up yet: what is out of order may have been overtaken by its acknowledgment.
             frame = self._without_ack(frame)
         for item in self._tcp.add(frame):
-            delivered = delivered or (item.source, item.destination) == key
+            if first is None and (item.source, item.destination) == key:
+                first = item
             yield from self._streamed(unit, item)
-        known = self._holes.get(key)
-        if frame.payload and not delivered:
-            since, last = known or (now, frame)
-            further = (self._end(frame) - self._end(last)) & 0xFFFFFFFF < 1 << 31
-            self._holes[key] = since, frame if further else last
-        elif known and delivered:
+        hole = self._holes.get(key)
+        if hole is not None and first is not None:
             # There may be another hole behind the one that was filled.
-            self._holes[key] = now, known[1]
+            hole.fill(now, frame, first)
             self._holes.move_to_end(key)
+        elif frame.payload and first is None:
+            if hole is None:
+                hole = self._holes[key] = _Hole(now, frame)
+            hole.note(now, frame)
 
     def _direction(self, frame: Any) -> tuple[Any, Any]:
         """Between which ends a datagram or a segment goes, as the library has them."""
@@ -7730,11 +7806,6 @@ class Network:
         *outer, tcp = frame.layers
         return frame._replace(layers=(*outer, tcp._replace(flags=tcp.flags & ~0x10)))
 
-    @staticmethod
-    def _end(frame: Any) -> int:
-        """The sequence number behind a segment."""
-        return int(frame.layers[-1].sequence) + len(frame.payload)
-
     def _give_up(self, unit: Unit, before: float) -> Iterator[Recorded]:
         """Go on behind the segments that were waited for since before then.
 
@@ -7742,22 +7813,22 @@ class Network:
         Not all recordings have both directions, and what it holds would be told at the end only.
         """
         while self._holes:
-            key, (since, held) = next(iter(self._holes.items()))
-            if since > before:
+            key, hole = next(iter(self._holes.items()))
+            if hole.since > before:
                 break
             del self._holes[key]
-            ip, tcp = self._headers(held)
+            ip, tcp = self._headers(hole.last)
             ip = ip._replace(source=ip.destination, destination=ip.source)
             tcp = tcp._replace(
                 source_port=tcp.destination_port,
                 destination_port=tcp.source_port,
                 sequence=tcp.acknowledgment,
-                acknowledgment=self._end(held) & 0xFFFFFFFF,
+                acknowledgment=hole.end & 0xFFFFFFFF,
                 flags=0x10,
             )
-            frame = held.frame._replace(time=since, data=b"")
-            made = held._replace(frame=frame, layers=(ip, tcp), payloads=(b"", b""))
-            for item in self._tcp.add(made):
+            frame = hole.last.frame._replace(time=hole.since, data=b"")
+            made = hole.last._replace(frame=frame, layers=(ip, tcp), payloads=(b"", b""))
+            for item in hole.parts(self._tcp.add(made)):
                 yield from self._streamed(unit, item)
 
     def _streamed(self, unit: Unit, item: Any) -> Iterator[Recorded]:
@@ -7797,6 +7868,8 @@ class Recordings:
         self.counts: dict[str, int] = {}
         self._files = files
         self._fault = fault
+        self._late: list[tuple[int, int, Recorded]] = []
+        self._number = 0
 
     def __iter__(self) -> Iterator[Recorded]:
         network, unit = None, None
@@ -7806,9 +7879,22 @@ class Recordings:
                 yield Recorded(unit.time, unit.name, unit.where, "", unit.content)
                 continue
             network = network or Network(self.counts)
-            yield from network.take(unit)
+            found = network.take(unit)
+            since = network.waits_since
+            if since < inf or self._late:
+                yield from self._in_order(found, since)
+            else:
+                yield from found
         if network is not None and unit is not None:
-            yield from network.finish(unit)
+            yield from self._in_order(network.finish(unit), inf)
+
+    def _in_order(self, found: Iterable[Recorded], since: float) -> Iterator[Recorded]:
+        """Hold back what is later than what a stream may still bring, by HOLE_PATIENCE at most."""
+        for recorded in found:
+            self._number += 1
+            heapq.heappush(self._late, (recorded.time, self._number, recorded))
+        while self._late and (self._late[0][0] <= since or len(self._late) > MAX_LATE):
+            yield heapq.heappop(self._late)[2]
 
     def _guarded(self, name: str, file: Any) -> Iterator[Unit]:
         try:
