@@ -7299,8 +7299,10 @@ STREAM_IDLE = 7_200.0
 # Seconds for which a segment is waited for that others have overtaken; a retransmission after that
 # finds its place given up. As long as the default of reorder_window.
 HOLE_PATIENCE = 2.0
-# Segments behind a hole of which the time is known, 0.1 kB each; the library holds 1,024 of them.
+# Segments behind a hole of which the time is known, 0.2 kB each; the library holds 1,024 of them.
 MAX_SEGMENTS = 1_024
+# Directions that wait for a segment at one time; over that the one that waits longest goes on.
+MAX_HOLES = 64
 # Packets that are held back while a segment is waited for: 2 s of 5,000 a second, 1 kB each.
 MAX_LATE = 10_000
 # Octets of one line of a `.hepl` file: a read of 64 kB in base64 and what stands around it.
@@ -7508,13 +7510,17 @@ class SipSplitter:
 
 
 class _Stream:
-    """One direction of a TCP connection of a recording: SIP, HEP3 or neither."""
+    """One direction of a TCP connection of a recording: SIP, HEP3 or neither.
+
+    ``base`` is the sequence number of its first octet, None while that is not known.
+    """
 
     def __init__(self) -> None:
         self._sip = SipSplitter()
         self._hep: HepSplitter | None = None
         self._begin: bytes | None = b""
         self._lost = False
+        self.base: int | None = None
 
     def feed(self, data: bytes, missing: int) -> Iterator[tuple[bool, bytes]]:
         """Yield what ``data`` completes: whether it is HEP, and a frame or a SIP message.
@@ -7587,68 +7593,88 @@ def usual_datagram(frame: Any) -> tuple[Endpoint, Endpoint, bytes, bool] | None:
 
 
 class _Hole:
-    """A lost segment of one direction of a TCP connection, and what is known of those behind it.
+    """What waits behind the lost segments of one direction of a TCP connection.
 
-    ``since`` is when the first of these came, in seconds, ``last`` the one that goes furthest and
-    ``end`` the sequence number behind it.
+    ``since`` is when the first of it came, in seconds, ``frame`` one of these segments.
     """
 
     def __init__(self, now: float, frame: Any) -> None:
         self.since = now
-        self.last = frame
-        self.end = self._first = self._start(frame)
-        # When the segments came, by how far behind the first one they begin; and how much more that
-        # is than the library's offset.
-        self._times: dict[int, float] = {}
-        self._shift: int | None = None
+        self.frame = frame
+        # By sequence number: when the segment came, and its octets.
+        self._waiting: dict[int, tuple[float, int]] = {}
 
     def note(self, now: float, frame: Any) -> None:
         """Take in a segment behind the hole."""
-        start = self._start(frame)
-        end = start + len(frame.payload)
-        if self._behind(end, self.end) > 0:
-            self.end, self.last = end, frame
-        if len(self._times) < MAX_SEGMENTS:
-            self._times.setdefault(self._behind(start, self._first), now)
+        if len(self._waiting) < MAX_SEGMENTS:
+            sequence = int(frame.layers[-1].sequence)
+            self._waiting.setdefault(sequence, (now, len(frame.payload)))
 
-    def fill(self, now: float, frame: Any, item: Any) -> None:
-        """Take in that a segment brought an item of the library."""
-        self.since = now
-        if item.data.startswith(frame.payload):
-            self._shift = self._behind(self._start(frame), self._first) - item.offset
+    def end(self, before: float) -> int:
+        """The sequence number behind what has waited since before then."""
+        ends = [seq + size for seq, (time, size) in self._waiting.items() if time <= before]
+        return max(ends, key=lambda end: _behind(end, ends[0])) & 0xFFFFFFFF
 
-    def parts(self, items: Sequence[Any]) -> Iterator[Any]:
-        """What the library held of them, taken apart again, each part with its own time."""
-        times = sorted(self._times.items())
-        shift, at, latest = self._shift or 0, 0, 0.0
-        if self._shift is None and items:
-            # The first octet that it gives is that of the earliest segment.
-            shift = times[0][0] - items[0].offset
+    def first(self) -> int:
+        """The sequence number of the earliest segment that waits."""
+        (some, *_) = self._waiting
+        return min(self._waiting, key=lambda sequence: _behind(sequence, some))
+
+    def parts(self, items: Sequence[Any], base: int) -> Iterator[Any]:
+        """Items of the library taken apart again, each part with its own time.
+
+        ``base`` is the sequence number of the stream's first octet. What comes of it waits no more.
+        """
+        times = sorted(
+            (item_offset, time)
+            for sequence, (time, _) in self._waiting.items()
+            if (item_offset := _offset(sequence, base, items[0])) >= items[0].offset
+        )
+        at, latest = 0, 0.0
         for item in items:
             start, end = item.offset, item.offset + len(item.data)
-            while at < len(times) and times[at][0] - shift < end:
-                latest = max(latest, times[at][1])
-                at += 1
-                cut = min(times[at][0] - shift, end) if at < len(times) else end
-                if cut > start or cut == end:
-                    yield item._replace(
-                        time=latest,
-                        data=item.data[start - item.offset : cut - item.offset],
-                        missing=item.missing if start == item.offset else 0,
-                        end=item.end and cut == end,
-                    )
-                start = max(start, cut)
-            if start < end or not item.data:
-                yield item._replace(time=latest, data=item.data[start - item.offset :])
+            while start < end:
+                while at < len(times) and times[at][0] <= start:
+                    latest = max(latest, times[at][1])
+                    at += 1
+                cut = min(times[at][0], end) if at < len(times) else end
+                yield item._replace(
+                    time=latest or self.since,
+                    data=item.data[start - item.offset : cut - item.offset],
+                    missing=item.missing if start == item.offset else 0,
+                    end=item.end and cut == end,
+                )
+                start = cut
+            if not item.data:
+                yield item._replace(time=latest or self.since)
 
-    @staticmethod
-    def _start(frame: Any) -> int:
-        return int(frame.layers[-1].sequence)
+    def drop(self, item: Any, base: int) -> bool:
+        """What the library gave up to the end of an item waits no more; whether anything does."""
+        end = item.offset + len(item.data)
+        return self._keep(lambda sequence, _: _offset(sequence, base, item) >= end)
 
-    @staticmethod
-    def _behind(sequence: int, other: int) -> int:
-        """How far one sequence number is behind another, which may have wrapped (RFC 9293 3.4)."""
-        return ((sequence - other + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+    def forget(self, before: float) -> bool:
+        """What came before then was nothing new; whether anything else waits."""
+        return self._keep(lambda _, time: time > before)
+
+    def _keep(self, wanted: Callable[[int, float], bool]) -> bool:
+        self._waiting = {
+            sequence: (time, size)
+            for sequence, (time, size) in self._waiting.items()
+            if wanted(sequence, time)
+        }
+        self.since = min((time for time, _ in self._waiting.values()), default=inf)
+        return bool(self._waiting)
+
+
+def _behind(sequence: int, other: int) -> int:
+    """How far one sequence number is behind another, as they wrap (RFC 9293 section 3.4)."""
+    return ((sequence - other + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+
+
+def _offset(sequence: int, base: int, item: Any) -> int:
+    """The offset in its stream of a sequence number not far from an item of the library."""
+    return int(item.offset) + _behind(sequence, base + item.offset)
 
 
 class Network:
@@ -7668,7 +7694,7 @@ class Network:
             max_streams=MAX_STREAMS, max_buffered=MAX_HELD, idle_timeout=STREAM_IDLE
         )
         self._streams: OrderedDict[Any, _Stream] = OrderedDict()
-        self._holes: OrderedDict[Any, _Hole] = OrderedDict()
+        self._holes: dict[Any, _Hole] = {}
 
     def take(self, unit: Unit) -> Iterable[Recorded]:
         """What one frame completes."""
@@ -7689,9 +7715,9 @@ class Network:
     @property
     def waits_since(self) -> float:
         """The earliest time, in microseconds, of what is held behind a lost segment; else inf."""
-        for hole in self._holes.values():
-            return hole.since * 1_000_000
-        return inf
+        if not self._holes:
+            return inf
+        return min(hole.since for hole in self._holes.values()) * 1_000_000
 
     def finish(self, unit: Unit) -> Iterator[Recorded]:
         """What is left at the end; ``unit`` is the last one."""
@@ -7769,24 +7795,30 @@ class Network:
     def _segment(self, unit: Unit, frame: Any) -> Iterator[Recorded]:
         now = unit.time / 1_000_000
         yield from self._give_up(unit, now - HOLE_PATIENCE)
-        first: Any = None
         key = self._direction(frame)
         if key[::-1] in self._holes:
             # Not given up yet: what is out of order may have been overtaken by its acknowledgment.
             frame = self._without_ack(frame)
-        for item in self._tcp.add(frame):
-            if first is None and (item.source, item.destination) == key:
-                first = item
+        items = self._tcp.add(frame)
+        for item in items:
             yield from self._streamed(unit, item)
+        ours = [item for item in items if (item.source, item.destination) == key]
         hole = self._holes.get(key)
-        if hole is not None and first is not None:
-            # There may be another hole behind the one that was filled.
-            hole.fill(now, frame, first)
-            self._holes.move_to_end(key)
-        elif frame.payload and first is None:
+        if not ours and frame.payload:
             if hole is None:
                 hole = self._holes[key] = _Hole(now, frame)
             hole.note(now, frame)
+        elif ours and ours[0].data and ours[0].data.startswith(frame.payload):
+            base = frame.layers[-1].sequence - ours[0].offset
+            self._note_base(ours[0], base)
+            if hole is not None and not hole.drop(ours[-1], base):
+                del self._holes[key]
+
+    def _note_base(self, item: Any, base: int) -> None:
+        """Where a stream begins, by its sequence numbers; known from its first octets on."""
+        stream = self._streams.get((item.stream, item.source, item.destination))
+        if stream is not None and stream.base is None:
+            stream.base = base
 
     def _direction(self, frame: Any) -> tuple[Any, Any]:
         """Between which ends a datagram or a segment goes, as the library has them."""
@@ -7813,23 +7845,37 @@ class Network:
         Not all recordings have both directions, and what it holds would be told at the end only.
         """
         while self._holes:
-            key, hole = next(iter(self._holes.items()))
-            if hole.since > before:
+            key = min(self._holes, key=lambda key: self._holes[key].since)
+            hole = self._holes[key]
+            if hole.since > before and len(self._holes) <= MAX_HOLES:
                 break
-            del self._holes[key]
-            ip, tcp = self._headers(hole.last)
+            ip, tcp = self._headers(hole.frame)
             ip = ip._replace(source=ip.destination, destination=ip.source)
             tcp = tcp._replace(
                 source_port=tcp.destination_port,
                 destination_port=tcp.source_port,
                 sequence=tcp.acknowledgment,
-                acknowledgment=hole.end & 0xFFFFFFFF,
+                acknowledgment=hole.end(max(before, hole.since)),
                 flags=0x10,
             )
-            frame = hole.last.frame._replace(time=hole.since, data=b"")
-            made = hole.last._replace(frame=frame, layers=(ip, tcp), payloads=(b"", b""))
-            for item in hole.parts(self._tcp.add(made)):
+            frame = hole.frame.frame._replace(time=hole.since, data=b"")
+            made = hole.frame._replace(frame=frame, layers=(ip, tcp), payloads=(b"", b""))
+            items = self._tcp.add(made)
+            if not items:
+                # Copies of what came before, or of a connection that is over.
+                if not hole.forget(max(before, hole.since)):
+                    del self._holes[key]
+                continue
+            stream = self._streams.get((items[0].stream, *key))
+            base = stream.base if stream is not None else None
+            if base is None:
+                # Nothing came before: the first octet there is is that of the earliest segment.
+                base = hole.first() - items[0].offset
+            for item in hole.parts(items, base):
                 yield from self._streamed(unit, item)
+            self._note_base(items[0], base)
+            if not hole.drop(items[-1], base):
+                del self._holes[key]
 
     def _streamed(self, unit: Unit, item: Any) -> Iterator[Recorded]:
         """What octets of a TCP stream complete."""

@@ -1,7 +1,8 @@
 """Writes pcap and pcapng files for the tests, link by link and layer by layer.
 
-The formats are written down once more, independently of the library that the agent reads them with:
-draft-ietf-opsawg-pcap, draft-ietf-opsawg-pcapng, the link types of tcpdump.org, RFC 791, 8200, 9293.
+The formats are written down once more, independently of the library that the agent reads them
+with: draft-ietf-opsawg-pcap, draft-ietf-opsawg-pcapng, the link types of tcpdump.org, RFC 791,
+8200 and 9293.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def interface(link: str, resolution: int | None = None, offset: int = 0, order: 
 def enhanced(
     packet: bytes, link: str, stamp: int, number: int = 0, order: str = "<", cut: int = 0
 ) -> bytes:
-    """An enhanced packet block; `stamp` in units of the interface, the last `cut` octets left out."""
+    """An enhanced packet block, without the last `cut` octets; `stamp` in the interface's units."""
     octets = LINKS[link][1](packet)
     kept = octets[: len(octets) - cut]
     head = (number, stamp >> 32, stamp & 0xFFFFFFFF, len(kept), len(octets))

@@ -1,4 +1,4 @@
-"""`rate`: recordings in every format give the ledger of the live agent; hostile ones cost a line."""
+"""`rate`: recordings in every format give the live ledger; hostile ones cost a line."""
 
 from __future__ import annotations
 
@@ -327,7 +327,7 @@ def test_segments_that_are_lost_and_late_move_no_time(seed: int) -> None:
     chance = random.Random(seed)
     text = "\n".join(f"{n / 10:.1f} INVITE id=c{n} tag=t{n}" for n in range(100))
     found, lost = [], 0
-    for time, packet in stream(text, mss=200):
+    for stamp, packet in stream(text, mss=200):
         late = 0
         if len(packet) > 44:
             kind = chance.choice(["lost", "late"] + ["well"] * 20)
@@ -335,7 +335,7 @@ def test_segments_that_are_lost_and_late_move_no_time(seed: int) -> None:
             lost += kind == "lost"
             if kind == "lost":
                 continue
-        found.append((time + late, packet))
+        found.append((stamp + late, packet))
     played = Played(pcapbuild.pcap(sorted(found, key=lambda x: x[0])))
     # A segment may hold the end of one message and the beginning of the next.
     assert lost > 3 and 100 - 2 * lost <= len(played.records) < 100
