@@ -43,9 +43,10 @@ soak: $(VENV)/.tests
 bench: $(VENV)/.runs
 	$(BIN)/python scripts/benchmark.py
 
-# Kamailio and SIPp, where packages can be installed; elsewhere the tests say what they skip.
+# Kamailio, SIPp and tcpdump, where packages can be installed; elsewhere the tests say what they skip.
 sip-servers:
-	@sh scripts/install_for_tests.sh "Kamailio, SIPp and ip" "kamailio sipp ip" "kamailio sip-tester iproute2"
+	@sh scripts/install_for_tests.sh "Kamailio, SIPp, ip and tcpdump" "kamailio sipp ip tcpdump" \
+	  "kamailio sip-tester iproute2 tcpdump"
 
 # Chromium, for the test of the status page; likewise.
 browser:

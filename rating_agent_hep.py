@@ -8463,7 +8463,8 @@ class _Ledger:
         yield f"{playback.packets} packets, {playback.messages} messages of calls"
         yield f"cut or lost: {told or 'nothing'}"
         more = {name: n for name, n in sorted(counts.items()) if name not in (*_LOST, *broken)}
-        yield "counted: " + ", ".join(f"{name} {number}" for name, number in more.items())
+        if more:
+            yield "counted: " + ", ".join(f"{name} {number}" for name, number in more.items())
 
 
 # What says that messages are missing, or parts of them.
