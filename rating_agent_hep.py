@@ -6578,35 +6578,27 @@ body { margin: 0 auto; padding: 16px; max-width: 1100px; background: var(--bg);
   color: var(--text); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
 header, section { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: 12px 16px; margin-bottom: 12px }
-header { border-left: 6px solid var(--dim) }
-.good { border-left-color: var(--good) } .bad { border-left-color: var(--bad) }
-header.warn { border-left-color: var(--warn) }
+header { border-left: 6px solid }
 h1 { margin: 0; font-size: 28px; line-height: 1.2 } h2 { margin: 0 0 6px; font-size: 15px }
-.good h1, td.good { color: var(--good) } .bad h1, td.bad { color: var(--bad) }
-td.warn, .warn h1 { color: var(--warn) } td.good, td.bad { font-weight: 600 }
-ul { margin: 6px 0 0; padding: 0; list-style: none; font-size: 17px }
-.dim, h2 span { color: var(--dim); font-weight: 400; font-size: 13px }
-#tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; margin-bottom: 12px }
-#tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: 8px 12px; color: var(--dim); font-size: 13px }
-#tiles b { display: block; color: var(--text); font-size: 22px; font-variant-numeric: tabular-nums }
-#tiles .warn b { color: var(--warn) }
+.good { color: var(--good) } .bad { color: var(--bad) } .warn { color: var(--warn) }
+ul { margin: 6px 0 0; padding: 0; list-style: none; font-size: 17px; color: var(--text) }
+.dim, h2 span, th { color: var(--dim); font-weight: 400; font-size: 13px }
+#now td { font-size: 22px }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums }
-th { text-align: left; color: var(--dim); font-size: 13px; font-weight: 400 }
-th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  text-align: left }
 tr:last-child td { border-bottom: 0 } td:empty::after { content: "–"; color: var(--dim) }
 input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px; color: inherit;
   background: var(--bg); border: 1px solid var(--line); border-radius: 6px }
 @media (max-width: 640px) { body { padding: 8px } thead { display: none }
-  #tiles { grid-template-columns: 1fr 1fr; gap: 8px }
   tr { display: block; padding: 6px 0; border-bottom: 1px solid var(--line) }
-  tr:last-child { border: 0 }
   td { display: flex; gap: 8px; padding: 1px 0; border: 0 }
-  td::before { content: attr(data-name); flex: 0 0 92px; color: var(--dim); font-weight: 400 } }
+  td::before { content: attr(data-name); flex: 0 0 92px; color: var(--dim) }
+  #now td { font-size: inherit } }
 </style></head><body>
 <header id="health"><h1 id="word">…</h1><ul id="faults"></ul><div class="dim" id="facts"></div>
 </header>
-<div id="tiles"></div>
+<section><table id="now"></table></section>
 <section><h2>Rating APIs</h2><table id="apis"></table></section>
 <section><h2>Last warnings and errors <span>the last of each kind</span></h2>
 <table id="errors"></table></section>
@@ -6619,30 +6611,16 @@ input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px; color:
 <script>
 "use strict";
 const $ = id => document.getElementById(id);
+const CLASSES = { up: "good", down: "bad", error: "bad", warning: "warn" };
+const WARN = { clock_skew_ms: 2000, events_waiting: 100, events_rejected: 0, events_lost: 0 };
 let shown = null, before = null, answered = 0, run = 0;
 
 function add(parent, tag, text, kind) {
   const node = document.createElement(tag);
-  node.textContent = text ?? "";
-  if (kind) node.className = kind;
+  node.textContent = text;
+  node.className = kind ?? "";
   parent.append(node);
   return node;
-}
-
-// Rows are lists of cells; a cell is a text, or [text, class].
-function fill(id, names, rows) {
-  const table = document.createElement("table");
-  table.id = id;
-  const head = add(add(table, "thead"), "tr"), body = add(table, "tbody");
-  names.forEach(name => add(head, "th", name));
-  for (const row of rows.length ? rows : [["none"]]) {
-    const line = add(body, "tr");
-    row.forEach((cell, at) => {
-      const [text, kind] = Array.isArray(cell) ? cell : [cell];
-      add(line, "td", text, kind).dataset.name = rows.length ? names[at] : "";
-    });
-  }
-  $(id).replaceWith(table);
 }
 
 function span(seconds) {
@@ -6653,67 +6631,72 @@ function span(seconds) {
 const ago = time => time ? span(shown.time - time) + " ago" : "";
 const count = number => number.toLocaleString("en");
 
+// The text of a value of the agent's JSON; its name tells what is a time.
+function cell(name, value) {
+  if (/^(time|since|last_seen|last_error_at)$/.test(name)) return ago(value);
+  if (typeof value === "number") return count(value);
+  if (value && typeof value === "object")
+    return Object.entries(value).map(([kind, number]) => count(number) + " " + kind).join(", ");
+  return value ?? "";
+}
+
+// Objects of the agent's JSON as rows; the columns are names of their values, or all of the first.
+function draw(id, rows, columns) {
+  const table = document.createElement("table");
+  const names = columns ? columns.split(" ") : Object.keys(rows[0] ?? { "": 0 });
+  table.id = id;
+  const head = add(add(table, "thead", ""), "tr", ""), body = add(table, "tbody", "");
+  names.forEach(name => add(head, "th", name.replaceAll("_", " ")));
+  for (const row of rows) {
+    const line = add(body, "tr", "");
+    for (const name of names) {
+      const kind = Math.abs(row[name]) > WARN[name] ? "warn" : CLASSES[row[name]];
+      add(line, "td", cell(name, row[name]), kind).dataset.name = name.replaceAll("_", " ");
+    }
+  }
+  if (!rows.length) add(add(body, "tr", ""), "td", "none").dataset.name = "";
+  $(id).replaceWith(table);
+}
+
+function list(faults) {
+  document.title = (faults.length ? "✖ " : "") + "rating agent";
+  $("faults").replaceChildren();
+  faults.forEach(fault => add($("faults"), "li", fault));
+}
+
 function perSecond(pattern) {
-  if (!before || shown.uptime <= before.uptime) return "–";
+  if (!before || shown.uptime <= before.uptime) return null;
   let sum = 0;
   for (const [name, total] of Object.entries(shown.counters))
     if (pattern.test(name)) sum += total - (before.counters[name] ?? 0);
-  return count(Math.round(sum / (shown.uptime - before.uptime)));
+  return Math.round(sum / (shown.uptime - before.uptime));
 }
 
 function show() {
   // An API that has just gone down does not make the agent unhealthy yet.
   const down = shown.apis.filter(api => api.state === "down");
-  const faults = shown.healthy ? down.map(api => "rating API " + api.url + " is down")
-    : shown.faults;
-  $("health").className = shown.healthy ? down.length ? "warn" : "good" : "bad";
-  $("word").textContent = shown.healthy ? down.length ? "Degraded" : "Healthy" : "Unhealthy";
-  document.title = (faults.length ? "✖ " : "") + "rating agent";
-  $("faults").replaceChildren();
-  faults.forEach(fault => add($("faults"), "li", fault));
-  const journal = shown.journal === null ? "no journal"
-    : shown.journal === "ok" ? "journal ok" : "journal failing";
-  $("facts").textContent = "up " + span(shown.uptime) + " · " + journal + " · last packet "
-    + (shown.counters["packets.received.udp"] || shown.counters["packets.received.tcp"]
-      ? ago(shown.heard) : "never")
-    + " · " + shown.listeners.map(x => x.transport + " " + x.address).join(" · ")
-    + " · version " + shown.version;
-  $("tiles").replaceChildren();
-  for (const [name, value, warn] of [
-    ["running calls", count(shown.calls.answered)], ["ringing", count(shown.calls.trying)],
-    ["begun / s", perSecond(/^calls.begun$/)], ["packets / s", perSecond(/^packets.received/)],
-    ["dropped / s", perSecond(/^packets.(dropped|malformed)/)],
-    ["events waiting", count(shown.waiting), shown.waiting > 100],
-    ["events rejected", count(shown.counters["events.rejected"] ?? 0),
-      shown.counters["events.rejected"]],
-    ["events lost", count(shown.counters["events.lost"] ?? 0), shown.counters["events.lost"]]]) {
-    const tile = add($("tiles"), "div", "", warn ? "warn" : "");
-    add(tile, "b", value);
-    add(tile, "span", name);
-  }
-  fill("apis", ["URL", "state", "since", "waiting", "last error"], shown.apis.map(api => [
-    api.url, [api.state, api.state === "up" ? "good" : "bad"], ago(api.since), count(api.waiting),
-    api.last_error ? api.last_error + " (" + ago(api.last_error_at) + ")" : ""]));
-  fill("errors", ["last", "event", "times", "text"], shown.last_errors.slice(0, 12).map(x => [
-    ago(x.time), [x.event, x.level === "error" ? "bad" : "warn"], count(x.count), x.text]));
+  const [word, kind] = !shown.healthy ? ["Unhealthy", "bad"]
+    : down.length ? ["Degraded", "warn"] : ["Healthy", "good"];
+  $("word").textContent = word;
+  $("health").className = kind;
+  list(shown.healthy ? down.map(api => "rating API " + api.url + " is down") : shown.faults);
+  const total = name => shown.counters[name] ?? 0;
+  const heard = Object.keys(shown.counters).some(name => name.startsWith("packets.received."));
+  $("facts").textContent = ["up " + span(shown.uptime), "journal: " + (shown.journal ?? "none"),
+    "last packet: " + (heard ? ago(shown.heard) : "never"),
+    ...shown.listeners.map(x => x.transport + " " + x.address), "version " + shown.version,
+  ].join(" · ");
+  draw("now", [{ running_calls: shown.calls.answered, ringing: shown.calls.trying,
+    "begun_/_s": perSecond(/^calls.begun$/), "packets_/_s": perSecond(/^packets.received/),
+    "dropped_/_s": perSecond(/^packets.(dropped|malformed)/), events_waiting: shown.waiting,
+    events_rejected: total("events.rejected"), events_lost: total("events.lost") }]);
+  draw("apis", shown.apis, "url state since waiting last_error last_error_at");
+  draw("errors", shown.last_errors.slice(0, 12), "time event level count text");
   $("known").textContent = count(shown.known_senders) + " known";
-  fill("senders", ["address", "last seen", "packets", "dropped", "clock", "last fault"],
-    shown.senders.slice(0, 50).map(x => {
-      const dropped = Object.entries(x.dropped).map(([kind, n]) => count(n) + " " + kind);
-      const skew = x.clock_skew_ms;
-      return [x.address, ago(x.last_seen), count(x.packets), dropped.join(", "),
-        [skew === null ? "" : (skew > 0 ? "+" : "") + (skew / 1000).toFixed(1) + " s",
-          Math.abs(skew) > 2000 ? "warn" : ""], x.last_fault];
-    }));
-  fill("drops", ["what", "times"], Object.entries(shown.counters)
-    .filter(([name]) => /dropped|malformed|evicted|orphan|lost|rejected|errors|failed$/.test(name))
-    .map(([name, total]) => [name, count(total)]));
-}
-
-function showCalls(calls) {
-  fill("calls", ["Call-ID", "state", "for", "tenant", "caller", "callee"], calls.map(x => [
-    x.call_id, x.state + (x.rated === false ? ", not rated" : ""), span(shown.time - x.since),
-    x.tenant, x.account_tag, x.destination_account_tag]));
+  draw("senders", shown.senders.slice(0, 50),
+    "address last_seen packets dropped clock_skew_ms last_fault");
+  draw("drops", Object.entries(shown.counters).map(([name, times]) => ({ name, times })).filter(
+    x => /dropped|malformed|evicted|orphan|lost|rejected|errors|failed$/.test(x.name)));
 }
 
 async function load(path) {
@@ -6732,16 +6715,16 @@ async function refresh() {
     if (mine !== run) return;
     [before, shown, answered] = [shown, next, Date.now()];
     show();
-    showCalls(page.calls);
+    for (const call of page.calls) call.rated = call.rated === false ? "no" : call.rated && "yes";
+    draw("calls", page.calls,
+      "call_id state since rated tenant account_tag destination_account_tag");
   } catch (error) {
     if (mine !== run) return;
     $("health").className = "bad";
     $("word").textContent = "No answer";
-    document.title = "✖ rating agent";
-    const since = answered ? " What is below is " + span((Date.now() - answered) / 1000) + " old."
-      : "";
-    $("faults").replaceChildren();
-    add($("faults"), "li", "The agent does not answer this page: " + error.message + "." + since);
+    const fault = "The agent does not answer this page: " + error.message + ".";
+    const age = " What is below is " + span((Date.now() - answered) / 1000) + " old.";
+    list([fault + (answered ? age : "")]);
   }
   setTimeout(() => mine === run && refresh(), 2000);
 }
@@ -6751,8 +6734,12 @@ refresh();
 """
 
 
-class BadRequest(Exception):
-    """A reader asked for something that is not there; the text says what is."""
+class Refused(Exception):
+    """A request for the status that is not carried out; the text says what is allowed."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 # Requests for the status at one time: some browsers, a monitor and a health check.
@@ -6761,15 +6748,18 @@ MAX_STATUS_CONNECTIONS = 32
 MAX_STATUS_REQUEST = 8_192
 # Seconds for one such request, from its first octet to the last of the answer.
 STATUS_TIMEOUT = 10.0
-# Senders that the status shows, those with most packets first: some 3 ms of work.
+# Senders that the status shows, those with most packets first.
 MAX_STATUS_SENDERS = 500
+_REQUEST = re.compile(rb"([A-Z]+) (/[^\s?]*)(?:\?(\S*))? HTTP/1\.[01]\r?\n")
+_HOST = re.compile(rb"\nhost[ \t]*:[ \t]*([^\r\n]*)", re.I)
+_PLAIN = "text/plain; charset=utf-8"
 
 
 class StatusServer(gevent.server.StreamServer):
     """The status over HTTP/1.1: GET and HEAD, one request a connection, all within STATUS_TIMEOUT.
 
-    gevent.pywsgi keeps idle connections for ever, takes 100 header lines of 64 KiB and writes to
-    stderr; all that is wanted of it are these few lines.
+    gevent.pywsgi bounds neither the time nor the octets of a request, and prints a traceback for
+    one with too many headers; to mend that takes as many lines as these few parts of HTTP.
     """
 
     kind = socket.SOCK_STREAM
@@ -6779,15 +6769,17 @@ class StatusServer(gevent.server.StreamServer):
         super().__init__(sock, handle=self._converse, spawn=MAX_STATUS_CONNECTIONS)
         self._agent = agent
         # One reader at a time looks through the calls; the others wait.
-        self._looking = gevent.lock.BoundedSemaphore(1)
+        self._reading_calls = gevent.lock.BoundedSemaphore(1)
         style, script = (
             b64encode(hashlib.sha256(re.findall(tag, PAGE, re.S)[0].encode()).digest()).decode()
             for tag in ("<style>(.*)</style>", "<script>(.*)</script>")
         )
-        self._policy = (
-            f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
-            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'"
+        self._headers = (
+            "Allow: GET, HEAD\r\nContent-Security-Policy: default-src 'none'; "
+            f"style-src 'sha256-{style}'; script-src 'sha256-{script}'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
+            "X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n"
+            "Cache-Control: no-store\r\nConnection: close\r\n\r\n"
         )
 
     def _converse(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
@@ -6807,34 +6799,49 @@ class StatusServer(gevent.server.StreamServer):
 
     def _answer(self, request: bytes) -> bytes:
         """The whole answer to a request, b"" for one that is none; never raises."""
-        line = re.match(rb"([A-Z]+) (/[^\s?]*)(?:\?(\S*))? HTTP/1\.[01]\r?\n", request)
-        kind, more = "text/plain; charset=utf-8", ""
+        line = _REQUEST.match(request)
         try:
             if line is None:
-                raise BadRequest(f"no HTTP request of less than {MAX_STATUS_REQUEST} octets")
-            method, path, query = (part.decode("latin-1") for part in (line.groups(b"")))
+                raise Refused(400, f"no HTTP request of less than {MAX_STATUS_REQUEST} octets")
+            method, path, query = (part.decode("latin-1") for part in line.groups(b""))
+            for host in _HOST.findall(request):
+                self._check_host(host.decode("latin-1"))
             if method not in ("GET", "HEAD"):
-                status, body, more = 405, "allowed: GET, HEAD\n", "Allow: GET, HEAD\r\n"
-            elif path not in self._PATHS:
-                status, body = 404, f"allowed: {' '.join(self._PATHS)}\n"
-            else:
-                handler, kind = self._PATHS[path]
-                status, body = handler(self, query)
-        except BadRequest as error:
-            status, body = 400, f"{error}\n"
+                raise Refused(405, "allowed: GET, HEAD")
+            if path not in self._PATHS:
+                raise Refused(404, f"allowed: {' '.join(self._PATHS)}")
+            handler, kind = self._PATHS[path]
+            status, body = handler(self, query)
+        except Refused as refused:
+            status, body, kind = refused.status, f"{refused}\n", _PLAIN
         except Exception:
             extra = {"event": "internal_error"}
             log.warning("a status request failed", exc_info=True, extra=extra)
-            status, body, kind = 500, "the log says why\n", "text/plain"
+            status, body, kind = 500, "the log says why\n", _PLAIN
         content = body.encode()
         head = (
             f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
-            f"Content-Type: {kind}\r\nContent-Length: {len(content)}\r\n{more}"
-            f"Content-Security-Policy: {self._policy}\r\nX-Content-Type-Options: nosniff\r\n"
-            "Referrer-Policy: no-referrer\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
+            f"Content-Type: {kind}\r\nContent-Length: {len(content)}\r\n{self._headers}"
         )
         head_only = line is not None and line[1] == b"HEAD"
         return head.encode("latin-1") + (b"" if head_only else content)
+
+    def _check_host(self, value: str) -> None:
+        """Refuse a request by a name that is not this machine's.
+
+        A web page may let its own name point to this machine (DNS rebinding), and its script would
+        then read what the browser can reach. To an address the browser would not let it.
+        """
+        name = re.sub(r":\d*$", "", value.strip()).strip("[]").rstrip(".").lower()
+        with suppress(ValueError):
+            ipaddress.ip_address(name)
+            return
+        own = socket.gethostname().lower()
+        given = split_address(self._agent.settings.listen_status)[0].lower()
+        # The full name comes last, for it may take a look-up.
+        names = {"localhost", own, given} - {""}
+        if name not in names and name != socket.getfqdn(own).lower():
+            raise Refused(421, f"allowed as Host: an address, localhost, {own}")
 
     def _health(self, query: str) -> tuple[int, str]:
         faults = self._agent.faults(time.monotonic())
@@ -6846,13 +6853,12 @@ class StatusServer(gevent.server.StreamServer):
         return 200, json.dumps(status) + "\n"
 
     def _metrics(self, query: str) -> tuple[int, str]:
-        agent = self._agent
+        agent, metrics = self._agent, self._agent.metrics
         gauges: dict[str, float] = {
             **agent.gauges(),
             "healthy": int(not agent.faults(time.monotonic())),
             "start_time_seconds": round(time.time() - time.monotonic() + agent.started, 3),
         }
-        metrics = agent.metrics
         return 200, prometheus_text(metrics.totals, gauges, metrics.timer_totals)
 
     def _page(self, query: str) -> tuple[int, str]:
@@ -6864,25 +6870,25 @@ class StatusServer(gevent.server.StreamServer):
         limit, after = wanted.pop("limit"), wanted.pop("after")
         deadline = time.monotonic() + CALLS_SECONDS
         offset = time.time() - time.monotonic()
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         row = after
-        with self._looking:
+        with self._reading_calls:
             for calls in self._agent.table.look():
                 for call in calls:
                     if (after and call.row >= after) or not self._matches(call, wanted):
                         continue
-                    if len(found) == limit:
-                        return 200, json.dumps({"calls": found, "next": row}) + "\n"
+                    if len(rows) == limit:
+                        return 200, json.dumps({"calls": rows, "next": row}) + "\n"
                     row = call.row
-                    found.append(self._call_facts(call, offset))
+                    rows.append(self._call_facts(call, offset))
                 if time.monotonic() >= deadline:
-                    return 200, json.dumps({"calls": found, "next": calls[-1].row}) + "\n"
+                    return 200, json.dumps({"calls": rows, "next": calls[-1].row}) + "\n"
                 gevent.sleep(0)
-        return 200, json.dumps({"calls": found, "next": None}) + "\n"
+        return 200, json.dumps({"calls": rows, "next": None}) + "\n"
 
     @staticmethod
     def _filter(query: str) -> dict[str, Any]:
-        """What ``/calls`` is to show. Raises BadRequest."""
+        """What ``/calls`` is to show. Raises Refused."""
         wanted: dict[str, Any] = {"limit": 100, "after": 0}
         for name, text in parse_qsl(query, keep_blank_values=True, max_num_fields=20):
             if name == "state" and set(text.split(",")) <= set(STATES):
@@ -6892,9 +6898,10 @@ class StatusServer(gevent.server.StreamServer):
             elif name in ("tenant", "account", "call_id"):
                 wanted[name] = text
             else:
-                raise BadRequest(
+                raise Refused(
+                    400,
                     f"{ascii(name)[:40]}; allowed: state={','.join(STATES)} tenant=TEXT "
-                    f"account=TEXT call_id=PART limit=1..{MAX_CALLS_PAGE} after=ROW"
+                    f"account=TEXT call_id=PART limit=1..{MAX_CALLS_PAGE} after=ROW",
                 )
         wanted["limit"] = min(max(wanted["limit"], 1), MAX_CALLS_PAGE)
         return wanted
