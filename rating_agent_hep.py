@@ -4591,23 +4591,71 @@ def effective(configuration: Configuration) -> Iterator[str]:
 
 log = logging.getLogger("rating_agent_hep")
 
-
 # Kinds of warnings and errors of which the last is shown, and characters of each.
 MAX_LAST_ERRORS = 50
 MAX_ERROR_TEXT = 300
 
 
-class LastErrors:
-    """The last warning or error of each ``event``, and how many there were.
+class WarningLimiter(logging.Filter):
+    """Let only a few warnings of one ``event`` through each second, and keep the last of each.
 
-    By event, so that a storm of one kind does not push out what explains it.
+    A line that passes says how many of its kind were held back before it. The last ones are kept by
+    event, so that a storm of one kind does not push out what explains it.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._last: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._second = 0
+        self._passed: dict[str, int] = {}
+        self._held: dict[str, int] = {}
 
-    def note(self, event: str, record: logging.LogRecord) -> None:
-        """Take in a record of level WARNING or above."""
+    def filter(self, record: logging.LogRecord) -> bool:
+        event = getattr(record, "event", None)
+        if record.levelno >= logging.WARNING and event != "held_back":
+            self._keep(event or "", record)
+        if record.levelno != logging.WARNING or event is None:
+            return True
+        if self._exhausted(event, record.created):
+            return False
+        self._passed[event] = self._passed.get(event, 0) + 1
+        if event in self._held:
+            record.held_back = self._held.pop(event)
+        return True
+
+    def holds(self, event: str, now: float) -> bool:
+        """Whether a warning would be held back at this UNIX time; if so, it is counted.
+
+        To make a line costs far more than to drop the packet that it is about.
+        """
+        if not self._exhausted(event, now):
+            return False
+        self._last[event]["count"] += 1
+        self._last[event]["time"] = now
+        return True
+
+    def take_held(self) -> dict[str, int]:
+        """How many lines of each event were held back that no line has told of yet."""
+        held, self._held = self._held, {}
+        return held
+
+    def last_errors(self) -> list[dict[str, Any]]:
+        """The last warning or error of each event, held back or not; the newest is first.
+
+        Each has ``event``, ``level``, ``time`` (UNIX time, seconds), ``count`` and ``text``.
+        """
+        return list(reversed(self._last.values()))
+
+    def _exhausted(self, event: str, now: float) -> bool:
+        if int(now) != self._second:
+            self._second = int(now)
+            self._passed.clear()
+        if self._passed.get(event, 0) < MAX_WARNINGS_PER_SECOND:
+            return False
+        self._held[event] = self._held.get(event, 0) + 1
+        return True
+
+    def _keep(self, event: str, record: logging.LogRecord) -> None:
         before = self._last.pop(event, None)
         facts = {name: getattr(record, name, None) for name in ("api", "sender", "call_id")}
         text = " ".join([record.getMessage(), *(f"{k}={v}" for k, v in facts.items() if v)])
@@ -4623,68 +4671,11 @@ class LastErrors:
         if len(self._last) > MAX_LAST_ERRORS:
             self._last.popitem(last=False)
 
-    def again(self, event: str, now: float) -> None:
-        """Count one more of an event, at this UNIX time; its text stays."""
-        if event in self._last:
-            self._last[event]["count"] += 1
-            self._last[event]["time"] = now
-
-    def newest_first(self) -> list[dict[str, Any]]:
-        """``event``, ``level``, ``time`` (UNIX time, seconds), ``count`` and ``text`` of each."""
-        return list(reversed(self._last.values()))
-
-
-class WarningLimiter(logging.Filter):
-    """Let only a few warnings of one ``event`` through each second, and say how many were held.
-
-    ``last`` keeps the last of each, held back or not.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last = LastErrors()
-        self._second = 0
-        self._seen: dict[str, int] = {}
-        self._held: dict[str, int] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        event = getattr(record, "event", None)
-        if record.levelno >= logging.WARNING and event != "held_back":
-            self.last.note(event or "", record)
-        if record.levelno != logging.WARNING or event is None:
-            return True
-        if int(record.created) != self._second:
-            self._second = int(record.created)
-            self._seen.clear()
-        self._seen[event] = self._seen.get(event, 0) + 1
-        if self._seen[event] > MAX_WARNINGS_PER_SECOND:
-            self._held[event] = self._held.get(event, 0) + 1
-            return False
-        if event in self._held:
-            record.held_back = self._held.pop(event)
-        return True
-
-    def holds(self, event: str, now: float) -> bool:
-        """Whether a warning would be held back at this UNIX time; it is counted so, then.
-
-        To make a line takes ten times as long as to drop the packet that it tells of.
-        """
-        if int(now) != self._second or self._seen.get(event, 0) < MAX_WARNINGS_PER_SECOND:
-            return False
-        self._held[event] = self._held.get(event, 0) + 1
-        self.last.again(event, now)
-        return True
-
-    def take_held(self) -> dict[str, int]:
-        """How many lines of each event were held back and not told of yet."""
-        held, self._held = self._held, {}
-        return held
-
 
 def set_up_logging(settings: Settings, stream: Any) -> WarningLimiter:
     """Send log lines to ``stream``: JSON objects, or text for a person."""
-    # Where a line was logged, by which thread and process: on no line of ours, and 8 us on each
-    # (Python's logging HOWTO, "Optimization").
+    # Where a line was logged, by which thread and process, is on no line of ours; to find it out
+    # takes a seventh of the time of a line (Python's logging HOWTO, "Optimization").
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(stream)
@@ -6200,7 +6191,7 @@ class Agent:
                 sender_status(sender)
                 for sender in heapq.nlargest(senders, self.senders, key=attrgetter("packets"))
             ],
-            "last_errors": self._limiter.last.newest_first()[:errors],
+            "last_errors": self._limiter.last_errors()[:errors],
             "counters": dict(sorted(self.metrics.totals.items())),
         }
 
@@ -6945,85 +6936,14 @@ class StatusServer(gevent.server.StreamServer):
     }
 
 
+Server = UdpServer | TcpServer | StatusServer
+
+
 # Room: command line
 
-# Files that the process asks to open at one time, connections included, where it may.
-MAX_FILES = 65_536
-# Seconds between two looks at the deadlines of the call table.
-TICK = 0.1
-
-
-def run(configuration: Configuration) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status."""
-    settings = configuration.settings
-    limiter = set_up_logging(settings, sys.stdout)
-    for warning in configuration.warnings:
-        log.warning(warning, extra={"event": "former_option"})
-    try:
-        journal = Journal(settings.state_dir) if settings.state_dir else None
-    except ConfigError as error:
-        return _fail(str(error))
-    agent = Agent(settings, configuration.rules, limiter, journal, configuration.tls)
-    servers: list[UdpServer | TcpServer | StatusServer] = []
-    # The soft limit is 1,024 on most systems, for programs that use select().
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
-    if soft < files:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    for server_class in (UdpServer, TcpServer, TlsServer, StatusServer):
-        option = f"listen_{server_class.transport}"
-        address = getattr(settings, option)
-        # Unlike HEP, the status is for this machine unless told otherwise.
-        if option == "listen_status" and address.startswith(":"):
-            address = f"127.0.0.1{address}"
-        if address:
-            try:
-                sock = configuration.sockets.get(option) or bind(address, server_class.kind)
-                servers.append(server_class(sock, agent))
-            except (OSError, UnicodeError) as error:
-                reason = getattr(error, "strerror", None) or error
-                return _fail(f"{option}: {address}: {reason}; allowed: a free address of this host")
-    stop = gevent.event.Event()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            os._exit(1)
-        stop.set()
-
-    gevent.signal_handler(signal.SIGTERM, on_signal)
-    gevent.signal_handler(signal.SIGINT, on_signal)
-    notifier = Notifier(os.environ)
-    gevent.signal_handler(signal.SIGHUP, notifier.reload, agent)
-    gevent.signal_handler(signal.SIGUSR1, agent.log_status)
-    for server in servers:
-        server.start()
-        extra: dict[str, Any] = {"event": "listening", "address": bound_to(server.socket)}
-        extra["transport"] = server.transport
-        extra["inherited"] = f"listen_{server.transport}" in configuration.sockets
-        extra["receive_buffer"] = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-        agent.listeners.append({name: extra[name] for name in ("transport", "address")})
-        log.info("listening", extra=extra)
-    background = [gevent.spawn(agent.flush_forever)]
-    if journal:
-        _tell_restored(agent, journal)
-        background.append(gevent.spawn(agent.journal_forever))
-    notifier.say("READY=1")
-    collector = Collector(time.monotonic())
-    while not stop.wait(TICK):
-        agent.tick()
-        collector.step(len(agent.table), time.monotonic())
-        notifier.alive(agent, time.monotonic())
-        for server in servers:
-            if isinstance(server, TcpServer):
-                server.close_overdue(time.monotonic())
-    notifier.say("STOPPING=1")
-    _shut_down(agent, servers, background, configuration.sockets)
-    return 0
-
-
-# New objects after which the garbage collector looks at them: some 3 ms. It never looks at those
-# before them, which takes 0.2 s beside 200,000 calls, but while GC_FEW calls are open, each
-# GC_PAUSE seconds, or else each GC_LAST.
+# New objects after which the garbage collector looks at them. It looks at all others only each
+# GC_PAUSE seconds, while fewer than GC_FEW calls are open, or else each GC_LAST: nothing runs
+# meanwhile, and that lasts the longer the more calls there are.
 GC_OBJECTS = 20_000
 GC_FEW = 5_000
 GC_PAUSE = 600.0
@@ -7033,8 +6953,8 @@ GC_LAST = 86_400.0
 class Collector:
     """Runs the garbage collector in place of its own rule, by which it looks at all calls at once.
 
-    What was looked at is frozen: it goes by its reference count, as nearly all does, and no look
-    is taken at it again but by a full one.
+    What it has looked at is frozen: reference counts free nearly all of it, and the collector looks
+    at the rest again at the next full look.
     """
 
     def __init__(self, now: float) -> None:
@@ -7098,6 +7018,93 @@ class Notifier:
         self.say("READY=1")
 
 
+# Files that the process asks to open at one time, connections included, where it may.
+MAX_FILES = 65_536
+# Seconds between two looks at the deadlines of the call table.
+TICK = 0.1
+
+
+def run(configuration: Configuration) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status. Raises ConfigError."""
+    settings = configuration.settings
+    limiter = set_up_logging(settings, sys.stdout)
+    for warning in configuration.warnings:
+        log.warning(warning, extra={"event": "former_option"})
+    journal = Journal(settings.state_dir) if settings.state_dir else None
+    agent = Agent(settings, configuration.rules, limiter, journal, configuration.tls)
+    # The soft limit is 1,024 on most systems, for programs that use select().
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    servers = _open_servers(configuration, agent)
+    notifier = Notifier(os.environ)
+    stop = _watch_signals(agent, notifier)
+    for server in servers:
+        server.start()
+        _tell_listening(agent, server, f"listen_{server.transport}" in configuration.sockets)
+    background = [gevent.spawn(agent.flush_forever)]
+    if journal:
+        _tell_restored(agent, journal)
+        background.append(gevent.spawn(agent.journal_forever))
+    notifier.say("READY=1")
+    collector = Collector(time.monotonic())
+    while not stop.wait(TICK):
+        agent.tick()
+        collector.step(len(agent.table), time.monotonic())
+        notifier.alive(agent, time.monotonic())
+        for server in servers:
+            if isinstance(server, TcpServer):
+                server.close_overdue(time.monotonic())
+    notifier.say("STOPPING=1")
+    _shut_down(agent, servers, background, configuration.sockets)
+    return 0
+
+
+def _open_servers(configuration: Configuration, agent: Agent) -> list[Server]:
+    """A server for each listener that is on, bound but not started. Raises ConfigError."""
+    servers: list[Server] = []
+    for server_class in (UdpServer, TcpServer, TlsServer, StatusServer):
+        option = f"listen_{server_class.transport}"
+        address = getattr(configuration.settings, option)
+        # Unlike HEP, the status is for this machine unless told otherwise.
+        if option == "listen_status" and address.startswith(":"):
+            address = f"127.0.0.1{address}"
+        if address:
+            try:
+                sock = configuration.sockets.get(option) or bind(address, server_class.kind)
+            except (OSError, UnicodeError) as error:
+                reason = getattr(error, "strerror", None) or error
+                text = f"{option}: {address}: {reason}; allowed: a free address of this host"
+                raise ConfigError(text) from None
+            servers.append(server_class(sock, agent))
+    return servers
+
+
+def _watch_signals(agent: Agent, notifier: Notifier) -> gevent.event.Event:
+    """The event that SIGTERM and SIGINT set; a second one of them ends the process at once."""
+    stop = gevent.event.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    gevent.signal_handler(signal.SIGTERM, on_signal)
+    gevent.signal_handler(signal.SIGINT, on_signal)
+    gevent.signal_handler(signal.SIGHUP, notifier.reload, agent)
+    gevent.signal_handler(signal.SIGUSR1, agent.log_status)
+    return stop
+
+
+def _tell_listening(agent: Agent, server: Server, inherited: bool) -> None:
+    where = {"transport": server.transport, "address": bound_to(server.socket)}
+    agent.listeners.append(where)
+    size = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    extra = {"event": "listening", **where, "inherited": inherited, "receive_buffer": size}
+    log.info("listening", extra=extra)
+
+
 def _tell_restored(agent: Agent, journal: Journal) -> None:
     if journal.found:
         extra = {"event": "journal_torn"}
@@ -7111,7 +7118,7 @@ def _tell_restored(agent: Agent, journal: Journal) -> None:
 
 def _shut_down(
     agent: Agent,
-    servers: Sequence[UdpServer | TcpServer | StatusServer],
+    servers: Sequence[Server],
     background: list[gevent.Greenlet],
     inherited: Collection[str],
 ) -> None:
@@ -7166,7 +7173,12 @@ def _hang_up(servers: Sequence[TcpServer], deadline: float) -> None:
 
 
 def decode_files(names: Sequence[str], out: Any) -> int:
-    """Print captures as text: `.hepl` files, or files of concatenated HEP3 frames."""
+    """Print captures as text: `.hepl` files, or files of concatenated HEP3 frames.
+
+    Returns the exit status. Raises ConfigError without a file.
+    """
+    if not names:
+        raise ConfigError("decode: no file; allowed: decode FILE...")
     status = 0
     for name in names:
         try:
@@ -7293,6 +7305,17 @@ def _fail(text: str) -> int:
     return 2
 
 
+def check(configuration: Configuration, out: Any) -> int:
+    """Print the options in force, after a look at the journal. Raises ConfigError."""
+    if configuration.settings.state_dir:
+        inspect_journal(configuration.settings.state_dir)
+    for warning in configuration.warnings:
+        print(f"# {warning}", file=out)
+    for line in effective(configuration):
+        print(line, file=out)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status: 0, or 2 for what the operator has to mend."""
     try:
@@ -7300,28 +7323,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in PASSING:
             os.environ.pop(name, None)
         configuration = load_configuration(arguments, environ)
+        match configuration.command:
+            case "decode":
+                return decode_files(configuration.arguments, sys.stdout)
+            case "outbox":
+                folder = configuration.settings.state_dir
+                return outbox(folder, configuration.arguments, sys.stdout)
+            case "check":
+                return check(configuration, sys.stdout)
+        return run(configuration)
     except ConfigError as error:
         return _fail(str(error))
-    command, arguments = configuration.command, configuration.arguments
-    if command == "decode":
-        if not arguments:
-            return _fail("decode: no file; allowed: decode FILE...")
-        return decode_files(arguments, sys.stdout)
-    folder = configuration.settings.state_dir
-    try:
-        if command == "outbox":
-            return outbox(folder, arguments, sys.stdout)
-        if command == "check" and folder:
-            inspect_journal(folder)
-    except ConfigError as error:
-        return _fail(str(error))
-    if command == "check":
-        for warning in configuration.warnings:
-            print(f"# {warning}")
-        for line in effective(configuration):
-            print(line)
-        return 0
-    return run(configuration)
 
 
 if __name__ == "__main__":

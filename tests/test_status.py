@@ -419,14 +419,14 @@ def test_last_errors_are_bounded_and_a_storm_pushes_nothing_out() -> None:
         limiter.filter(record("malformed_hep_magic", text="y" * 5_000, sender="192.0.2.1"))
     now = float(limiter._second)
     assert limiter.holds("malformed_hep_magic", now)
-    storm, first = limiter.last.newest_first()
+    storm, first = limiter.last_errors()
     assert (storm["event"], storm["count"]) == ("malformed_hep_magic", 10_001)
     assert len(storm["text"]) == agent.MAX_ERROR_TEXT
     assert (first["event"], first["level"]) == ("journal_failed", "error")
     assert first["text"] == "disk full api=http://a"
     for number in range(1_000):
         limiter.filter(record(f"kind_{number}"))
-    assert len(limiter.last.newest_first()) == agent.MAX_LAST_ERRORS
+    assert len(limiter.last_errors()) == agent.MAX_LAST_ERRORS
 
 
 # Signals and systemd
