@@ -35,6 +35,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import gevent
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from rating_agent_hep import MAX_HEP_FRAME, HepError, HepPacket, HepSplitter, decode_hep
@@ -613,4 +615,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # The agent's module brings gevent, whose loop would print an interrupt before it passes it on.
+    gevent.get_hub().NOT_ERROR += (KeyboardInterrupt,)
     sys.exit(main())
