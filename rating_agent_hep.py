@@ -6560,32 +6560,27 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --bg: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #5c6670;
-  --line: #e1e4e8; --good: #18713a; --bad: #b3261e; --warn: #8a5a00 }
-@media (prefers-color-scheme: dark) { :root { --bg: #101418; --card: #1a2026; --text: #e6e9ec;
-  --dim: #98a3ad; --line: #2b333b; --good: #57c785; --bad: #ff8a80; --warn: #f0b95b } }
+:root { color-scheme: light dark; --line: #8884; --good: #2a8c4f; --bad: #d5453c; --warn: #b07400 }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 16px; max-width: 1100px; background: var(--bg);
-  color: var(--text); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
-header, section { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: 12px 16px; margin-bottom: 12px }
+body { margin: 0 auto; padding: 8px; max-width: 1100px; font: 15px/1.45 system-ui, sans-serif;
+  overflow-wrap: anywhere }
+header, section { border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px;
+  margin-bottom: 12px }
 header { border-left: 6px solid }
 h1 { margin: 0; font-size: 28px; line-height: 1.2 } h2 { margin: 0 0 6px; font-size: 15px }
 .good { color: var(--good) } .bad { color: var(--bad) } .warn { color: var(--warn) }
-ul { margin: 6px 0 0; padding: 0; list-style: none; font-size: 17px; color: var(--text) }
-.dim, h2 span, th { color: var(--dim); font-weight: 400; font-size: 13px }
-#now td { font-size: 22px }
+ul { margin: 6px 0 0; padding: 0; list-style: none; font-size: 17px; color: CanvasText }
+.dim, h2 span, th { color: GrayText; font-weight: 400; font-size: 13px }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top;
   text-align: left }
-tr:last-child td { border-bottom: 0 } td:empty::after { content: "–"; color: var(--dim) }
-input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px; color: inherit;
-  background: var(--bg); border: 1px solid var(--line); border-radius: 6px }
-@media (max-width: 640px) { body { padding: 8px } thead { display: none }
+td:empty::after { content: "–"; color: GrayText }
+#now td { font-size: 22px }
+input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px }
+@media (max-width: 640px) { thead { display: none } #now td { font-size: inherit }
   tr { display: block; padding: 6px 0; border-bottom: 1px solid var(--line) }
   td { display: flex; gap: 8px; padding: 1px 0; border: 0 }
-  td::before { content: attr(data-name); flex: 0 0 92px; color: var(--dim) }
-  #now td { font-size: inherit } }
+  td::before { content: attr(data-name); flex: 0 0 92px; color: GrayText } }
 </style></head><body>
 <header id="health"><h1 id="word">…</h1><ul id="faults"></ul><div class="dim" id="facts"></div>
 </header>
@@ -6745,6 +6740,17 @@ _REQUEST = re.compile(rb"([A-Z]+) (/[^\s?]*)(?:\?(\S*))? HTTP/1\.[01]\r?\n")
 _HOST = re.compile(rb"\nhost[ \t]*:[ \t]*([^\r\n]*)", re.I)
 _PLAIN = "text/plain; charset=utf-8"
 
+_CALL_TESTS: dict[str, Callable[[Call, Any], bool]] = {
+    "state": lambda call, states: call.state in states,
+    "tenant": lambda call, tenant: call.tenant == tenant,
+    "account": lambda call, account: (
+        account in (call.shown.account_tag, call.shown.destination_account_tag)
+        if call.shown
+        else False
+    ),
+    "call_id": lambda call, part: part in printable_id(call.call_id),
+}
+
 
 class StatusServer(gevent.server.StreamServer):
     """The status over HTTP/1.1: GET and HEAD, one request a connection, all within STATUS_TIMEOUT.
@@ -6857,8 +6863,9 @@ class StatusServer(gevent.server.StreamServer):
 
     def _calls(self, query: str) -> tuple[int, str]:
         """Calls that match, newest first; ``next`` is what ``after`` is to be for those behind."""
-        wanted = self._filter(query)
+        wanted = self._wanted(query)
         limit, after = wanted.pop("limit"), wanted.pop("after")
+        tests = [(_CALL_TESTS[name], value) for name, value in wanted.items()]
         deadline = time.monotonic() + CALLS_SECONDS
         offset = time.time() - time.monotonic()
         rows: list[dict[str, Any]] = []
@@ -6866,7 +6873,7 @@ class StatusServer(gevent.server.StreamServer):
         with self._reading_calls:
             for calls in self._agent.table.look():
                 for call in calls:
-                    if (after and call.row >= after) or not self._matches(call, wanted):
+                    if (after and call.row >= after) or not all(test(call, x) for test, x in tests):
                         continue
                     if len(rows) == limit:
                         return 200, json.dumps({"calls": rows, "next": row}) + "\n"
@@ -6878,14 +6885,14 @@ class StatusServer(gevent.server.StreamServer):
         return 200, json.dumps({"calls": rows, "next": None}) + "\n"
 
     @staticmethod
-    def _filter(query: str) -> dict[str, Any]:
+    def _wanted(query: str) -> dict[str, Any]:
         """What ``/calls`` is to show. Raises Refused."""
         wanted: dict[str, Any] = {"limit": 100, "after": 0}
         for name, text in parse_qsl(query, keep_blank_values=True, max_num_fields=20):
-            if name == "state" and set(text.split(",")) <= set(STATES):
-                wanted[name] = frozenset(text.split(","))
-            elif name in ("limit", "after") and re.fullmatch("[0-9]{1,18}", text, re.A):
+            if name in wanted and re.fullmatch("[0-9]{1,18}", text, re.A):
                 wanted[name] = int(text)
+            elif name == "state" and set(text.split(",")) <= set(STATES):
+                wanted[name] = text.split(",")
             elif name in ("tenant", "account", "call_id"):
                 wanted[name] = text
             else:
@@ -6896,17 +6903,6 @@ class StatusServer(gevent.server.StreamServer):
                 )
         wanted["limit"] = min(max(wanted["limit"], 1), MAX_CALLS_PAGE)
         return wanted
-
-    @staticmethod
-    def _matches(call: Call, wanted: dict[str, Any]) -> bool:
-        known = call.shown
-        accounts = (known.account_tag, known.destination_account_tag) if known else ()
-        return (
-            ("state" not in wanted or call.state in wanted["state"])
-            and ("tenant" not in wanted or call.tenant == wanted["tenant"])
-            and ("account" not in wanted or wanted["account"] in accounts)
-            and ("call_id" not in wanted or wanted["call_id"] in printable_id(call.call_id))
-        )
 
     @staticmethod
     def _call_facts(call: Call, offset: float) -> dict[str, Any]:
