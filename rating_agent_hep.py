@@ -479,10 +479,10 @@ def words(text: str) -> tuple[str, ...]:
 def keys(text: str) -> tuple[str, ...]:
     """A list of keys, none of them empty. Raises ConfigError, which quotes none."""
     with suppress(ConfigError):
-        found = words(text)
-        if all(key and key.isprintable() for key in found):
-            return found
-    raise ConfigError("not a list of keys; allowed: words, or a JSON list of texts on one line")
+        listed = words(text)
+        if all(key and key.isprintable() for key in listed):
+            return listed
+    raise ConfigError("it is no list of keys; allowed: words, or a JSON list of texts on one line")
 
 
 def as_domains(texts: Iterable[str]) -> tuple[str, ...]:
@@ -491,7 +491,7 @@ def as_domains(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def domains(text: str) -> tuple[str, ...]:
-    """A list of domains in lower case; ``*.example`` stands for all subdomains of example."""
+    """A list of domains in lower case; ``*.example`` means all subdomains of example."""
     return as_domains(words(text))
 
 
@@ -528,7 +528,9 @@ def split_address(text: str) -> tuple[str, int]:
 def api_url(text: str) -> str:
     """Check the base URL of a rating API and return it without a last slash. Raises ConfigError."""
     if "@" in text:
-        raise ConfigError("a URL with a user in it; allowed: rating_api_username and _password")
+        raise ConfigError(
+            "the URL names a user; allowed: rating_api_username and rating_api_password"
+        )
     try:
         parts = urlsplit(text)
         valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -562,7 +564,7 @@ def _header(text: str) -> str:
 
 def _printable_ascii(text: str) -> str:
     if not text.isascii() or not text.isprintable():
-        raise ConfigError("a character that no header may hold; allowed: printable ASCII")
+        raise ConfigError("it has a character that no header may have; allowed: printable ASCII")
     return text
 
 
@@ -4299,23 +4301,17 @@ def _open_text(path: str) -> io.StringIO:
     return stream
 
 
-# The names by which sockets are passed, and the options whose place they take.
-_PASSED = {
-    "hep-udp": "listen_udp",
-    "hep-tcp": "listen_tcp",
-    "hep-tls": "listen_tls",
-    "status": "listen_status",
-}
+# The names by which sockets are passed; each takes the place of listen_udp and so on.
+_PASSED = ("hep-udp", "hep-tcp", "hep-tls", "status")
 # The variables of sd_listen_fds(3) that say so, and the first descriptor: SD_LISTEN_FDS_START.
 PASSING = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 _FIRST_PASSED = 3
 
 
 def passed_sockets(environ: Mapping[str, str]) -> dict[str, socket.socket]:
-    """The sockets that systemd or the like holds open for this process, by option.
+    """The sockets that systemd or the like has opened for this process, by option.
 
-    As sd_listen_fds_with_names(3), with the names hep-udp, hep-tcp, hep-tls and status. Raises
-    ConfigError.
+    Source: sd_listen_fds_with_names(3). Raises ConfigError.
     """
     pid, count, names = (environ.get(name, "") for name in PASSING)
     if pid != str(os.getpid()) or count in ("", "0"):
@@ -4327,8 +4323,8 @@ def passed_sockets(environ: Mapping[str, str]) -> dict[str, socket.socket]:
         )
     sockets: dict[str, socket.socket] = {}
     for descriptor, name in enumerate(listed, _FIRST_PASSED):
-        option = _PASSED.get(name)
-        if option is None or option in sockets:
+        option = f"listen_{name.removeprefix('hep-')}"
+        if name not in _PASSED or option in sockets:
             allowed = ", ".join(_PASSED)
             raise ConfigError(f"LISTEN_FDNAMES: {names!r}; allowed: {allowed}, each once")
         try:
@@ -4342,9 +4338,9 @@ def passed_sockets(environ: Mapping[str, str]) -> dict[str, socket.socket]:
 
 
 def _adopt(descriptor: int, udp: bool) -> socket.socket:
-    """The socket of a descriptor that another process holds, too. Raises OSError, ConfigError.
+    """The socket of a descriptor that was passed. Raises OSError, ConfigError.
 
-    Its options stay as they are: its buffer is perhaps larger than this process may ask for.
+    Its options stay as they are: its buffer may be larger than this process may ask for.
     """
     os.set_inheritable(descriptor, False)
     sock = socket.socket(fileno=descriptor)
@@ -4369,7 +4365,7 @@ def bound_to(sock: socket.socket) -> str:
 class Configuration(NamedTuple):
     """What the command line, environment and files say together.
 
-    ``sockets`` are those that were passed, by option; the option then is its socket's address.
+    ``sockets`` are those that were passed, by option; such an option is its socket's address.
     """
 
     command: str
@@ -4523,7 +4519,7 @@ def _load_pem(option: str, path: str, load: Callable[[], Any], allowed: str) -> 
 
 
 def load_tls(settings: Settings) -> ssl.SSLContext | None:
-    """How the TLS listener speaks, TLS 1.2 or later; None where it is off. Raises ConfigError."""
+    """The context of the TLS listener, TLS 1.2 or later; None if it is off. Raises ConfigError."""
     if not settings.listen_tls:
         return None
     cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
@@ -4555,9 +4551,9 @@ def load_tls(settings: Settings) -> ssl.SSLContext | None:
 
 @cache
 def api_tls(ca_file: str) -> ssl.SSLContext:
-    """How rating APIs are spoken to: by certificates of the CAs in a file, else of the system's.
+    """The CAs that a rating API's certificate may come from: those of a file, else the system's.
 
-    One for all, for loading takes some 20 ms. Raises ConfigError.
+    It is loaded once, for that is slow. Raises ConfigError.
     """
     if not ca_file:
         return ssl.create_default_context()
@@ -4574,11 +4570,11 @@ def effective(configuration: Configuration) -> Iterator[str]:
     for option in OPTIONS:
         value = getattr(configuration.settings, option.name)
         if option.secret and value:
-            # What a file gave is not to be set once more.
+            # If a file gave it, the line must not set it a second time.
             from_file = getattr(configuration.settings, f"{option.name}_file")
             value = type(value)() if from_file else "***"
         shown = list(value) if isinstance(value, tuple) else value
-        # YAML does not join the two halves of JSON's escape for what lies beyond 16 bits.
+        # JSON escapes a character beyond 16 bits as two halves, which YAML does not join.
         yield f"{option.name}: {json.dumps(shown, ensure_ascii=not str(shown).isprintable())}"
     for rule in configuration.rules:
         route = rule.route
@@ -4695,7 +4691,7 @@ def set_up_logging(settings: Settings, stream: Any) -> WarningLimiter:
 
 
 def printable(text: str) -> str:
-    """One line for a terminal: what a peer sent can neither forge lines nor move the cursor."""
+    """Text that can neither begin a line nor move the cursor of a terminal, whoever sent it."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -6351,14 +6347,15 @@ def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
     return sock
 
 
-# Datagrams handled in one go before other greenlets get the loop (about 10 ms of work).
+# Datagrams handled in one go before other greenlets get the loop: few enough that none of them
+# waits for long.
 UDP_BUDGET = 256
 
 
 class UdpServer(gevent.server.DatagramServer):
-    """HEP over UDP: each wake-up drains the socket, up to a budget, without a greenlet a packet.
+    """HEP over UDP: each wake-up drains the socket, up to a budget, with no greenlet for a packet.
 
-    gevent's own do_read takes 8192 octets, so longer datagrams would be cut without a word.
+    gevent's own do_read takes 8192 octets and would silently cut longer datagrams.
     """
 
     kind = socket.SOCK_DGRAM
@@ -6376,42 +6373,40 @@ class UdpServer(gevent.server.DatagramServer):
             except BlockingIOError:
                 return
             except OSError as error:
-                # Such as an ICMP error that a former packet brought about.
+                # For example the ICMP error that answers an earlier packet.
                 self._agent.malformed("udp_receive", str(error), None)
                 return
             self._agent.receive(data, "udp", self._agent.senders.of(address[0]))
 
 
+@dataclass(slots=True, eq=False)
 class Connection:
-    """What is waited for on a connection: the rest of a frame where ``inside``, else a next one.
+    """An open connection that waits for the rest of a frame where ``inside``, else for a next one.
 
     ``since`` is when the waiting began, seconds of a monotonic clock.
     """
 
-    __slots__ = ("greenlet", "inside", "sender", "since", "sock")
-
-    def __init__(self, sender: Sender, sock: socket.socket, now: float) -> None:
-        self.sender = sender
-        self.sock = sock
-        self.greenlet = gevent.getcurrent()
-        self.inside = False
-        self.since = now
+    sender: Sender
+    sock: socket.socket
+    since: float
+    inside: bool = False
+    greenlet: gevent.Greenlet = field(default_factory=gevent.getcurrent)
 
 
-# Frames of TCP handled in one go, for the same reason; the connections that have more share it.
+# Frames of TCP handled in one go, likewise; all connections that have more frames share it.
 TCP_BUDGET = 256
-# Share of the files that the process may open that each of the two listeners may take: a sender
+# Share of the files that the process may open which one listener's connections may take: senders
 # must not keep the agent from opening a connection to the rating API.
 FILES_PER_LISTENER = 1 / 4
-# Seconds. While there is no place for a new connection, one that is silent for so long is closed.
+# Seconds. While no place is free for a new connection, one that is silent for so long is closed.
 CROWDED_IDLE = 60.0
-# Seconds without a look at the connections after which their time is not counted: the process was
-# stopped, and what they sent meanwhile is still unread.
+# Seconds between two checks of the connections after which their waiting is not counted: the
+# process was stopped, and what they sent meanwhile is still unread.
 STALLED = 5.0
 
 
 class TcpServer(gevent.server.StreamServer):
-    """HEP over TCP: a greenlet a connection; one that loses framing is closed, others go on."""
+    """HEP over TCP, with a greenlet for each connection; one that loses framing is closed."""
 
     kind = socket.SOCK_STREAM
     transport = "tcp"
@@ -6423,10 +6418,10 @@ class TcpServer(gevent.server.StreamServer):
         self._agent = agent
         self._open: set[Connection] = set()
         self._yielding = 0
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
 
     def do_handle(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
-        # Here and not in the greenlet, so that what is refused takes no place.
+        # This is not done in the greenlet, so that what is refused takes no place.
         sender = self._agent.senders.of(address[0])
         if not self._agent.admit(sender):
             sock.close()
@@ -6435,18 +6430,18 @@ class TcpServer(gevent.server.StreamServer):
         super().do_handle(sock, sender)
 
     def close_overdue(self, now: float) -> None:
-        """Close the connections that took too long for a frame, or are silent for too long."""
-        waited = now - self._looked < STALLED and not self._agent.behind
-        self._looked = now
+        """Close the connections that take too long for a frame, or are silent for too long."""
+        counted = now - self._checked < STALLED and not self._agent.behind
+        self._checked = now
         crowded = CROWDED_IDLE if self.pool.full() else inf
         idle = min(self._agent.settings.hep_idle_timeout or inf, crowded)
         for connection in list(self._open):
-            if not waited:
+            if not counted:
                 connection.since = now
             elif now - connection.since < (FRAME_TIMEOUT if connection.inside else idle):
                 continue
             elif connection.inside:
-                text = f"connection closed: a frame not whole after {FRAME_TIMEOUT:g} s"
+                text = f"connection closed: a frame was not complete after {FRAME_TIMEOUT:g} s"
                 self._agent.malformed("hep_slow", text, connection.sender)
                 self._close(connection)
             else:
@@ -6460,12 +6455,12 @@ class TcpServer(gevent.server.StreamServer):
         connection.greenlet.kill(block=False)
 
     def hang_up(self) -> bool:
-        """Tell the senders that no more is to come; what they send until they close is read.
+        """Tell the senders that this side is closing; what they send until they close is read.
 
         Returns whether there are connections left.
         """
         for connection in self._open:
-            # Not SSLSocket's own, which would end the reading, too.
+            # SSLSocket's own shutdown would also end the reading.
             with suppress(OSError):
                 socket.socket.shutdown(connection.sock, socket.SHUT_WR)
         return bool(self.pool)
@@ -6480,7 +6475,7 @@ class TcpServer(gevent.server.StreamServer):
         agent.metrics.count("connections.opened")
         handled = 0
         try:
-            # A sender that is gone without a word would keep its place for ever.
+            # Without it a sender that vanishes would keep its place for ever.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             sock = connection.sock = self._secure(sock)
             self._open.add(connection)
@@ -6514,17 +6509,17 @@ class TcpServer(gevent.server.StreamServer):
         finally:
             sock.close()
             self._open.discard(connection)
-            # Seen just now, so that it is not the first to be forgotten.
+            # This marks it as seen now, so that it is not the first to be forgotten.
             agent.senders.of(sender.address)
             agent.connections -= 1
             sender.connections -= 1
 
     def _yield(self) -> None:
-        """Let everything else go first that has something to do.
+        """Let everything else run first that has something to do.
 
-        `gevent.sleep(0)` lets the loop look at its sockets only each 50 times: three connections
-        that always have more kept UDP waiting for 50 ms. An idle watcher of the highest priority
-        comes once in each round of the loop.
+        `gevent.sleep(0)` lets the loop poll its sockets only each 50th time, so a few connections
+        that always have more would keep UDP waiting. An idle watcher of the highest priority runs
+        once in each round of the loop.
         """
         self._yielding += 1
         try:
@@ -6554,7 +6549,7 @@ class TlsServer(TcpServer):
         return secured
 
 
-# What comes from the network goes into it as text only, and its policy allows no other script.
+# What comes from the network goes into the page as text only; its policy allows no other script.
 PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>rating agent</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -6640,7 +6635,7 @@ function draw(id, rows, columns) {
       add(line, "td", cell(name, row[name]), kind).dataset.name = name.replaceAll("_", " ");
     }
   }
-  if (!rows.length) add(add(body, "tr", ""), "td", "none").dataset.name = "";
+  if (!rows.length) add(add(body, "tr", ""), "td", "none").colSpan = names.length;
   $(id).replaceWith(table);
 }
 
@@ -6789,7 +6784,7 @@ class StatusServer(gevent.server.StreamServer):
                 request += data
             if request:
                 sock.sendall(self._answer(request if ended else b""))
-            # Closed with something unread, the answer may be lost on its way.
+            # If it were closed with something unread, the answer might get lost on its way.
             sock.shutdown(socket.SHUT_WR)
             while sock.recv(65_536):
                 gevent.sleep(0)
@@ -6862,7 +6857,7 @@ class StatusServer(gevent.server.StreamServer):
         return 200, PAGE
 
     def _calls(self, query: str) -> tuple[int, str]:
-        """Calls that match, newest first; ``next`` is what ``after`` is to be for those behind."""
+        """Calls that match, newest first; ``next`` is the ``after`` of the page that follows."""
         wanted = self._wanted(query)
         limit, after = wanted.pop("limit"), wanted.pop("after")
         tests = [(_CALL_TESTS[name], value) for name, value in wanted.items()]
@@ -6917,7 +6912,7 @@ class StatusServer(gevent.server.StreamServer):
             "account_tag": known.account_tag if known else "",
             "destination_account_tag": known.destination_account_tag if known else "",
             "transaction_tag": known.transaction_tag if known else "",
-            # What is over has forgotten whom it was charged to.
+            # A call that is over does not know any more whom it was charged to.
             "rated": known.rated and not call.tied if known and not call.ended_at else None,
             "answered": call.begun / 1_000_000 if call.state == ANSWERED else None,
             "capture_id": call.capture_id,
@@ -6937,9 +6932,9 @@ Server = UdpServer | TcpServer | StatusServer
 
 # Room: command line
 
-# New objects after which the garbage collector looks at them. It looks at all others only each
-# GC_PAUSE seconds, while fewer than GC_FEW calls are open, or else each GC_LAST: nothing runs
-# meanwhile, and that lasts the longer the more calls there are.
+# New objects after which the garbage collector goes through them. It goes through all others only
+# each GC_PAUSE seconds, while fewer than GC_FEW calls are open, or else each GC_LAST: nothing runs
+# meanwhile, and that takes the longer the more calls there are.
 GC_OBJECTS = 20_000
 GC_FEW = 5_000
 GC_PAUSE = 600.0
@@ -6947,10 +6942,10 @@ GC_LAST = 86_400.0
 
 
 class Collector:
-    """Runs the garbage collector in place of its own rule, by which it looks at all calls at once.
+    """Runs the garbage collector in place of its own rule, which goes through all calls at once.
 
-    What it has looked at is frozen: reference counts free nearly all of it, and the collector looks
-    at the rest again at the next full look.
+    Each collection freezes what it leaves: reference counts free nearly all of that, and the next
+    full collection finds the rest.
     """
 
     def __init__(self, now: float) -> None:
@@ -6959,7 +6954,7 @@ class Collector:
         self._full = now
 
     def step(self, calls: int, now: float) -> None:
-        """Look at what is new, if that is enough to look at; called at each tick."""
+        """Collect what is new if there is enough of it, or all in time; called at each tick."""
         if now - self._full >= (GC_PAUSE if calls < GC_FEW else GC_LAST):
             self._full = now
             gc.unfreeze()
@@ -6969,12 +6964,12 @@ class Collector:
         gc.freeze()
 
 
-# Seconds between two lines for `systemctl status`, more often only where the watchdog asks for it.
+# Seconds between two lines for `systemctl status`; the watchdog may ask for more.
 NOTIFY_INTERVAL = 10.0
 
 
 class Notifier:
-    """Tells systemd how the agent is, as sd_notify(3) does; without NOTIFY_SOCKET it does nothing.
+    """Tells systemd how the agent is (sd_notify(3)); it does nothing without NOTIFY_SOCKET.
 
     ``interval`` is the seconds between two calls of `alive`: half of what the watchdog allows, and
     NOTIFY_INTERVAL at most.
@@ -7016,7 +7011,7 @@ class Notifier:
 
 # Files that the process asks to open at one time, connections included, where it may.
 MAX_FILES = 65_536
-# Seconds between two looks at the deadlines of the call table.
+# Seconds between two checks of what is due in the call table.
 TICK = 0.1
 
 
@@ -7105,7 +7100,7 @@ def _tell_restored(agent: Agent, journal: Journal) -> None:
     if journal.found:
         extra = {"event": "journal_torn"}
         log.warning(
-            "the journal was cut, what was committed is there: %s", journal.found, extra=extra
+            "the journal was cut; what was committed is there: %s", journal.found, extra=extra
         )
     sizes = agent.table.sizes()
     counts = {"running": sizes[ANSWERED], "ringing": sizes[TRYING], "waiting": agent.waiting}
@@ -7121,7 +7116,7 @@ def _shut_down(
     log.info("stopping", extra={"event": "stopping", "waiting": len(agent.delivery)})
     timeout, journal = agent.settings.shutdown_timeout, agent.journal
     deadline = time.monotonic() + timeout
-    # Some of the time is for the last commit and the last metrics.
+    # The last commit and the last metrics need some of the time.
     last_send = deadline - min(timeout / 4, STATSD_FLUSH)
     for server in servers:
         # What waits in an inherited socket is the next agent's.
@@ -7155,15 +7150,15 @@ def _shut_down(
     log.info("stopped", extra={"event": "stopped"})
 
 
-# Seconds in which senders over TCP may close their connections when the agent stops; those that
-# look whether the other side has closed, as SIP servers do, need some ms.
+# Seconds in which senders over TCP may close their connections when the agent stops. Those that
+# notice that the other side has closed, as SIP servers do, need far less.
 HANG_UP = 0.5
 
 
 def _hang_up(servers: Sequence[TcpServer], deadline: float) -> None:
-    """Read what senders have sent until they know that they are not heard any more."""
+    """Read what senders send until they know that nobody listens any more."""
     last = min(time.monotonic() + HANG_UP, deadline)
-    # All, without a stop at the first that has some.
+    # `any` would not call the servers behind the first that has some.
     while sum(server.hang_up() for server in servers) and time.monotonic() < last:
         gevent.sleep(TICK / 10)
 
@@ -7188,7 +7183,7 @@ def decode_files(names: Sequence[str], out: Any) -> int:
 
 
 def outbox(folder: str, arguments: Sequence[str], out: Any) -> int:
-    """The command that shows what waits and what was rejected, also while an agent runs.
+    """The command that shows what waits and what was rejected; an agent may run meanwhile.
 
     ``arguments`` is "list", "retry" with any number of calls (none: all that were rejected), or
     "drop" with one at least; a call is named by its Call-ID or transaction tag. Returns the exit
@@ -7241,7 +7236,7 @@ def _list_outbox(db: sqlite3.Connection, out: Any) -> int:
 
 
 def _reader_left(out: Any) -> int:
-    """The reader of our output, such as head, has seen enough."""
+    """End well when the reader of our output, such as head, has closed it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
     return 0
 
@@ -7302,7 +7297,7 @@ def _fail(text: str) -> int:
 
 
 def check(configuration: Configuration, out: Any) -> int:
-    """Print the options in force, after a look at the journal. Raises ConfigError."""
+    """Check the journal, then print the options in force. Raises ConfigError."""
     if configuration.settings.state_dir:
         inspect_journal(configuration.settings.state_dir)
     for warning in configuration.warnings:
