@@ -6469,36 +6469,17 @@ class TcpServer(gevent.server.StreamServer):
         return sock
 
     def _converse(self, sock: socket.socket, sender: Sender) -> None:
-        agent, splitter = self._agent, HepSplitter()
-        connection = Connection(sender, sock, time.monotonic())
+        agent, connection = self._agent, Connection(sender, sock, time.monotonic())
         agent.connections += 1
         agent.metrics.count("connections.opened")
-        handled = 0
         try:
             # Without it a sender that vanishes would keep its place for ever.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock = connection.sock = self._secure(sock)
+            connection.sock = self._secure(sock)
             self._open.add(connection)
-            while data := sock.recv(splitter.room):
-                whole = False
-                for frame in splitter.feed(data):
-                    agent.receive(frame, self.transport, sender)
-                    whole = True
-                    handled += 1
-                    if handled * (1 + self._yielding) >= TCP_BUDGET:
-                        handled = 0
-                        connection.since = time.monotonic()
-                        self._yield()
-                if whole or not connection.inside:
-                    connection.since = time.monotonic()
-                connection.inside = splitter.room < MAX_HEP_FRAME
-                if not whole:
-                    self._yield()
-                while agent.behind:
-                    gevent.sleep(JOURNAL_INTERVAL)
-            log.debug(
-                "connection closed", extra={"event": "connection_closed", "sender": sender.address}
-            )
+            self._read(connection)
+            extra = {"event": "connection_closed", "sender": sender.address}
+            log.debug("connection closed", extra=extra)
         except HepError as error:
             agent.malformed(f"hep_{error.kind}", f"connection closed: {error}", sender)
         except OSError as error:
@@ -6507,12 +6488,33 @@ class TcpServer(gevent.server.StreamServer):
             extra = {"event": f"connection_{failed}", "sender": sender.address}
             log.warning("connection failed: %s", error, extra=extra)
         finally:
-            sock.close()
+            connection.sock.close()
             self._open.discard(connection)
             # This marks it as seen now, so that it is not the first to be forgotten.
             agent.senders.of(sender.address)
             agent.connections -= 1
             sender.connections -= 1
+
+    def _read(self, connection: Connection) -> None:
+        """Hand on frames until the sender closes. Raises HepError, OSError."""
+        agent, splitter, handled = self._agent, HepSplitter(), 0
+        while data := connection.sock.recv(splitter.room):
+            whole = False
+            for frame in splitter.feed(data):
+                agent.receive(frame, self.transport, connection.sender)
+                whole = True
+                handled += 1
+                if handled * (1 + self._yielding) >= TCP_BUDGET:
+                    handled = 0
+                    connection.since = time.monotonic()
+                    self._yield()
+            if whole or not connection.inside:
+                connection.since = time.monotonic()
+            connection.inside = splitter.room < MAX_HEP_FRAME
+            if not whole:
+                self._yield()
+            while agent.behind:
+                gevent.sleep(JOURNAL_INTERVAL)
 
     def _yield(self) -> None:
         """Let everything else run first that has something to do.
