@@ -6633,7 +6633,8 @@ function draw(id, rows, columns) {
   for (const row of rows) {
     const line = add(body, "tr", "");
     for (const name of names) {
-      const kind = Math.abs(row[name]) > WARN[name] ? "warn" : CLASSES[row[name]];
+      const kind = Math.abs(row[name]) > WARN[name] ? "warn"
+        : CLASSES[name === "event" ? row.level : row[name]];
       add(line, "td", cell(name, row[name]), kind).dataset.name = name.replaceAll("_", " ");
     }
   }
@@ -6674,7 +6675,7 @@ function show() {
     "dropped_/_s": perSecond(/^packets.(dropped|malformed)/), events_waiting: shown.waiting,
     events_rejected: total("events.rejected"), events_lost: total("events.lost") }]);
   draw("apis", shown.apis, "url state since waiting last_error last_error_at");
-  draw("errors", shown.last_errors.slice(0, 12), "time event level count text");
+  draw("errors", shown.last_errors.slice(0, 12), "time event count text");
   $("known").textContent = count(shown.known_senders) + " known";
   draw("senders", shown.senders.slice(0, 50),
     "address last_seen packets dropped clock_skew_ms last_fault");
