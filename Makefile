@@ -73,9 +73,9 @@ format: $(VENV)/.tests
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# Writes the options table of README.md from the module.
+# This writes the options table of docs/configuration.md from the module.
 docs: $(VENV)/.runs
-	$(BIN)/python scripts/options_table.py README.md
+	$(BIN)/python scripts/options_table.py docs/configuration.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -885,5 +885,5 @@ def test_outbox_without_a_journal(tmp_path: Path) -> None:
 
 def test_memory_limits_are_what_the_documents_say() -> None:
     assert agent.JOURNAL_INTERVAL == 0.01
-    readme = (harness.ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{agent.MAX_EVENTS_IN_MEMORY:,}" in readme
+    page = (harness.ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert f"{agent.MAX_EVENTS_IN_MEMORY:,}" in page

@@ -3,18 +3,59 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import options_table
+import pytest
 
 import harness
 import rating_agent_hep as agent
 
 
-def test_readme_has_the_options_table_of_the_module() -> None:
+PAGES = [
+    *(harness.ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING")),
+    *sorted((harness.ROOT / "docs").glob("*.md")),
+]
+
+
+def test_configuration_page_has_the_options_table_of_the_module() -> None:
     """`make docs` writes it."""
+    page = (harness.ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert options_table.insert(page) == page
+    assert all(f"| `{option.name}` |" in page for option in agent.OPTIONS)
+
+
+def test_configuration_page_shows_the_example_routes() -> None:
+    page = (harness.ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
+    assert shown in (harness.ROOT / "conf" / "routes.yaml").read_text(encoding="utf-8")
+
+
+def test_readme_is_short_and_names_every_page() -> None:
     readme = (harness.ROOT / "README.md").read_text(encoding="utf-8")
-    assert options_table.insert(readme) == readme
-    assert all(f"| `{option.name}` |" in readme for option in agent.OPTIONS)
+    assert len(readme.splitlines()) <= 200
+    names = {str(path.relative_to(harness.ROOT)) for path in PAGES} - {"README.md"}
+    assert {name for name in names if f"]({name})" not in readme} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Files of the repository, and headings of the page that a link names."""
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_readme_shows_the_demo_as_it_prints() -> None:
