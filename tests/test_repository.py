@@ -52,6 +52,20 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target), link
 
 
+def test_architecture_is_that_of_the_module() -> None:
+    page = (harness.ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    module = (harness.ROOT / "rating_agent_hep.py").read_text(encoding="utf-8")
+    part = page[page.index("## The rooms") : page.index("## The promises")]
+    assert re.findall(r"^\| ([\w :]+) \| [^|]+ \|$", part, re.M)[1:] == re.findall(
+        r"^# Room: (.+)$", module, re.M
+    )
+    for name in re.findall(r"`([\w./-]+)`", page):
+        if "/" in name or name.endswith((".py", ".yaml")):
+            assert (harness.ROOT / name).exists() or (harness.ROOT / "conf" / name).exists(), name
+        else:
+            assert re.search(rf"\b{name.rpartition('.')[2]}\b", module), name
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
