@@ -11,7 +11,6 @@ import pytest
 import harness
 import rating_agent_hep as agent
 
-
 PAGES = [
     *(harness.ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING")),
     *sorted((harness.ROOT / "docs").glob("*.md")),
