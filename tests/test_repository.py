@@ -51,6 +51,30 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target), link
 
 
+@pytest.mark.parametrize(
+    ("page", "sentence", "limit"),
+    [
+        ("security", r"connections to each listener \| ([\d,]+),", agent.MAX_CONNECTIONS),
+        ("security", r"both listeners \| (\d+) \|", agent.MAX_CONNECTIONS_PER_SENDER),
+        ("security", r"time for a frame.* \| (\d+) s", agent.FRAME_TIMEOUT),
+        ("security", r"TLS handshake \| (\d+) s", agent.HANDSHAKE_TIMEOUT),
+        ("security", r"silent for (\d+) s\s+makes room", agent.CROWDED_IDLE),
+        ("security", r"the last ([\d,]+) addresses", agent.MAX_SENDERS),
+        ("reliability", r"At most ([\d,]+) events for one API", agent.MAX_EVENTS_IN_MEMORY),
+        ("reliability", r"`state_dir`, ([\d,]+) events", agent.MAX_WAITING_EVENTS),
+        ("reliability", r"for good, up to ([\d,]+) events", agent.MAX_REJECTED),
+        ("reliability", r"groups that are (\d+) ms", agent.JOURNAL_INTERVAL * 1000),
+        ("reliability", r"does not answer for (\d+) s", agent.JOURNAL_STALL),
+        ("charging", r"over ([\d,]+) characters, the API", agent.MAX_TEXT),
+        ("charging", r"\((\d+) minutes after its end\)", agent.REMEMBERED / 60),
+    ],
+)
+def test_limits_are_those_of_the_module(page: str, sentence: str, limit: float) -> None:
+    text = (harness.ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(sentence, text)
+    assert int(shown.replace(",", "")) == limit
+
+
 def test_architecture_is_that_of_the_module() -> None:
     page = (harness.ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     module = (harness.ROOT / "rating_agent_hep.py").read_text(encoding="utf-8")
