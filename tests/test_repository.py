@@ -101,6 +101,14 @@ def test_readme_shows_the_demo_as_it_prints() -> None:
         assert line in readme
 
 
+def test_readme_installs_the_unit_as_the_unit_says() -> None:
+    readme = (harness.ROOT / "README.md").read_text(encoding="utf-8")
+    unit = (harness.ROOT / "conf" / "rating-agent-hep.service").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"^```\n(python3 -m venv .*?)^```$", readme, re.M | re.S)
+    assert commands.count("\n") == 5
+    assert [line for line in commands.splitlines() if f"#   {line}\n" not in unit] == []
+
+
 def test_example_configuration_has_every_option_with_its_default() -> None:
     text = (harness.ROOT / "conf" / "rating-agent-hep.yaml").read_text(encoding="utf-8")
     lines = dict(re.findall(r"^#([a-z_]+): (.*)$", text, re.M))
