@@ -6935,6 +6935,95 @@ Server = UdpServer | TcpServer | StatusServer
 
 # Room: command line
 
+# Files that the process asks to open at one time, connections included, where it may.
+MAX_FILES = 65_536
+# Seconds between two checks of what is due in the call table.
+TICK = 0.1
+
+
+def run(configuration: Configuration) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit status. Raises ConfigError."""
+    settings = configuration.settings
+    limiter = set_up_logging(settings, sys.stdout)
+    for warning in configuration.warnings:
+        log.warning(warning, extra={"event": "former_option"})
+    journal = Journal(settings.state_dir) if settings.state_dir else None
+    agent = Agent(settings, configuration.rules, limiter, journal, configuration.tls)
+    # The soft limit is 1,024 on most systems, for programs that use select().
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    servers = _open_servers(configuration, agent)
+    notifier = Notifier(os.environ)
+    stop = _watch_signals(lambda: notifier.reload(agent), agent.log_status)
+    for server in servers:
+        server.start()
+        _tell_listening(agent, server, f"listen_{server.transport}" in configuration.sockets)
+    background = [gevent.spawn(agent.flush_forever)]
+    if journal:
+        _tell_restored(agent, journal)
+        background.append(gevent.spawn(agent.journal_forever))
+    notifier.say("READY=1")
+    collector = Collector(time.monotonic())
+    while not stop.wait(TICK):
+        agent.tick()
+        collector.step(len(agent.table), time.monotonic())
+        notifier.alive(agent, time.monotonic())
+        for server in servers:
+            if isinstance(server, TcpServer):
+                server.close_overdue(time.monotonic())
+    notifier.say("STOPPING=1")
+    _shut_down(agent, servers, background, configuration.sockets)
+    return 0
+
+
+def _open_servers(configuration: Configuration, agent: Agent) -> list[Server]:
+    """A server for each listener that is on, bound but not started. Raises ConfigError."""
+    servers: list[Server] = []
+    for server_class in (UdpServer, TcpServer, TlsServer, StatusServer):
+        option = f"listen_{server_class.transport}"
+        address = getattr(configuration.settings, option)
+        # Unlike HEP, the status is for this machine unless told otherwise.
+        if option == "listen_status" and address.startswith(":"):
+            address = f"127.0.0.1{address}"
+        if address:
+            try:
+                sock = configuration.sockets.get(option) or bind(address, server_class.kind)
+            except (OSError, UnicodeError) as error:
+                reason = getattr(error, "strerror", None) or error
+                text = f"{option}: {address}: {reason}; allowed: a free address of this host"
+                raise ConfigError(text) from None
+            servers.append(server_class(sock, agent))
+    return servers
+
+
+def _watch_signals(
+    reload: Callable[[], None], log_status: Callable[[], None]
+) -> gevent.event.Event:
+    """The event that SIGTERM and SIGINT set; a second one of them ends the process at once."""
+    stop = gevent.event.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    gevent.signal_handler(signal.SIGTERM, on_signal)
+    gevent.signal_handler(signal.SIGINT, on_signal)
+    gevent.signal_handler(signal.SIGHUP, reload)
+    gevent.signal_handler(signal.SIGUSR1, log_status)
+    return stop
+
+
+def _tell_listening(agent: Agent, server: Server, inherited: bool) -> None:
+    where = {"transport": server.transport, "address": bound_to(server.socket)}
+    agent.listeners.append(where)
+    size = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    extra = {"event": "listening", **where, "inherited": inherited, "receive_buffer": size}
+    log.info("listening", extra=extra)
+
+
 # New objects after which the garbage collector goes through them. It goes through all others only
 # each GC_PAUSE seconds, while fewer than GC_FEW calls are open, or else each GC_LAST: nothing runs
 # meanwhile, and that takes the longer the more calls there are.
@@ -7010,93 +7099,6 @@ class Notifier:
         self.say("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         agent.reload()
         self.say("READY=1")
-
-
-# Files that the process asks to open at one time, connections included, where it may.
-MAX_FILES = 65_536
-# Seconds between two checks of what is due in the call table.
-TICK = 0.1
-
-
-def run(configuration: Configuration) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status. Raises ConfigError."""
-    settings = configuration.settings
-    limiter = set_up_logging(settings, sys.stdout)
-    for warning in configuration.warnings:
-        log.warning(warning, extra={"event": "former_option"})
-    journal = Journal(settings.state_dir) if settings.state_dir else None
-    agent = Agent(settings, configuration.rules, limiter, journal, configuration.tls)
-    # The soft limit is 1,024 on most systems, for programs that use select().
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
-    if soft < files:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    servers = _open_servers(configuration, agent)
-    notifier = Notifier(os.environ)
-    stop = _watch_signals(agent, notifier)
-    for server in servers:
-        server.start()
-        _tell_listening(agent, server, f"listen_{server.transport}" in configuration.sockets)
-    background = [gevent.spawn(agent.flush_forever)]
-    if journal:
-        _tell_restored(agent, journal)
-        background.append(gevent.spawn(agent.journal_forever))
-    notifier.say("READY=1")
-    collector = Collector(time.monotonic())
-    while not stop.wait(TICK):
-        agent.tick()
-        collector.step(len(agent.table), time.monotonic())
-        notifier.alive(agent, time.monotonic())
-        for server in servers:
-            if isinstance(server, TcpServer):
-                server.close_overdue(time.monotonic())
-    notifier.say("STOPPING=1")
-    _shut_down(agent, servers, background, configuration.sockets)
-    return 0
-
-
-def _open_servers(configuration: Configuration, agent: Agent) -> list[Server]:
-    """A server for each listener that is on, bound but not started. Raises ConfigError."""
-    servers: list[Server] = []
-    for server_class in (UdpServer, TcpServer, TlsServer, StatusServer):
-        option = f"listen_{server_class.transport}"
-        address = getattr(configuration.settings, option)
-        # Unlike HEP, the status is for this machine unless told otherwise.
-        if option == "listen_status" and address.startswith(":"):
-            address = f"127.0.0.1{address}"
-        if address:
-            try:
-                sock = configuration.sockets.get(option) or bind(address, server_class.kind)
-            except (OSError, UnicodeError) as error:
-                reason = getattr(error, "strerror", None) or error
-                text = f"{option}: {address}: {reason}; allowed: a free address of this host"
-                raise ConfigError(text) from None
-            servers.append(server_class(sock, agent))
-    return servers
-
-
-def _watch_signals(agent: Agent, notifier: Notifier) -> gevent.event.Event:
-    """The event that SIGTERM and SIGINT set; a second one of them ends the process at once."""
-    stop = gevent.event.Event()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            os._exit(1)
-        stop.set()
-
-    gevent.signal_handler(signal.SIGTERM, on_signal)
-    gevent.signal_handler(signal.SIGINT, on_signal)
-    gevent.signal_handler(signal.SIGHUP, notifier.reload, agent)
-    gevent.signal_handler(signal.SIGUSR1, agent.log_status)
-    return stop
-
-
-def _tell_listening(agent: Agent, server: Server, inherited: bool) -> None:
-    where = {"transport": server.transport, "address": bound_to(server.socket)}
-    agent.listeners.append(where)
-    size = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-    extra = {"event": "listening", **where, "inherited": inherited, "receive_buffer": size}
-    log.info("listening", extra=extra)
 
 
 def _tell_restored(agent: Agent, journal: Journal) -> None:
