@@ -6718,8 +6718,8 @@ refresh();
 """
 
 
-class Refused(Exception):
-    """A request for the status that is not carried out; the text says what is allowed."""
+class HttpError(Exception):
+    """A request for the status gets this HTTP status; the text says what is allowed."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -6797,18 +6797,18 @@ class StatusServer(gevent.server.StreamServer):
         line = _REQUEST.match(request)
         try:
             if line is None:
-                raise Refused(400, f"no HTTP request of less than {MAX_STATUS_REQUEST} octets")
+                raise HttpError(400, f"no HTTP request of less than {MAX_STATUS_REQUEST} octets")
             method, path, query = (part.decode("latin-1") for part in line.groups(b""))
             for host in _HOST.findall(request):
                 self._check_host(host.decode("latin-1"))
             if method not in ("GET", "HEAD"):
-                raise Refused(405, "allowed: GET, HEAD")
+                raise HttpError(405, "allowed: GET, HEAD")
             if path not in self._PATHS:
-                raise Refused(404, f"allowed: {' '.join(self._PATHS)}")
+                raise HttpError(404, f"allowed: {' '.join(self._PATHS)}")
             handler, kind = self._PATHS[path]
             status, body = handler(self, query)
-        except Refused as refused:
-            status, body, kind = refused.status, f"{refused}\n", _PLAIN
+        except HttpError as error:
+            status, body, kind = error.status, f"{error}\n", _PLAIN
         except Exception:
             extra = {"event": "internal_error"}
             log.warning("a status request failed", exc_info=True, extra=extra)
@@ -6836,7 +6836,7 @@ class StatusServer(gevent.server.StreamServer):
         # The full name comes last, for it may take a look-up.
         names = {"localhost", own, given} - {""}
         if name not in names and name != socket.getfqdn(own).lower():
-            raise Refused(421, f"allowed as Host: an address, localhost, {own}")
+            raise HttpError(421, "allowed as Host: an address, or a name of this machine")
 
     def _health(self, query: str) -> tuple[int, str]:
         faults = self._agent.faults(time.monotonic())
@@ -6884,7 +6884,7 @@ class StatusServer(gevent.server.StreamServer):
 
     @staticmethod
     def _wanted(query: str) -> dict[str, Any]:
-        """What ``/calls`` is to show. Raises Refused."""
+        """What ``/calls`` is to show. Raises HttpError."""
         wanted: dict[str, Any] = {"limit": 100, "after": 0}
         for name, text in parse_qsl(query, keep_blank_values=True, max_num_fields=20):
             if name in wanted and re.fullmatch("[0-9]{1,18}", text, re.A):
@@ -6894,7 +6894,7 @@ class StatusServer(gevent.server.StreamServer):
             elif name in ("tenant", "account", "call_id"):
                 wanted[name] = text
             else:
-                raise Refused(
+                raise HttpError(
                     400,
                     f"{ascii(name)[:40]}; allowed: state={','.join(STATES)} tenant=TEXT "
                     f"account=TEXT call_id=PART limit=1..{MAX_CALLS_PAGE} after=ROW",
