@@ -64,14 +64,14 @@ import time
 import traceback
 import zlib
 from base64 import b64decode, b64encode
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from functools import cache, cached_property
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
@@ -185,6 +185,13 @@ class DeliveryError(AgentError):
         super().__init__(kind, text)
         self.unknown = unknown
         self.wait = wait
+
+
+class StoreError(AgentError):
+    """A store can't be read; what it has stays there."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("store", text)
 
 
 @dataclass(frozen=True)
@@ -383,7 +390,8 @@ class RatingEvent:
     the request: made once, so that a retry sends the same. ``row`` numbers the call, ``serial`` the
     events in the order in which they came about. ``unknown`` says that an attempt may have been
     carried out, ``answer`` what became of the last one. ``party`` is CALLER or CALLEE where that
-    one alone is named to the API, ``left_out`` the tag of the other once that is settled.
+    one alone is named to the API, ``left_out`` the tag of the other once that is settled. ``store``
+    is where it outlives the process, None for nowhere.
     """
 
     kind: str
@@ -407,6 +415,7 @@ class RatingEvent:
     answer: str = ""
     party: str = ""
     left_out: str = ""
+    store: Any = None
 
     @property
     def key(self) -> CallKey:
@@ -3755,6 +3764,27 @@ class CallTable:
 
 # Room: outbox
 
+# Where an event is at any moment, what holds it there, and what moves it on:
+#
+#   produced ──> being written ──────> ready ─────────> out ─────> settled ───> gone
+#   CallTable    Shard, until its      Outbox, takes    a worker,  Outbox holds its call
+#   .handle      store has committed   the oldest       HTTP       until the store has committed
+#                      │                 ^    ^             │
+#                      │ the outbox      │    │ its time    │ no answer that counts,
+#                      │ is full         │    │ has come    │ or ok: false
+#                      v                 │    │             v
+#                  on disk only ─────────┘    └────────── delayed, in the Outbox
+#                  Store; a _Backlog counts it;
+#                  loaded when the outbox is half empty
+#
+#   rejected: the API refuses it for good, or its begin was. The store keeps it, and the log has it
+#   whole; `outbox retry` makes it an event that is being written.
+#
+# Of a call one event at most is ready, delayed, out or settled; those after it stand in a queue of
+# the Outbox. Without a store an event is ready as soon as it is produced, and gone once it is
+# settled. While the store fails, nothing waits for it: an event goes from memory, but stays behind
+# those that are on disk only. Over a limit the events that waited longest are lost, and logged.
+
 DELIVERED, REFUSED_BY_API, REJECTED = "delivered", "refused", "rejected"
 # The answer by which the API refuses, as `outbox` shows it.
 NOT_OK = "ok: false"
@@ -3793,11 +3823,11 @@ class Outbox:
     def __init__(
         self,
         limit: int = MAX_WAITING_EVENTS,
-        jitter: Callable[[], float] | None = None,
+        jitter: Callable[[], float] = lambda: 1.0,
         drop: bool = True,
     ) -> None:
         self.limit = limit
-        self._jitter = jitter or (lambda: random.uniform(0.75, 1.25))
+        self._jitter = jitter
         self._drop = drop
         self._calls: dict[CallKey, deque[RatingEvent]] = {}
         # Entries whose queue is no more that of the call are stale, and left out.
@@ -4888,6 +4918,20 @@ class Metrics:
 
 # Room: store
 
+# A store is where the calls and the waiting events of a shard outlive the process. `Journal` keeps
+# them in SQLite, for one agent alone. Another kind of store has the same methods and attributes:
+#
+#   at a start     load_calls, last_serial, count_events, load_given_up, load_one_sided
+#   notes          put_call, drop_call, put_event, put_attempt, drop_event, reject_event, retry_event
+#   to disk        commit writes all notes; due is set while there are some, unwritten counts them,
+#                  failure says why they can't be written, "" while they can
+#   while it runs  load_events, load_retries, count_rejected; these raise StoreError
+#   for delivery   answered: events that wait no more, as the notes say; `Shard.commit` takes them
+#   at the end     close
+#
+# A note never waits and never fails. All notes on one row are written together, so that a call and
+# its events always fit. An event is the store's own (``event.store``) from put_event or load_events.
+
 # Octets "HEPJ" as the application_id of a file, so that no other program's is touched.
 _JOURNAL_ID = 0x4845504A
 JOURNAL_FILE = "journal.sqlite"
@@ -4912,8 +4956,9 @@ _SCHEMA = """
 _COLUMNS = "api call begin_event begin_serial end_event end_serial".split()
 _COLUMNS += "attempts answer given_up party".split()
 _PLACES = {name: place for place, name in enumerate(_COLUMNS)}
-# In a row to be written: a column that keeps its value, a call that left, an event that went.
-_SAME, _LEFT, _WENT = None, "", 0
+# In a row to be written: a column that keeps its value, a call that left the table, and the serial
+# of an event that waits no more.
+_UNCHANGED, _NO_CALL, _NO_EVENT = None, "", 0
 _CLEAN_CALLS = """
     DELETE FROM calls WHERE id IN (SELECT value FROM json_each(?)) AND coalesce(call, '') = ''
     AND coalesce(begin_serial, 0) = 0 AND coalesce(end_serial, 0) = 0
@@ -5104,8 +5149,9 @@ class Journal:
         path = inspect_journal(folder)
         self.due = gevent.event.Event()
         self.failure = ""
-        self.found = ""
-        self._lock = self._take_lock(folder)
+        self.torn = ""
+        self.answered: list[RatingEvent] = []
+        self._lock = self._lock_folder(folder)
         try:
             self._db = self._open(folder, path)
         except (sqlite3.Error, OSError) as error:
@@ -5130,7 +5176,7 @@ class Journal:
         self._highest = self.last_serial
 
     @staticmethod
-    def _take_lock(folder: str) -> io.FileIO:
+    def _lock_folder(folder: str) -> io.FileIO:
         try:
             os.makedirs(folder, mode=0o700, exist_ok=True)
             lock = io.FileIO(
@@ -5177,7 +5223,7 @@ class Journal:
         whole = max(db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1], 0)
         if frames > whole or rest:
             torn = max(frames - whole, 0)
-            self.found = f"{torn} pages and {rest} octets behind the last whole commit"
+            self.torn = f"{torn} pages and {rest} octets behind the last whole commit"
         return db
 
     @staticmethod
@@ -5188,15 +5234,15 @@ class Journal:
 
     # What a start takes back
 
-    def kept(self) -> Iterator[tuple[int, str]]:
-        """The calls, as `CallTable.restore` takes them."""
+    def load_calls(self) -> Iterator[tuple[int, str]]:
+        """The calls as `CallTable.restore` needs them: row and text of `pack_call`."""
         return self._db.execute("SELECT id, call FROM calls WHERE call != ''")
 
-    def waiting(self) -> dict[str, int]:
-        """The number of events that wait for each API."""
+    def count_events(self) -> dict[str, int]:
+        """How many events wait for each API, by its URL."""
         return dict(self._db.execute(_WAITING_COUNTS).fetchall())
 
-    def given_up(self) -> list[CallKey]:
+    def load_given_up(self) -> list[CallKey]:
         """The running calls whose begin was rejected."""
         keys = []
         for api_url, begin in self._db.execute(
@@ -5205,7 +5251,7 @@ class Journal:
             keys.append(unpack_event(json.loads(begin), api_url, 0, 0).key)
         return keys
 
-    def one_sided(self) -> dict[CallKey, str]:
+    def load_one_sided(self) -> dict[CallKey, str]:
         """The running calls that were begun with one party alone, and which."""
         return {
             unpack_event(json.loads(begin), api_url, 0, 0).key: party
@@ -5216,58 +5262,66 @@ class Journal:
 
     # What is written
 
-    def change(self, row: int, **values: Any) -> None:
-        """Note new values of a call's row, as they are written."""
-        columns = self._pending.get(row)
-        if columns is None:
-            columns = self._pending[row] = [_SAME] * len(_COLUMNS)
-        for name, value in values.items():
-            columns[_PLACES[name]] = value
-        if row > self._highest and self._over(columns):
-            del self._pending[row]
-        self.due.set()
+    def put_call(self, row: int, text: str) -> None:
+        """Note a call that is new or has changed, as `pack_call` writes it."""
+        self._change(row, call=text)
 
-    def add(self, event: RatingEvent) -> None:
-        """Note an event that is to be delivered."""
+    def drop_call(self, row: int) -> None:
+        """Note that a call has left the table; its events stay while they wait."""
+        self._change(row, call=_NO_CALL)
+
+    def put_event(self, event: RatingEvent) -> None:
+        """Note an event that waits from now on."""
+        event.store = self
         values = {
             f"{event.kind}_event": _compact_json(event.pack()),
             f"{event.kind}_serial": event.serial,
         }
-        self.change(event.row, api=event.api_url, **values)
+        self._change(event.row, api=event.api_url, **values)
 
-    def attempted(self, event: RatingEvent) -> None:
-        """Note that an event was tried and goes on waiting."""
-        self.change(event.row, attempts=event.attempts, answer=event.answer)
+    def put_attempt(self, event: RatingEvent) -> None:
+        """Note that an event was tried and still waits: its attempts and the last answer."""
+        self._change(event.row, attempts=event.attempts, answer=event.answer)
 
-    def went(self, event: RatingEvent) -> None:
-        """Note that an event was answered and waits no more."""
-        values = {f"{event.kind}_event": "", f"{event.kind}_serial": 0}
+    def drop_event(self, event: RatingEvent) -> None:
+        """Note that an event waits no more: it was answered, or lost."""
+        values = {f"{event.kind}_event": "", f"{event.kind}_serial": _NO_EVENT}
         if event.kind == "begin" and event.left_out:
             values |= {"begin_event": _compact_json(event.pack()), "party": event.party}
-        self.change(event.row, attempts=0, answer="", **values)
+        self._change(event.row, attempts=0, answer="", **values)
 
-    def reject(self, event: RatingEvent) -> None:
+    def reject_event(self, event: RatingEvent) -> None:
         """Note that an event waits no more, and keep it for an operator."""
-        self.went(event)
+        self.drop_event(event)
         if event.kind == "begin":
-            self.change(event.row, begin_event=_compact_json(event.pack()), given_up=1)
+            self._change(event.row, begin_event=_compact_json(event.pack()), given_up=1)
         packed = [event.row, event.api_url, event.pack(), event.attempts, event.answer]
         self._rejected[event.serial] = packed
         if len(self._rejected) > MAX_REJECTED:
             del self._rejected[next(iter(self._rejected))]
 
-    def take_up(self, event: RatingEvent, serial: int) -> None:
+    def retry_event(self, event: RatingEvent, serial: int) -> None:
         """Note that a rejected event waits again, with a new serial."""
         self._rejected[event.serial] = None
         event.serial = serial
-        self.add(event)
+        self.put_event(event)
         if event.kind == "begin":
-            self.change(event.row, given_up=0)
+            self._change(event.row, given_up=0)
+
+    def _change(self, row: int, **values: Any) -> None:
+        columns = self._pending.get(row)
+        if columns is None:
+            columns = self._pending[row] = [_UNCHANGED] * len(_COLUMNS)
+        for name, value in values.items():
+            columns[_PLACES[name]] = value
+        if row > self._highest and self._is_done(columns):
+            del self._pending[row]
+        self.due.set()
 
     @staticmethod
-    def _over(columns: Sequence[Any]) -> bool:
-        waits = (columns[_PLACES["begin_serial"]], columns[_PLACES["end_serial"]])
-        return columns[_PLACES["call"]] == _LEFT and set(waits) <= {_SAME, _WENT}
+    def _is_done(columns: Sequence[Any]) -> bool:
+        serials = (columns[_PLACES["begin_serial"]], columns[_PLACES["end_serial"]])
+        return columns[_PLACES["call"]] == _NO_CALL and set(serials) <= {_UNCHANGED, _NO_EVENT}
 
     @property
     def unwritten(self) -> int:
@@ -5306,7 +5360,9 @@ class Journal:
         values = [value for row, columns in self._writing.items() for value in (row, *columns)]
         values += [None] * ((size - len(rows)) * (1 + len(_COLUMNS)))
         over = [
-            row for row, columns in self._writing.items() if _LEFT in columns or _WENT in columns
+            row
+            for row, columns in self._writing.items()
+            if _NO_CALL in columns or _NO_EVENT in columns
         ]
         rejected = [[serial, *kept] for serial, kept in self._rejecting.items() if kept]
         taken_up = [serial for serial, kept in self._rejecting.items() if kept is None]
@@ -5336,7 +5392,7 @@ class Journal:
         for row, columns in self._pending.items():
             older = self._writing.get(row, columns)
             self._writing[row] = [
-                old if new is _SAME else new for old, new in zip(older, columns, strict=True)
+                old if new is _UNCHANGED else new for old, new in zip(older, columns, strict=True)
             ]
         self._pending, self._writing = self._writing, {}
         self._rejected, self._rejecting = {**self._rejecting, **self._rejected}, {}
@@ -5359,32 +5415,35 @@ class Journal:
     # What is read while the agent runs
 
     def _read(self, query: str, *values: Any) -> Any:
-        """The first row of a query, read in the pool's thread. Raises sqlite3.Error."""
+        """The first row of a query, read in the pool's thread. Raises StoreError."""
 
         def read() -> Any:
             try:
                 return self._db.execute(query, values).fetchone()
             except sqlite3.Error as error:
-                return error
+                return StoreError(str(error))
 
         result = self._pool.spawn(read).get()
-        if isinstance(result, sqlite3.Error):
+        if isinstance(result, StoreError):
             raise result
         return result
 
-    def load(self, api_url: str, after: int, limit: int) -> list[RatingEvent]:
+    def load_events(self, api_url: str, after: int, limit: int) -> list[RatingEvent]:
         """Up to ``limit`` events that wait for an API, after a serial, in order.
 
-        Raises sqlite3.Error.
+        Raises StoreError.
         """
-        return _unpack_waiting(self._read(_WAITING, api_url, after, limit)[0])
+        events = _unpack_waiting(self._read(_WAITING, api_url, after, limit)[0])
+        for event in events:
+            event.store = self
+        return events
 
-    def rejected_count(self) -> int:
-        """How many rejected events are kept. Raises sqlite3.Error."""
+    def count_rejected(self) -> int:
+        """How many rejected events are kept. Raises StoreError."""
         return int(self._read("SELECT count(*) FROM rejected")[0])
 
-    def to_retry(self) -> list[RatingEvent]:
-        """Rejected events that an operator wants to be sent again. Raises sqlite3.Error."""
+    def load_retries(self) -> list[RatingEvent]:
+        """Rejected events that an operator wants to be sent again. Raises StoreError."""
         return _unpack_waiting(self._read(_REJECTED, 1, 0, MAX_LOADED)[0])
 
     def close(self, patience: float) -> None:
@@ -5585,72 +5644,81 @@ class _Replay(io.RawIOBase):
 
 # Room: delivery
 
+# The share by which a delay is shorter or longer, so that what failed together comes apart.
+JITTER = 0.25
+
+
+class _Backlog:
+    """The events for one API that are in one store but not in the outbox.
+
+    They came about after all that the outbox had of this store: ``reached`` is the serial of the
+    last one. ``unwritten`` are those among them that the store couldn't write so far.
+    """
+
+    def __init__(self, count: int = 0) -> None:
+        self.count = count
+        self.reached = 0
+        self.unwritten: deque[RatingEvent] = deque()
+
 
 class _Lane:
-    """One API with its outbox, its client and the workers that have nothing to do.
-
-    ``behind`` is how many waiting events are not in the outbox but come after those that are:
-    the journal has them, or ``unwritten`` while it fails. ``reached`` is the serial of the last
-    event that the outbox got.
-    """
+    """One API with its outbox, its client and the workers that have nothing to do."""
 
     def __init__(self, api: RatingApi, outbox: Outbox) -> None:
         self.api = api
         self.outbox = outbox
+        self.backlogs: defaultdict[Journal | None, _Backlog] = defaultdict(_Backlog)
+        self.loader: gevent.Greenlet | None = None
         self.idle: list[gevent.event.Event] = []
         self.was_down = False
         # Seconds of a monotonic clock: when it went down or came up, and when it last failed.
         self.since = time.monotonic()
         self.failed = 0.0
         self.fault = ""
-        self.behind = 0
-        self.reached = 0
-        self.unwritten: deque[RatingEvent] = deque()
-        self.loader: gevent.Greenlet | None = None
+
+    @property
+    def stored(self) -> int:
+        """How many events wait for this API in a store alone."""
+        return sum(backlog.count for backlog in self.backlogs.values())
 
     @property
     def waiting(self) -> int:
         """How many events wait for this API, in memory or not."""
-        return len(self.outbox) + self.behind
+        return len(self.outbox) + self.stored
 
 
 class Delivery:
     """Workers that tell the rating APIs what happened: ``rating_api_concurrency`` for each API.
 
-    With a journal, events are put here once they are on disk, MAX_EVENTS_IN_MEMORY of them are
-    held in memory, and the next event of a call waits until it is on disk that the one before was
+    With a store, an event comes here once it is written there, MAX_EVENTS_IN_MEMORY of them are
+    held in memory, and the next event of a call waits until it is written that the one before was
     answered: begun again after its end, a call would be charged twice.
     """
 
-    def __init__(
-        self, settings: Settings, metrics: Metrics, journal: Journal | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._journal = journal
         self._lanes: dict[str, _Lane] = {}
         self._workers: list[gevent.Greenlet] = []
-        self._settled: list[tuple[_Lane, CallKey]] = []
-        for url, count in journal.waiting().items() if journal else ():
-            self._open(url).behind = count
-        for key in journal.given_up() if journal else ():
+
+    def restore(self, store: Journal) -> None:
+        """Know what waits in a store, and how its running calls were begun."""
+        for url, count in store.count_events().items():
+            self._lane(url).backlogs[store].count = count
+        for key in store.load_given_up():
             self._lane(key[0]).outbox.give_up(key)
-        for key, party in journal.one_sided().items() if journal else ():
+        for key, party in store.load_one_sided().items():
             self._lane(key[0]).outbox.begun(key, party)
 
-    def put(self, event: RatingEvent, on_disk: bool = False) -> None:
-        """Hand over an event for delivery; never waits."""
+    def put(self, event: RatingEvent, written: bool = False) -> None:
+        """Hand over an event for delivery; ``written`` says that its store has it. Never waits."""
         lane = self._lane(event.api_url)
-        if lane.behind or (on_disk and len(lane.outbox) >= MAX_EVENTS_IN_MEMORY):
-            lane.behind += 1
-            if not on_disk:
-                lane.unwritten.append(event)
-                if len(lane.unwritten) > MAX_WAITING_EVENTS:
-                    lane.behind -= 1
-                    lost = lane.unwritten.popleft()
-                    if lost.kind == "begin":
-                        lane.outbox.give_up(lost.key)
-                    self._lose(lost)
+        backlog = lane.backlogs[event.store]
+        if backlog.count or (written and len(lane.outbox) >= MAX_EVENTS_IN_MEMORY):
+            backlog.count += 1
+            if not written:
+                backlog.unwritten.append(event)
+                self._bound(lane, backlog)
             return
         self._enqueue(lane, event)
         self._wake(lane)
@@ -5658,7 +5726,7 @@ class Delivery:
     def tick(self) -> None:
         """Send what has waited long enough; called a few times a second."""
         for lane in self._lanes.values():
-            if lane.behind and not lane.loader and len(lane.outbox) <= MAX_EVENTS_IN_MEMORY // 2:
+            if lane.stored and not lane.loader and len(lane.outbox) <= MAX_EVENTS_IN_MEMORY // 2:
                 lane.loader = gevent.spawn(self._load, lane)
             self._wake(lane)
 
@@ -5669,7 +5737,7 @@ class Delivery:
     def busy(self) -> bool:
         """Whether a request is under way or can be sent at once."""
         return any(
-            lane.outbox.busy or (lane.behind and not lane.outbox.down)
+            lane.outbox.busy or (lane.stored and not lane.outbox.down)
             for lane in self._lanes.values()
         )
 
@@ -5690,19 +5758,16 @@ class Delivery:
             for url, lane in self._lanes.items()
         ]
 
-    def take_settled(self) -> list[tuple[_Lane, CallKey]]:
-        """The calls of which an event was answered, for `release` once that is on disk."""
-        settled, self._settled = self._settled, []
-        return settled
+    def release(self, event: RatingEvent) -> None:
+        """It is settled what became of this event: the next one of its call may go."""
+        lane = self._lane(event.api_url)
+        lane.outbox.release(event.key)
+        self._wake(lane)
 
-    def release(self, settled: Iterable[tuple[_Lane, CallKey]], on_disk: bool) -> None:
-        """The next events of these calls may go; ``on_disk`` says that all else is there, too."""
-        for lane, key in settled:
-            lane.outbox.release(key)
-            self._wake(lane)
-        if on_disk:
-            for lane in self._lanes.values():
-                lane.unwritten.clear()
+    def forget_unwritten(self, store: Journal) -> None:
+        """The store has written all."""
+        for lane in self._lanes.values():
+            lane.backlogs[store].unwritten.clear()
 
     def kill(self) -> None:
         """End the workers, wherever they are."""
@@ -5713,16 +5778,20 @@ class Delivery:
         """End the workers and log each event that was not delivered, so that it can be replayed."""
         self.kill()
         for lane in self._lanes.values():
-            for event in lane.unwritten:
+            unwritten = [x for backlog in lane.backlogs.values() for x in backlog.unwritten]
+            for event in unwritten:
                 lane.outbox.restrict(event)
-            for event in (*lane.outbox.undelivered(), *lane.unwritten):
+            for event in (*lane.outbox.undelivered(), *unwritten):
                 self._log_whole(event, "event_undelivered", "an event was not delivered")
 
     def _lane(self, url: str) -> _Lane:
         return self._lanes.get(url) or self._open(url)
 
     def _open(self, url: str) -> _Lane:
-        outbox = Outbox(drop=self._settings.unknown_party == "drop")
+        outbox = Outbox(
+            jitter=lambda: random.uniform(1 - JITTER, 1 + JITTER),
+            drop=self._settings.unknown_party == "drop",
+        )
         lane = self._lanes[url] = _Lane(RatingApi(url, self._settings), outbox)
         count = self._settings.rating_api_concurrency
         self._workers += [gevent.spawn(self._work, lane) for _ in range(count)]
@@ -5735,42 +5804,55 @@ class Delivery:
             lane.idle.pop().set()
 
     def _enqueue(self, lane: _Lane, event: RatingEvent) -> None:
-        lane.reached = max(lane.reached, event.serial)
+        backlog = lane.backlogs[event.store]
+        backlog.reached = max(backlog.reached, event.serial)
         accepted, lost = lane.outbox.put(event)
         if not accepted:
             self._reject(event, "its begin was rejected")
-        for gone in lost:
-            self._lose(gone)
+        for each in lost:
+            self._lose(lane, each)
 
-    def _lose(self, event: RatingEvent) -> None:
+    def _bound(self, lane: _Lane, backlog: _Backlog) -> None:
+        if len(backlog.unwritten) > MAX_WAITING_EVENTS:
+            backlog.count -= 1
+            lost = backlog.unwritten.popleft()
+            if lost.kind == "begin":
+                lane.outbox.give_up(lost.key)
+            self._lose(lane, lost)
+
+    def _lose(self, lane: _Lane, event: RatingEvent) -> None:
         self._metrics.count("events.lost")
-        self._lane(event.api_url).outbox.restrict(event)
+        lane.outbox.restrict(event)
         self._log_whole(event, "event_lost", "an event left memory undelivered: too many wait")
-        if self._journal:
-            self._journal.went(event)
+        if event.store:
+            event.store.drop_event(event)
 
     def _load(self, lane: _Lane) -> None:
-        """Fill the outbox from the journal, in a greenlet of its own, for the disk takes time."""
-        assert self._journal is not None
+        """Fill the outbox from the stores, in a greenlet of its own, for they take time."""
         try:
-            while lane.behind and len(lane.outbox) < MAX_EVENTS_IN_MEMORY:
-                # More may come while the disk is read.
-                behind = lane.behind
-                events = self._journal.load(lane.api.url, lane.reached, MAX_LOADED)
-                if not events:
-                    events = [x for x in lane.unwritten if x.serial > lane.reached]
-                    lane.unwritten.clear()
-                    lane.behind -= behind - len(events)
-                for event in events:
-                    lane.behind -= 1
-                    self._enqueue(lane, event)
-                self._wake(lane)
-        except sqlite3.Error as error:
+            for store, backlog in list(lane.backlogs.items()):
+                while backlog.count and len(lane.outbox) < MAX_EVENTS_IN_MEMORY:
+                    self._load_some(lane, store, backlog)
+        except StoreError as error:
             self._metrics.count("journal.errors")
             log.error("the journal cannot be read: %s", error, extra={"event": "journal_failed"})
             gevent.sleep(JOURNAL_RETRY)
         finally:
             lane.loader = None
+
+    def _load_some(self, lane: _Lane, store: Journal | None, backlog: _Backlog) -> None:
+        assert store is not None
+        # More may come while the store is read.
+        count = backlog.count
+        events = store.load_events(lane.api.url, backlog.reached, MAX_LOADED)
+        if not events:
+            events = [x for x in backlog.unwritten if x.serial > backlog.reached]
+            backlog.unwritten.clear()
+            backlog.count -= count - len(events)
+        for event in events:
+            backlog.count -= 1
+            self._enqueue(lane, event)
+        self._wake(lane)
 
     def _work(self, lane: _Lane) -> None:
         wake = gevent.event.Event()
@@ -5818,12 +5900,12 @@ class Delivery:
             self._metrics.count("api.retries")
             extra = {"event": "api_error", "api": lane.api.url, **event.fields()}
             log.warning("rating API: %s", error, extra=extra)
-        if self._journal:
-            self._journal.attempted(event)
+        if event.store:
+            event.store.put_attempt(event)
 
     def _settle(self, lane: _Lane, event: RatingEvent, outcome: str) -> None:
-        journal = self._journal
-        meaning, gone = lane.outbox.settle(event, outcome, time.monotonic(), journal is not None)
+        store = event.store
+        meaning, gone = lane.outbox.settle(event, outcome, time.monotonic(), store is not None)
         self._metrics.count(f"api.answers.{outcome}")
         if meaning == DELIVERED:
             done = "done before" if outcome == REFUSED_BY_API else "ok"
@@ -5831,20 +5913,20 @@ class Delivery:
             log.info("call %s", "begun" if event.kind == "begin" else "ended", extra=extra)
             if event.kind == "begin" and event.left_out:
                 self._left_out(lane, event)
-            if journal:
-                journal.went(event)
+            if store:
+                store.drop_event(event)
         elif meaning == REFUSED_BY_API:
             self._metrics.count("api.retries")
             if outcome == REFUSED_BY_API:
                 extra = {"event": "api_refused", "api": lane.api.url, **event.fields()}
                 log.warning("rating API refused, to be tried again", extra=extra)
-            if journal:
-                journal.attempted(event)
+            if store:
+                store.put_attempt(event)
         for rejected in gone:
             reason = "refused by the API" if rejected is event else "its begin was rejected"
             self._reject(rejected, reason)
-        if journal and meaning != REFUSED_BY_API:
-            self._settled.append((lane, event.key))
+        if store and meaning != REFUSED_BY_API:
+            store.answered.append(event)
 
     def _left_out(self, lane: _Lane, event: RatingEvent) -> None:
         self._metrics.count("events.unknown_party")
@@ -5857,13 +5939,159 @@ class Delivery:
         event.answer = event.answer or reason
         self._metrics.count("events.rejected")
         self._log_whole(event, "event_rejected", f"an event was rejected: {reason}")
-        if self._journal:
-            self._journal.reject(event)
+        if event.store:
+            event.store.reject_event(event)
 
     @staticmethod
     def _log_whole(event: RatingEvent, name: str, text: str) -> None:
         extra = {"event": name, "outcome": "failed", **event.fields(), "replay": event.replayable()}
         log.error(text, extra=extra)
+
+
+# Calls put down for the store in one go, some 5 ms of the event loop, before others get it.
+STORE_STEP = 300
+# Seconds between two looks for what an operator wants done with rejected events.
+JOURNAL_POLL = 1.0
+
+
+class Shard:
+    """A call table with its store, and the events between them: one agent alone has one.
+
+    Without a store, events are delivered as they come about. With one, `commit` writes them along
+    with their calls first; one greenlet does that. ``rejected`` is how many events the store keeps
+    for an operator.
+    """
+
+    def __init__(
+        self, table: CallTable, delivery: Delivery, metrics: Metrics, store: Journal | None = None
+    ) -> None:
+        self.table = table
+        self.store = store
+        self.rejected = 0
+        self.delivery = delivery
+        self._metrics = metrics
+        # Events that the store has to write before they are delivered.
+        self._fresh: list[RatingEvent] = []
+        self._polled = 0.0
+        if store:
+            calls, serial = store.load_calls(), store.last_serial
+            table.restore(calls, serial, time.monotonic(), clock_offset())
+            delivery.restore(store)
+            self._put_calls(store)
+
+    @property
+    def fresh(self) -> int:
+        """How many events wait for the store."""
+        return len(self._fresh)
+
+    def handle(self, sighting: Sighting, now: float) -> None:
+        """Take in one message; ``now`` is seconds of a monotonic clock."""
+        self._report(self.table.handle(sighting, now))
+
+    def expire(self, now: float, closing: bool = False) -> None:
+        """Judge what has waited long enough; ``closing`` decides all that waits for a message."""
+        self._report(self.table.expire(now, closing))
+
+    @property
+    def behind(self) -> bool:
+        """Whether messages come faster than the store can take them."""
+        store, changed = self.store, self.table.changed
+        if store is None or store.failure or changed is None:
+            return False
+        return len(changed) + store.unwritten > MAX_UNWRITTEN
+
+    def commit_forever(self) -> None:
+        """Commit what has changed, at most each JOURNAL_INTERVAL, in a greenlet of its own."""
+        assert self.store is not None
+        while True:
+            self.store.due.wait(timeout=JOURNAL_POLL)
+            gevent.sleep(JOURNAL_INTERVAL)
+            try:
+                self.commit()
+                if time.monotonic() - self._polled >= JOURNAL_POLL:
+                    self._polled = time.monotonic()
+                    self._poll(self.store)
+            except Exception:
+                self._metrics.count("packets.internal_error")
+                log.error("a commit failed", exc_info=True, extra={"event": "internal_error"})
+
+    def commit(self, patience: float | None = None) -> bool:
+        """Write the changes since the last time, then hand the events among them to delivery.
+
+        Only the greenlet that calls it waits, as `Journal.commit` says; where the store can't be
+        written, delivery goes on from memory. Returns whether all is written.
+        """
+        store = self.store
+        assert store is not None
+        store.due.clear()
+        self._put_calls(store)
+        events, self._fresh = self._fresh, []
+        for event in events:
+            store.put_event(event)
+        answered, store.answered = store.answered, []
+        started = time.monotonic()
+        written = False
+        try:
+            written = store.commit(patience)
+        finally:
+            for event in answered:
+                self.delivery.release(event)
+            if written:
+                self.delivery.forget_unwritten(store)
+            for event in events:
+                self.delivery.put(event, written)
+        self._metrics.count("journal.commits" if written else "journal.errors")
+        self._metrics.time("journal.time", time.monotonic() - started)
+        return written
+
+    def _report(self, events: list[RatingEvent]) -> None:
+        if self.store is None:
+            for event in events:
+                self.delivery.put(event)
+            return
+        self._fresh += events
+        if self.table.changed:
+            self.store.due.set()
+
+    def _put_calls(self, store: Journal) -> None:
+        """Put the changed calls down as they are now, in steps of STORE_STEP.
+
+        Between two steps others have their turn; what they change is put down (again) by a later
+        step. The last step takes all that is left, so that no call is newer than its events.
+        """
+        offset, changed = clock_offset(), self.table.changed
+        while changed:
+            for _ in range(min(len(changed), STORE_STEP)):
+                row, call = changed.popitem()
+                if call is None:
+                    store.drop_call(row)
+                else:
+                    store.put_call(row, pack_call(call, offset))
+            if changed:
+                gevent.sleep(0)
+
+    def _poll(self, store: Journal) -> None:
+        """Take up the rejected events that an operator wants to be sent again."""
+        if store.failure:
+            return
+        try:
+            events = store.load_retries()
+            self.rejected = store.count_rejected()
+        except StoreError as error:
+            log.error("the journal cannot be read: %s", error, extra={"event": "journal_failed"})
+            return
+        for event in events:
+            store.retry_event(event, self.table.next_serial())
+            log.info("taken up again", extra={"event": "event_retried", **event.fields()})
+        self._report(events)
+        if events:
+            # Before the next look, or they would be found again.
+            self.commit()
+
+
+def clock_offset() -> float:
+    """Seconds of UNIX time less those of the monotonic clock, which starts anew with a machine."""
+    return time.time() - time.monotonic()
 
 
 # Room: agent
@@ -5980,10 +6208,6 @@ class Senders:
 
 # Characters of the last fault of a sender that are kept.
 MAX_FAULT = 200
-# Calls put down for the journal in one go, some 15 us each, before others get the loop.
-JOURNAL_STEP = 300
-# Seconds between two looks for what an operator wants done with rejected events.
-JOURNAL_POLL = 1.0
 
 
 class Agent:
@@ -5994,49 +6218,59 @@ class Agent:
         settings: Settings,
         rules: Sequence[Rule],
         limiter: WarningLimiter,
-        journal: Journal | None = None,
+        store: Journal | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.settings = settings
         self.tls = tls
         self.metrics = Metrics(settings)
-        self.table = CallTable(settings, rules)
-        self.journal = journal
-        self.delivery = Delivery(settings, self.metrics, journal)
+        self.delivery = Delivery(settings, self.metrics)
+        table = CallTable(settings, rules)
+        self.shards = [Shard(table, self.delivery, self.metrics, store)]
         self.senders = Senders(settings.hep_allow)
         self.connections = 0
-        self.rejected = 0
         # What listens, as the log says it, for the status.
         self.listeners: list[dict[str, Any]] = []
         self.started = self._heard = time.monotonic()
         self._taken_in = 0
         self._limiter = limiter
         self._keys = [key.encode() for key in settings.hep_auth_key]
-        # Events that the journal has to write before they are delivered.
-        self._fresh: list[RatingEvent] = []
-        self._polled = 0.0
-        if journal:
-            kept, serial = journal.kept(), journal.last_serial
-            self.table.restore(kept, serial, time.monotonic(), self._offset())
-            self._note_changes(journal)
 
     @property
     def waiting(self) -> int:
-        """How many events wait for the journal or for delivery."""
-        return len(self._fresh) + len(self.delivery)
+        """How many events wait for a store or for delivery."""
+        return sum(shard.fresh for shard in self.shards) + len(self.delivery)
+
+    @property
+    def rejected(self) -> int:
+        """How many rejected events are kept for an operator."""
+        return sum(shard.rejected for shard in self.shards)
+
+    @property
+    def store_failure(self) -> str | None:
+        """Why a store can't be written, "" where each can, None where there is none."""
+        stores = [shard.store for shard in self.shards if shard.store]
+        return next((x.failure for x in stores if x.failure), "") if stores else None
 
     @property
     def behind(self) -> bool:
-        """Whether messages come faster than the journal can take them."""
-        journal, changed = self.journal, self.table.changed
-        if journal is None or journal.failure or changed is None:
-            return False
-        return len(changed) + journal.unwritten > MAX_UNWRITTEN
+        """Whether messages come faster than a store can take them."""
+        return any(shard.behind for shard in self.shards)
 
     @property
     def busy(self) -> bool:
         """Whether something can be written or sent at once."""
-        return bool(self._fresh) or self.delivery.busy
+        return any(shard.fresh for shard in self.shards) or self.delivery.busy
+
+    def sizes(self) -> dict[str, int]:
+        """The number of calls in each state."""
+        sizes = [shard.table.sizes() for shard in self.shards]
+        return {state: sum(each[state] for each in sizes) for state in STATES}
+
+    def commit(self, patience: float | None = None) -> bool:
+        """Write all that has changed, as `Shard.commit` does; whether all of it is written."""
+        written = [shard.commit(patience) for shard in self.shards if shard.store]
+        return all(written)
 
     def admit(self, sender: Sender) -> bool:
         """Whether a sender may open one more connection; counted and logged where not."""
@@ -6054,64 +6288,71 @@ class Agent:
 
     def receive(self, data: bytes, transport: str, sender: Sender) -> None:
         """Take in one HEP packet; ``transport`` is "udp", "tcp" or "tls"."""
-        count = self.metrics.count
-        count(f"packets.received.{transport}")
+        self.metrics.count(f"packets.received.{transport}")
         arrival = time.time_ns() // 1000
         now = time.monotonic()
         sender.packets += 1
         sender.seen, sender.seen_at = now, arrival
         if not sender.allowed:
-            self._refuse("not_allowed", "a packet from outside hep_allow", sender)
+            self._shut_out("not_allowed", "a packet from outside hep_allow", sender)
             return
         try:
             packet = decode_hep(data, arrival)
-            if self._keys and not self._has_key(packet):
-                kind = "wrong_key" if packet.auth_key else "no_key"
-                self._refuse(kind, "a packet without a key of hep_auth_key", sender)
-                return
-            # Behind the key, or packets with a forged address would use up the sender's share.
-            rate = self.settings.hep_rate_limit
-            if rate and not sender.within(rate, now):
-                self._drop("rate_limit", sender)
-                self._warn("more packets than hep_rate_limit", "dropped_rate_limit", sender)
-                return
-            # Without a time stamp the packet has the arrival's.
-            if packet.time != arrival:
-                sender.note_skew((arrival - packet.time) / 1000)
-            if packet.protocol_type != SIP_PROTOCOL_TYPE:
-                self._drop("not_sip", sender)
-                return
-            if packet.payload[:1] in _BLANK and not packet.payload.strip(_BLANK):
-                self._drop("empty", sender)
-                return
-            fault: SipError | None = None
-            for payload in split_messages(packet):
-                try:
-                    message = parse_sip(payload, packet.time)
-                except SipError as error:
-                    # What stands behind it in the stream counts all the same.
-                    fault = fault or error
-                    continue
-                if message is None:
-                    count("packets.ignored")
-                else:
-                    self._report(self.table.handle(Sighting(packet, message, sender.address), now))
-            if fault is not None:
-                raise fault
+            if self._may_enter(packet, sender, now):
+                # Without a time stamp the packet has the arrival's.
+                if packet.time != arrival:
+                    sender.note_skew((arrival - packet.time) / 1000)
+                self._follow(packet, sender, now)
         except (HepError, SipError) as error:
             layer = "hep" if isinstance(error, HepError) else "sip"
             self.malformed(f"{layer}_{error.kind}", str(error), sender)
         except Exception:
-            count("packets.internal_error")
+            self.metrics.count("packets.internal_error")
             extra = {"event": "internal_error", "sender": sender.address}
             log.warning("a packet could not be handled", exc_info=True, extra=extra)
+
+    def _may_enter(self, packet: HepPacket, sender: Sender, now: float) -> bool:
+        if self._keys and not self._has_key(packet):
+            kind = "wrong_key" if packet.auth_key else "no_key"
+            self._shut_out(kind, "a packet without a key of hep_auth_key", sender)
+            return False
+        # After the key, or packets with a forged address would use up the sender's share.
+        rate = self.settings.hep_rate_limit
+        if rate and not sender.within(rate, now):
+            self._drop("rate_limit", sender)
+            self._warn("more packets than hep_rate_limit", "dropped_rate_limit", sender)
+            return False
+        return True
+
+    def _follow(self, packet: HepPacket, sender: Sender, now: float) -> None:
+        """Give the SIP messages of a packet to their calls. Raises SipError for a bad one."""
+        if packet.protocol_type != SIP_PROTOCOL_TYPE:
+            self._drop("not_sip", sender)
+            return
+        if packet.payload[:1] in _BLANK and not packet.payload.strip(_BLANK):
+            self._drop("empty", sender)
+            return
+        fault: SipError | None = None
+        for payload in split_messages(packet):
+            try:
+                message = parse_sip(payload, packet.time)
+            except SipError as error:
+                # What comes after it in the stream counts all the same.
+                fault = fault or error
+                continue
+            if message is None:
+                self.metrics.count("packets.ignored")
+            else:
+                self.shards[0].handle(Sighting(packet, message, sender.address), now)
+        if fault is not None:
+            raise fault
 
     def _has_key(self, packet: HepPacket) -> bool:
         # Some senders end a string chunk with a NUL. All keys are compared, in constant time each.
         key = packet.auth_key.rstrip(b"\0")
         return sum(hmac.compare_digest(key, known) for known in self._keys) > 0
 
-    def _refuse(self, kind: str, text: str, sender: Sender) -> None:
+    def _shut_out(self, kind: str, text: str, sender: Sender) -> None:
         self._drop(kind, sender)
         self.senders.demote(sender)
         self._warn(text, f"dropped_{kind}", sender)
@@ -6137,9 +6378,10 @@ class Agent:
         """Look at deadlines and send what has waited; ``closing``: decide all that waits."""
         now = time.monotonic()
         try:
-            self._report(self.table.expire(now, closing))
+            for shard in self.shards:
+                shard.expire(now, closing)
             self.delivery.tick()
-            for notice in self.table.take_notices():
+            for notice in chain.from_iterable(x.table.take_notices() for x in self.shards):
                 text = {
                     "orphan": "a BYE without a call: its answer was not seen, nothing is charged",
                     "evicted": "too many calls: a running call was ended",
@@ -6155,9 +6397,10 @@ class Agent:
 
     def flush(self, now: float) -> None:
         """Send metrics, and say how many warnings were held back."""
-        counts, self.table.counts = self.table.counts, {}
-        for name, number in counts.items():
-            self.metrics.count(name, number)
+        for shard in self.shards:
+            counts, shard.table.counts = shard.table.counts, {}
+            for name, number in counts.items():
+                self.metrics.count(name, number)
         taken_in = self._count_taken_in()
         if taken_in > self._taken_in:
             self._heard = now
@@ -6173,11 +6416,11 @@ class Agent:
 
     def gauges(self) -> dict[str, int]:
         """How things stand now, by metric name."""
-        gauges = {f"calls.state.{state}": size for state, size in self.table.sizes().items()}
+        gauges = {f"calls.state.{state}": size for state, size in self.sizes().items()}
         gauges["events.waiting"] = self.waiting
-        if self.journal:
+        if (failure := self.store_failure) is not None:
             gauges["events.rejected_kept"] = self.rejected
-            gauges["journal.failing"] = int(bool(self.journal.failure))
+            gauges["journal.failing"] = int(bool(failure))
         gauges["connections"] = self.connections
         return gauges
 
@@ -6193,24 +6436,24 @@ class Agent:
 
     def faults(self, now: float) -> list[str]:
         """Why the agent is not healthy, each a line for a person; empty where it is."""
-        found = [
+        faults = [
             f"rating API {api['url']} is down for {now - api['since']:.0f} s: {api['last_error']}"
             for api in self.delivery.apis()
             if api["state"] == "down" and now - api["since"] >= API_DOWN_UNHEALTHY
         ]
-        if self.journal and self.journal.failure:
-            found.append(f"the journal cannot be written: {self.journal.failure}")
+        if self.store_failure:
+            faults.append(f"the journal cannot be written: {self.store_failure}")
         longest = self.settings.status_max_silence
         if longest and now - self._heard >= longest:
-            found.append(f"no SIP over HEP came for {now - self._heard:.0f} s")
-        return found
+            faults.append(f"no SIP over HEP came for {now - self._heard:.0f} s")
+        return faults
 
     def status(self, now: float, senders: int, errors: int) -> dict[str, Any]:
         """What ``/status`` shows, with so many senders and last errors at most.
 
         Times are UNIX time in seconds; ``now`` is on the monotonic clock.
         """
-        offset = self._offset()
+        offset = clock_offset()
 
         def api_status(api: dict[str, Any]) -> dict[str, Any]:
             failed = api.pop("failed")
@@ -6237,10 +6480,10 @@ class Agent:
             "uptime": round(now - self.started, 1),
             "heard": round(self._heard + offset, 3),
             "listeners": self.listeners,
-            "calls": self.table.sizes(),
+            "calls": self.sizes(),
             "waiting": self.waiting,
             "rejected_kept": self.rejected,
-            "journal": None if self.journal is None else self.journal.failure or "ok",
+            "journal": None if self.store_failure is None else self.store_failure or "ok",
             "apis": [api_status(api) for api in self.delivery.apis()],
             "known_senders": len(self.senders),
             "senders": [
@@ -6268,98 +6511,14 @@ class Agent:
         Calls keep the route they have, connections the certificate that they began with.
         """
         try:
-            self.table.rules, self.tls = load_rules(self.settings), load_tls(self.settings)
+            rules, self.tls = load_rules(self.settings), load_tls(self.settings)
         except ConfigError as error:
             log.error("not reloaded: %s", error, extra={"event": "reload_failed"})
         else:
-            extra = {"event": "reloaded", "rules": len(self.table.rules) - 1}
+            for shard in self.shards:
+                shard.table.rules = rules
+            extra = {"event": "reloaded", "rules": len(rules) - 1}
             log.info("routes and certificates reloaded", extra=extra)
-
-    def _report(self, events: list[RatingEvent]) -> None:
-        if self.journal is None:
-            for event in events:
-                self.delivery.put(event)
-            return
-        self._fresh += events
-        if self.table.changed:
-            self.journal.due.set()
-
-    def journal_forever(self) -> None:
-        """Commit what has changed, at most each JOURNAL_INTERVAL, in a greenlet of its own."""
-        assert self.journal is not None
-        while True:
-            self.journal.due.wait(timeout=JOURNAL_POLL)
-            gevent.sleep(JOURNAL_INTERVAL)
-            try:
-                self.commit()
-                if time.monotonic() - self._polled >= JOURNAL_POLL:
-                    self._polled = time.monotonic()
-                    self._poll(self.journal)
-            except Exception:
-                self.metrics.count("packets.internal_error")
-                log.error("a commit failed", exc_info=True, extra={"event": "internal_error"})
-
-    def commit(self, patience: float | None = None) -> bool:
-        """Write the changes since the last time, then hand the events among them to delivery.
-
-        Only the greenlet that calls it waits for the disk, as `Journal.commit` says; where the
-        journal can't be written, delivery goes on from memory. Returns whether all is on disk.
-        """
-        journal = self.journal
-        assert journal is not None
-        journal.due.clear()
-        self._note_changes(journal)
-        events, self._fresh = self._fresh, []
-        for event in events:
-            journal.add(event)
-        settled = self.delivery.take_settled()
-        started = time.monotonic()
-        written = False
-        try:
-            written = journal.commit(patience)
-        finally:
-            self.delivery.release(settled, written)
-            for event in events:
-                self.delivery.put(event, written)
-        self.metrics.count("journal.commits" if written else "journal.errors")
-        self.metrics.time("journal.time", time.monotonic() - started)
-        return written
-
-    def _note_changes(self, journal: Journal) -> None:
-        """Put the changed calls down as they are now, in steps of JOURNAL_STEP.
-
-        Between two steps others have their turn; what they change is put down (again) by a later
-        step. The last step takes all that is left, so that no call is newer than its events.
-        """
-        offset, changed = self._offset(), self.table.changed
-        while changed:
-            for _ in range(min(len(changed), JOURNAL_STEP)):
-                row, call = changed.popitem()
-                journal.change(row, call=_LEFT if call is None else pack_call(call, offset))
-            if changed:
-                gevent.sleep(0)
-
-    @staticmethod
-    def _offset() -> float:
-        return time.time() - time.monotonic()
-
-    def _poll(self, journal: Journal) -> None:
-        """Take up the rejected events that an operator wants to be sent again."""
-        if journal.failure:
-            return
-        try:
-            events = journal.to_retry()
-            self.rejected = journal.rejected_count()
-        except sqlite3.Error as error:
-            log.error("the journal cannot be read: %s", error, extra={"event": "journal_failed"})
-            return
-        for event in events:
-            journal.take_up(event, self.table.next_serial())
-            log.info("taken up again", extra={"event": "event_retried", **event.fields()})
-            self._fresh.append(event)
-        if events:
-            # Before the next look, or they would be found again.
-            self.commit()
 
 
 # Room: servers
@@ -6914,7 +7073,7 @@ class StatusServer(gevent.server.StreamServer):
         found: list[dict[str, Any]] = []
         row = after
         with self._looking:
-            for calls in self._agent.table.look():
+            for calls in chain.from_iterable(x.table.look() for x in self._agent.shards):
                 for call in calls:
                     if (after and call.row >= after) or not self._matches(call, wanted):
                         continue
@@ -7046,12 +7205,12 @@ def run(configuration: Configuration) -> int:
     background = [gevent.spawn(agent.flush_forever)]
     if journal:
         _tell_restored(agent, journal)
-        background.append(gevent.spawn(agent.journal_forever))
+        background += [gevent.spawn(shard.commit_forever) for shard in agent.shards]
     notifier.say("READY=1")
     collector = Collector(time.monotonic())
     while not stop.wait(TICK):
         agent.tick()
-        collector.step(len(agent.table), time.monotonic())
+        collector.step(sum(agent.sizes().values()), time.monotonic())
         notifier.alive(agent, time.monotonic())
         for server in servers:
             if isinstance(server, TcpServer):
@@ -7127,7 +7286,7 @@ class Notifier:
         if not self._address or now < self._next:
             return
         self._next = now + self.interval
-        running, faults = agent.table.sizes()[ANSWERED], "; ".join(agent.faults(now))
+        running, faults = agent.sizes()[ANSWERED], "; ".join(agent.faults(now))
         text = printable(f"{faults or 'healthy'}: {running} calls, {agent.waiting} events wait")
         self.say(*["WATCHDOG=1"] * self._watched, f"STATUS={text[:MAX_ERROR_TEXT]}")
 
@@ -7139,12 +7298,12 @@ class Notifier:
 
 
 def _tell_restored(agent: Agent, journal: Journal) -> None:
-    if journal.found:
+    if journal.torn:
         extra = {"event": "journal_torn"}
         log.warning(
-            "the journal was cut, what was committed is there: %s", journal.found, extra=extra
+            "the journal was cut, what was committed is there: %s", journal.torn, extra=extra
         )
-    sizes = agent.table.sizes()
+    sizes = agent.sizes()
     counts = {"running": sizes[ANSWERED], "ringing": sizes[TRYING], "waiting": agent.waiting}
     log.info("journal opened", extra={"event": "journal_opened", **counts})
 
@@ -7156,7 +7315,7 @@ def _shut_down(
     inherited: Collection[str],
 ) -> None:
     log.info("stopping", extra={"event": "stopping", "waiting": len(agent.delivery)})
-    timeout, journal = agent.settings.shutdown_timeout, agent.journal
+    timeout, in_memory = agent.settings.shutdown_timeout, agent.store_failure is None
     deadline = time.monotonic() + timeout
     # Some of the time is for the last commit and the last metrics.
     last_send = deadline - min(timeout / 4, STATSD_FLUSH)
@@ -7169,26 +7328,27 @@ def _shut_down(
     for server in servers:
         server.stop(timeout=0)
     # What waits for a late message is decided with what is known now, where nobody keeps it.
-    agent.tick(closing=journal is None)
+    agent.tick(closing=in_memory)
     while agent.waiting and time.monotonic() < last_send:
-        # What a journal keeps can wait for the next start.
-        if journal and not journal.failure and not agent.busy:
+        # What a store has can wait for the next start.
+        if agent.store_failure == "" and not agent.busy:
             break
         gevent.sleep(TICK / 2)
         agent.tick()
     agent.delivery.kill()
     gevent.killall(background)
-    kept = journal is not None and agent.commit(max(deadline - time.monotonic(), 0.1))
-    if not kept:
+    saved = not in_memory and agent.commit(max(deadline - time.monotonic(), 0.1))
+    if not saved:
         agent.delivery.stop()
     with gevent.Timeout(max(min(deadline - time.monotonic(), STATSD_FLUSH), 0.1), False):
         agent.flush(time.monotonic())
-    running = agent.table.sizes()[ANSWERED]
-    if running and not kept:
+    running = agent.sizes()[ANSWERED]
+    if running and not saved:
         extra = {"event": "calls_forgotten", "running": running}
         log.warning("running calls are forgotten: their end will not be reported", extra=extra)
-    if journal:
-        journal.close(max(deadline - time.monotonic(), 0.1))
+    for shard in agent.shards:
+        if shard.store:
+            shard.store.close(max(deadline - time.monotonic(), 0.1))
     log.info("stopped", extra={"event": "stopped"})
 
 

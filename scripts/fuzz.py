@@ -672,7 +672,7 @@ def check_agent(data: bytes) -> tuple[int, float]:
     ledger, lines = Ledger(), io.StringIO()
     limiter = agent.set_up_logging(SETTINGS[number], lines)
     subject = agent.Agent(SETTINGS[number], RULES[number], limiter)
-    subject.delivery = NullDelivery(ledger)  # type: ignore[assignment]
+    subject.delivery = subject.shards[0].delivery = NullDelivery(ledger)  # type: ignore[assignment]
     worst, ahead = 0.0, 0.0
     sender = agent.Sender("192.0.2.1", True)
     for gap, packet in steps:
@@ -683,14 +683,14 @@ def check_agent(data: bytes) -> tuple[int, float]:
         worst = max(worst, seconds)
         # The table's clock is the machine's; a tick can be told to look ahead.
         if gap > 100:
-            subject._report(subject.table.expire(time.monotonic() + gap))
+            subject.shards[0].expire(time.monotonic() + gap)
     for _ in range(4):
         ahead += 400_000.0
-        subject._report(subject.table.expire(time.monotonic() + ahead))
+        subject.shards[0].expire(time.monotonic() + ahead)
     subject.tick()
     subject.flush(0.0)
     require("packets.internal_error" not in subject.metrics.totals, lines.getvalue()[-3_000:])
-    require(len(subject.table) == 0, "calls are left")
+    require(len(subject.shards[0].table) == 0, "calls are left")
     for line in lines.getvalue().splitlines():
         require(len(line) <= MAX_LINE, f"a log line of {len(line)} characters")
         json.loads(line)

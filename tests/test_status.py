@@ -346,7 +346,7 @@ def test_half_a_million_calls_do_not_hold_the_loop() -> None:
         one = agent.Call.__new__(agent.Call)
         one.call_id, one.row, one.state, one.entered = f"call-{row}@host", row, agent.TRYING, 0.0
         one.identity, one.attempts = None, ()
-        whole.table._calls[one.call_id] = (one,)
+        whole.shards[0].table._calls[one.call_id] = (one,)
     pauses = []
 
     def watch() -> None:
