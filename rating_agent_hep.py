@@ -74,6 +74,7 @@ from functools import cache, cached_property
 from itertools import chain, islice
 from math import inf
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import parse_qsl, quote, urlsplit
 
@@ -3791,7 +3792,7 @@ NOT_OK = "ok: false"
 
 
 # Calls whose begin was given up, remembered so that their end is given up as well.
-MAX_REFUSED_CALLS = 100_000
+MAX_GIVEN_UP = 100_000
 # Refusals of an event that may have been carried out already, each after the API said ok to some
 # event since the refusal before: then its storage service lives. An end had been done; of a begin
 # with both parties one is unknown, so it was not done.
@@ -3833,7 +3834,7 @@ class Outbox:
         # Entries whose queue is no more that of the call are stale, and left out.
         self._ready: list[tuple[int, int, CallKey, deque[RatingEvent]]] = []
         self._delayed: list[tuple[float, int, CallKey, deque[RatingEvent]]] = []
-        # Calls of which an event is out, or one that was answered is not `release`d yet.
+        # Calls of which an event is out, or was settled and not `release`d yet.
         self._out: set[CallKey] = set()
         # Calls whose begin was given up: their end must not be sent alone.
         self._given_up: OrderedDict[CallKey, None] = OrderedDict()
@@ -3841,7 +3842,7 @@ class Outbox:
         self._one_sided: dict[CallKey, str] = {}
         # Tenants and tags that the API does not know, and until when they are left out.
         self._unknown: OrderedDict[tuple[str, str], float] = OrderedDict()
-        self._waiting = 0
+        self._size = 0
         self._sequence = 0
         self._failures = 0
         self._down_until = 0.0
@@ -3849,7 +3850,7 @@ class Outbox:
         self._probe: RatingEvent | None = None
 
     def __len__(self) -> int:
-        return self._waiting
+        return self._size
 
     @property
     def down(self) -> bool:
@@ -3874,13 +3875,13 @@ class Outbox:
         queue.append(event)
         if len(queue) == 1 and event.key not in self._out:
             self._make_ready(event.key, queue)
-        self._waiting += 1
+        self._size += 1
         return True, self._make_room()
 
     def give_up(self, key: CallKey) -> None:
         """A begin will not be sent; its end is not accepted, then."""
         self._given_up[key] = None
-        if len(self._given_up) > MAX_REFUSED_CALLS:
+        if len(self._given_up) > MAX_GIVEN_UP:
             self._given_up.popitem(last=False)
 
     def begun(self, key: CallKey, party: str) -> None:
@@ -3927,52 +3928,29 @@ class Outbox:
         return event
 
     def settle(
-        self, event: RatingEvent, outcome: str, now: float, hold: bool = False
+        self, event: RatingEvent, outcome: str, now: float, committed: bool = True
     ) -> tuple[str, list[RatingEvent]]:
         """The API answered; returns what that means and the events that are rejected for good.
 
         The meaning is DELIVERED, REJECTED, or REFUSED_BY_API for an event that is tried again.
-        With ``hold`` the call's next event waits for `release`.
+        Without ``committed`` the call's next event waits for `release`.
         """
-        if self.down:
-            # What failed with the API goes first again, being the oldest; what it refused waits.
-            failed = [entry for entry in self._delayed if entry[3][0].answer != NOT_OK]
-            self._delayed = [entry for entry in self._delayed if entry[3][0].answer == NOT_OK]
-            heapq.heapify(self._delayed)
-            for _, _, key, queue in failed:
-                if self._calls.get(key) is queue:
-                    self._make_ready(key, queue)
-        self._failures = 0
-        self._back(event)
+        self._come_back(event)
+        self._come_up()
         if outcome == REFUSED_BY_API:
             outcome = self._refused(event, now)
         elif outcome == DELIVERED:
             outcome = self._accepted(event, now)
         if outcome == REFUSED_BY_API:
             return REFUSED_BY_API, []
-        queue = self._calls[event.key]
-        gone = [queue.popleft()]
-        if event.kind == "begin" and event.left_out:
-            self._one_sided[event.key] = event.party
-            if queue:
-                self.restrict(queue[0])
-        if outcome == REJECTED and event.kind == "begin":
-            # Its end goes with it, but not the begin of another call with the same tag.
-            while queue and queue[0].kind == "end":
-                gone.append(queue.popleft())
-            if not queue and gone[-1].kind == "begin":
-                self.give_up(event.key)
-        self._waiting -= len(gone)
-        if not queue:
-            del self._calls[event.key]
-        if hold:
-            self._out.add(event.key)
-        elif queue:
-            self._make_ready(event.key, queue)
-        return (REJECTED, gone) if outcome == REJECTED else (DELIVERED, [])
+        settled = self._remove(event, outcome)
+        self._out.add(event.key)
+        if committed:
+            self.release(event.key)
+        return outcome, settled if outcome == REJECTED else []
 
     def release(self, key: CallKey) -> None:
-        """What was settled with ``hold`` is on disk: the call's next event may go."""
+        """What was settled is on disk: the call's next event may go."""
         self._out.discard(key)
         queue = self._calls.get(key)
         if queue:
@@ -3989,7 +3967,7 @@ class Outbox:
         if error.wait:
             self._failures = max(self._failures, DOWN_AFTER)
             self._down_until = max(self._down_until, now + error.wait)
-        self._back(event)
+        self._come_back(event)
         if error.unknown:
             # What was known before says nothing of this attempt.
             event.unknown, event.confirmed, event.refused_at = True, 0, now
@@ -4059,10 +4037,41 @@ class Outbox:
             return REFUSED_BY_API
         return DELIVERED if done_before else REJECTED
 
-    def _back(self, event: RatingEvent) -> None:
+    def _come_back(self, event: RatingEvent) -> None:
         self._out.discard(event.key)
         if self._probe is event:
             self._probe = None
+
+    def _come_up(self) -> None:
+        """The API answers. What failed while it was down goes first, being the oldest."""
+        if self.down:
+            failed = [entry for entry in self._delayed if entry[3][0].answer != NOT_OK]
+            # What it refused has its own time.
+            self._delayed = [entry for entry in self._delayed if entry[3][0].answer == NOT_OK]
+            heapq.heapify(self._delayed)
+            for _, _, key, queue in failed:
+                if self._calls.get(key) is queue:
+                    self._make_ready(key, queue)
+        self._failures = 0
+
+    def _remove(self, event: RatingEvent, outcome: str) -> list[RatingEvent]:
+        """Take out an event that was DELIVERED or REJECTED; returns all that goes with it."""
+        queue = self._calls[event.key]
+        removed = [queue.popleft()]
+        if event.kind == "begin" and event.left_out:
+            self.begun(event.key, event.party)
+            if queue:
+                self.restrict(queue[0])
+        if outcome == REJECTED and event.kind == "begin":
+            # Its end goes with it, but not the begin of another call with the same tag.
+            while queue and queue[0].kind == "end":
+                removed.append(queue.popleft())
+            if not queue and removed[-1].kind == "begin":
+                self.give_up(event.key)
+        self._size -= len(removed)
+        if not queue:
+            del self._calls[event.key]
+        return removed
 
     def _backoff(self, failures: int) -> float:
         return min(RETRY_FIRST * 2.0 ** min(failures - 1, 16), RETRY_LAST) * self._jitter()
@@ -4091,12 +4100,12 @@ class Outbox:
     def _make_room(self) -> list[RatingEvent]:
         """Take out the oldest waiting calls' events over the limit."""
         gone: list[RatingEvent] = []
-        while self._waiting > self.limit:
+        while self._size > self.limit:
             key = next((key for key in self._calls if key not in self._out), None)
             if key is None:
                 break
             events = self._calls.pop(key)
-            self._waiting -= len(events)
+            self._size -= len(events)
             if events[-1].kind == "begin":
                 self.give_up(key)
             gone += events
@@ -4922,7 +4931,8 @@ class Metrics:
 # them in SQLite, for one agent alone. Another kind of store has the same methods and attributes:
 #
 #   at a start     load_calls, last_serial, count_events, load_given_up, load_one_sided
-#   notes          put_call, drop_call, put_event, put_attempt, drop_event, reject_event, retry_event
+#   notes          put_call, drop_call, put_event, put_attempt, drop_event, reject_event,
+#                  retry_event
 #   to disk        commit writes all notes; due is set while there are some, unwritten counts them,
 #                  failure says why they can't be written, "" while they can
 #   while it runs  load_events, load_retries, count_rejected; these raise StoreError
@@ -4930,7 +4940,7 @@ class Metrics:
 #   at the end     close
 #
 # A note never waits and never fails. All notes on one row are written together, so that a call and
-# its events always fit. An event is the store's own (``event.store``) from put_event or load_events.
+# its events always fit. put_event and load_events set ``event.store``.
 
 # Octets "HEPJ" as the application_id of a file, so that no other program's is touched.
 _JOURNAL_ID = 0x4845504A
@@ -5454,7 +5464,12 @@ class Journal:
 
 # Room: rating API
 
-# gevent's goes through the loop, which takes 10 us; a look at one socket never waits.
+# The request is written and the usual answer is read here; connects and TLS are urllib3's, any other
+# answer is http.client's. That takes less than a quarter of the CPU of http.client's whole way and a
+# sixth of urllib3's; with all answers read by http.client a call would cost a quarter more.
+
+# gevent's goes through the event loop, which takes longer than the rest of a request; a look at one
+# socket never waits.
 _plain_poll = monkey.get_original("select", "poll")
 _HTTP_LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*(\d{1,9})[ \t]*(?=\r\n|\Z)")
 # What asks for more than to take the octets as they are: http.client knows how.
@@ -5536,12 +5551,7 @@ class RatingApi:
             raise DeliveryError(f"status_{status}", f"status {status}", unknown, wait)
 
     def _post(self, path: str, body: bytes) -> tuple[int, str, bytes]:
-        """One request: status, Retry-After and body of the answer. Raises DeliveryError.
-
-        urllib3's own way of one takes 120 us, of which the network is 30: a queue, a poll through
-        the event loop, an e-mail parser for the headers. So the request is written and the usual
-        answer read here; connects and TLS are urllib3's, an unusual answer is http.client's.
-        """
+        """One request: status, Retry-After and body of the answer. Raises DeliveryError."""
         connection, sent, whole = None, False, False
         # One limit for all of it: a server that trickles would hold a worker.
         limit = gevent.Timeout(self._timeout)
@@ -5550,12 +5560,8 @@ class RatingApi:
                 connection = self._connect()
                 sent = True
                 request = f"POST {self._prefix}{path} {self._head}{len(body)}\r\n\r\n"
-                octets = request.encode("latin-1") + body
-                # sendall looks up the size of the send buffer first: 3 us.
-                size = connection.sock.send(octets)
-                if size < len(octets):
-                    connection.sock.sendall(octets[size:])
-                status, retry_after, answer, whole = _read_answer(connection.sock)
+                connection.sock.sendall(request.encode("latin-1") + body)
+                status, retry_after, answer, whole = _read_answer(connection)
                 return status, retry_after, answer
         except gevent.Timeout as timeout:
             if timeout is not limit:
@@ -5572,7 +5578,7 @@ class RatingApi:
             if whole:
                 self._idle.append(connection)
             elif connection is not None:
-                connection.close()
+                _close(connection)
 
     def _connect(self) -> Any:
         """A connection that is open: one that is idle, or a new one."""
@@ -5583,33 +5589,43 @@ class RatingApi:
             poll.register(connection.sock, select.POLLIN)
             if not poll.poll(0):
                 return connection
-            connection.close()
+            _close(connection)
         connection = self._class(**self._address, timeout=self._timeout)
         try:
             connection.connect()
             connection.sock.settimeout(None)
+            connection.answers = connection.sock.makefile("rb")
         except BaseException:
             connection.close()
             raise
         return connection
 
 
+def _close(connection: Any) -> None:
+    # The socket is open for as long as a file of it is.
+    connection.answers.close()
+    connection.close()
+
+
 # Octets. An answer of the rating API is about 150; more than this is not read.
 MAX_API_ANSWER = 65_536
 
 
-def _read_answer(sock: Any) -> tuple[int, str, bytes, bool]:
+def _read_answer(connection: Any) -> tuple[int, str, bytes, bool]:
     """Status, Retry-After and body of an answer, and whether the connection is of further use.
 
     Raises OSError, http.client.HTTPException.
     """
-    data = sock.recv(MAX_API_ANSWER)
+    data = connection.answers.peek()
     head, _, answer = data.partition(b"\r\n\r\n")
     if head.startswith(b"HTTP/1.1 200 ") and _UNUSUAL_HEADER.search(head) is None:
         lengths = _HTTP_LENGTH.findall(head)
         if len(lengths) == 1 and int(lengths[0]) == len(answer):
+            connection.answers.read(len(data))
             return 200, "", answer, True
-    response = http.client.HTTPResponse(_Replay(data, sock), method="POST")  # type: ignore[arg-type]
+    # http.client wants to make the file itself, and closes it.
+    source: Any = SimpleNamespace(makefile=lambda _: connection.answers)
+    response = http.client.HTTPResponse(source, method="POST")
     try:
         response.begin()
         answer = response.read(MAX_API_ANSWER)
@@ -5619,27 +5635,7 @@ def _read_answer(sock: Any) -> tuple[int, str, bytes, bool]:
         return response.status, response.headers.get("Retry-After", ""), answer, whole
     finally:
         response.close()
-
-
-class _Replay(io.RawIOBase):
-    """A socket of which something was read already, as far as http.client reads from it."""
-
-    def __init__(self, data: bytes, sock: Any) -> None:
-        self._data = data
-        self._sock = sock
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._data:
-            return int(self._sock.recv_into(buffer)) if self._sock else 0
-        size = min(len(buffer), len(self._data))
-        buffer[:size], self._data = self._data[:size], self._data[size:]
-        return size
+        connection.answers = connection.sock.makefile("rb")
 
 
 # Room: delivery
@@ -5905,7 +5901,7 @@ class Delivery:
 
     def _settle(self, lane: _Lane, event: RatingEvent, outcome: str) -> None:
         store = event.store
-        meaning, gone = lane.outbox.settle(event, outcome, time.monotonic(), store is not None)
+        meaning, gone = lane.outbox.settle(event, outcome, time.monotonic(), store is None)
         self._metrics.count(f"api.answers.{outcome}")
         if meaning == DELIVERED:
             done = "done before" if outcome == REFUSED_BY_API else "ok"
