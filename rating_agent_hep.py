@@ -5020,9 +5020,9 @@ _OF_CALLS = """
 def _write_calls(number: int) -> str:
     """The statement that writes so many rows, those without an id left out.
 
-    One for all rows: each call into sqlite3 gives the interpreter's lock away, and while the event
-    loop is busy it takes 5 ms to get it back. Its length is a power of two, so that a few prepared
-    ones do; values that are bound cost a third of what a JSON text of them does.
+    One for all rows: each call into sqlite3 gives the interpreter's lock away, and gets it back
+    from a busy event loop only after a switch interval. The number is a power of two, so that a few
+    prepared statements do. Values are bound: a JSON text of them costs three times as much.
     """
     rows = ", ".join([f"({', '.join('?' * (1 + len(_COLUMNS)))})"] * number)
     return f"""
@@ -5050,19 +5050,15 @@ def inspect_journal(folder: str) -> str:
     Raises ConfigError for a folder that can't be used, and for a file that is damaged, another
     program's or a newer version's.
     """
-
-    def refuse(path: str, text: str, allowed: str) -> ConfigError:
-        return ConfigError(printable(f"state_dir: {path}: {text}; allowed: {allowed}"))
-
     if not os.path.isdir(folder):
         parent = os.path.dirname(os.path.abspath(folder))
         if os.path.exists(folder):
-            raise refuse(folder, "not a folder", "a folder, or a path at which to make one")
+            raise _unfit(folder, "not a folder", "a folder, or a path at which to make one")
         if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
-            raise refuse(folder, "cannot be made", "a folder in one that is there and writable")
+            raise _unfit(folder, "cannot be made", "a folder in one that is there and writable")
         return ""
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        raise refuse(folder, "not writable", "a folder that this user may read and write")
+        raise _unfit(folder, "not writable", "a folder that this user may read and write")
     path = os.path.join(folder, JOURNAL_FILE)
     try:
         with open(path, "rb") as file:
@@ -5070,31 +5066,43 @@ def inspect_journal(folder: str) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise refuse(path, str(error.strerror), "a file that this user may read") from None
+        raise _unfit(path, str(error.strerror), "a file that this user may read") from None
+    _check_head(path, head)
+    _check_content(path)
+    return path
+
+
+def _unfit(path: str, text: str, allowed: str) -> ConfigError:
+    return ConfigError(printable(f"state_dir: {path}: {text}; allowed: {allowed}"))
+
+
+def _check_head(path: str, head: bytes) -> None:
     # Read here and not through SQLite, which writes to what it opens. SQLite's file format, 1.3.
     if head[:16] != b"SQLite format 3\0" or head[68:72] != _JOURNAL_ID.to_bytes(4, "big"):
-        raise refuse(path, "a file of another program, left untouched", "a folder of its own")
+        raise _unfit(path, "a file of another program, left untouched", "a folder of its own")
     version = int.from_bytes(head[60:64], "big")
     if version != JOURNAL_VERSION:
         written = "an earlier tree" if version < JOURNAL_VERSION else "a newer agent"
-        raise refuse(
+        raise _unfit(
             path,
             f"version {version}, written by {written}, left untouched",
             f"version {JOURNAL_VERSION}, or an empty folder",
         )
+
+
+def _check_content(path: str) -> None:
     try:
         # A reader never checkpoints, so the file itself stays as it is.
         with closing(_connect(path, "ro")) as db:
             fault = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
             db.execute("SELECT count(*) FROM rejected").fetchone()
     except sqlite3.OperationalError as error:
-        raise refuse(path, str(error), "a file that can be read") from None
+        raise _unfit(path, str(error), "a file that can be read") from None
     except sqlite3.DatabaseError as error:
         fault = str(error)
     if fault != "ok":
         fault = " ".join(fault.replace("*", "").split())
-        raise refuse(path, f"damaged, left untouched: {fault}", "a whole file, or none")
-    return path
+        raise _unfit(path, f"damaged, left untouched: {fault}", "a whole file, or none")
 
 
 # Seconds to wait for a lock, which `outbox retry` and `outbox drop` hold for milliseconds.
@@ -5135,9 +5143,9 @@ def _wal_frames(path: str) -> tuple[int, int]:
         return 0, 0
 
 
-# Events that are read from the journal at once: some 5 ms of work on the event loop.
+# Events that are read from the journal at once; the event loop waits while they are unpacked.
 MAX_LOADED = 500
-# Rows of one commit: some 2 ms of work on the event loop to put them together.
+# Rows of one transaction; the event loop waits while they are put together.
 JOURNAL_GROUP = 2_000
 # Seconds between attempts to return to a journal that failed.
 JOURNAL_RETRY = 5.0
@@ -5464,9 +5472,10 @@ class Journal:
 
 # Room: rating API
 
-# The request is written and the usual answer is read here; connects and TLS are urllib3's, any other
-# answer is http.client's. That takes less than a quarter of the CPU of http.client's whole way and a
-# sixth of urllib3's; with all answers read by http.client a call would cost a quarter more.
+# The request is written here, and the usual answer is read here. Connections and TLS are left to
+# urllib3, any other answer to http.client. This takes less than a quarter of the CPU that it takes
+# http.client to do all, and a sixth of urllib3's. With every answer read by http.client a call
+# would cost a quarter more.
 
 # gevent's goes through the event loop, which takes longer than the rest of a request; a look at one
 # socket never waits.
@@ -5645,14 +5654,14 @@ JITTER = 0.25
 
 
 class _Backlog:
-    """The events for one API that are in one store but not in the outbox.
+    """The events for one API that wait in one store and not in the outbox.
 
-    They came about after all that the outbox had of this store: ``reached`` is the serial of the
-    last one. ``unwritten`` are those among them that the store couldn't write so far.
+    ``reached`` is the serial of the last event that the outbox got from the store; these came about
+    after it. ``unwritten`` are those among them that the store could not write yet.
     """
 
-    def __init__(self, count: int = 0) -> None:
-        self.count = count
+    def __init__(self) -> None:
+        self.count = 0
         self.reached = 0
         self.unwritten: deque[RatingEvent] = deque()
 
@@ -5686,9 +5695,10 @@ class _Lane:
 class Delivery:
     """Workers that tell the rating APIs what happened: ``rating_api_concurrency`` for each API.
 
-    With a store, an event comes here once it is written there, MAX_EVENTS_IN_MEMORY of them are
-    held in memory, and the next event of a call waits until it is written that the one before was
-    answered: begun again after its end, a call would be charged twice.
+    An event that has a store comes here once it is written there. MAX_EVENTS_IN_MEMORY of them are
+    in the outbox, the later ones in the store alone. The next event of a call waits until it is
+    written that the one before was answered: a call that is begun again after its end is charged
+    twice.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
@@ -5698,7 +5708,7 @@ class Delivery:
         self._workers: list[gevent.Greenlet] = []
 
     def restore(self, store: Journal) -> None:
-        """Know what waits in a store, and how its running calls were begun."""
+        """Learn what waits in a store, and how its running calls were begun."""
         for url, count in store.count_events().items():
             self._lane(url).backlogs[store].count = count
         for key in store.load_given_up():
@@ -5707,14 +5717,15 @@ class Delivery:
             self._lane(key[0]).outbox.begun(key, party)
 
     def put(self, event: RatingEvent, written: bool = False) -> None:
-        """Hand over an event for delivery; ``written`` says that its store has it. Never waits."""
+        """Take an event for delivery; ``written`` says that its store has it. Never waits."""
         lane = self._lane(event.api_url)
         backlog = lane.backlogs[event.store]
         if backlog.count or (written and len(lane.outbox) >= MAX_EVENTS_IN_MEMORY):
             backlog.count += 1
             if not written:
                 backlog.unwritten.append(event)
-                self._bound(lane, backlog)
+                if len(backlog.unwritten) > MAX_WAITING_EVENTS:
+                    self._lose_unwritten(lane, backlog)
             return
         self._enqueue(lane, event)
         self._wake(lane)
@@ -5755,13 +5766,13 @@ class Delivery:
         ]
 
     def release(self, event: RatingEvent) -> None:
-        """It is settled what became of this event: the next one of its call may go."""
+        """It is on disk what became of this event: the next one of its call may go."""
         lane = self._lane(event.api_url)
         lane.outbox.release(event.key)
         self._wake(lane)
 
     def forget_unwritten(self, store: Journal) -> None:
-        """The store has written all."""
+        """The store has written all, so that it can be loaded."""
         for lane in self._lanes.values():
             lane.backlogs[store].unwritten.clear()
 
@@ -5808,13 +5819,12 @@ class Delivery:
         for each in lost:
             self._lose(lane, each)
 
-    def _bound(self, lane: _Lane, backlog: _Backlog) -> None:
-        if len(backlog.unwritten) > MAX_WAITING_EVENTS:
-            backlog.count -= 1
-            lost = backlog.unwritten.popleft()
-            if lost.kind == "begin":
-                lane.outbox.give_up(lost.key)
-            self._lose(lane, lost)
+    def _lose_unwritten(self, lane: _Lane, backlog: _Backlog) -> None:
+        backlog.count -= 1
+        lost = backlog.unwritten.popleft()
+        if lost.kind == "begin":
+            lane.outbox.give_up(lost.key)
+        self._lose(lane, lost)
 
     def _lose(self, lane: _Lane, event: RatingEvent) -> None:
         self._metrics.count("events.lost")
@@ -5838,10 +5848,10 @@ class Delivery:
 
     def _load_some(self, lane: _Lane, store: Journal | None, backlog: _Backlog) -> None:
         assert store is not None
-        # More may come while the store is read.
         count = backlog.count
         events = store.load_events(lane.api.url, backlog.reached, MAX_LOADED)
         if not events:
+            # All that is on disk was loaded. What came while the store was read still counts.
             events = [x for x in backlog.unwritten if x.serial > backlog.reached]
             backlog.unwritten.clear()
             backlog.count -= count - len(events)
@@ -5901,28 +5911,34 @@ class Delivery:
 
     def _settle(self, lane: _Lane, event: RatingEvent, outcome: str) -> None:
         store = event.store
-        meaning, gone = lane.outbox.settle(event, outcome, time.monotonic(), store is None)
+        meaning, rejected = lane.outbox.settle(event, outcome, time.monotonic(), store is None)
         self._metrics.count(f"api.answers.{outcome}")
         if meaning == DELIVERED:
-            done = "done before" if outcome == REFUSED_BY_API else "ok"
-            extra = {"event": f"call_{event.kind}", "outcome": done, **event.fields()}
-            log.info("call %s", "begun" if event.kind == "begin" else "ended", extra=extra)
-            if event.kind == "begin" and event.left_out:
-                self._left_out(lane, event)
-            if store:
-                store.drop_event(event)
+            self._delivered(lane, event, "done before" if outcome == REFUSED_BY_API else "ok")
         elif meaning == REFUSED_BY_API:
-            self._metrics.count("api.retries")
-            if outcome == REFUSED_BY_API:
-                extra = {"event": "api_refused", "api": lane.api.url, **event.fields()}
-                log.warning("rating API refused, to be tried again", extra=extra)
-            if store:
-                store.put_attempt(event)
-        for rejected in gone:
-            reason = "refused by the API" if rejected is event else "its begin was rejected"
-            self._reject(rejected, reason)
+            self._refused(lane, event, outcome)
+        for each in rejected:
+            reason = "refused by the API" if each is event else "its begin was rejected"
+            self._reject(each, reason)
         if store and meaning != REFUSED_BY_API:
             store.answered.append(event)
+
+    def _delivered(self, lane: _Lane, event: RatingEvent, outcome: str) -> None:
+        extra = {"event": f"call_{event.kind}", "outcome": outcome, **event.fields()}
+        log.info("call %s", "begun" if event.kind == "begin" else "ended", extra=extra)
+        if event.kind == "begin" and event.left_out:
+            self._left_out(lane, event)
+        if event.store:
+            event.store.drop_event(event)
+
+    def _refused(self, lane: _Lane, event: RatingEvent, outcome: str) -> None:
+        self._metrics.count("api.retries")
+        # An ok that the outbox does not believe is no refusal for the log.
+        if outcome == REFUSED_BY_API:
+            extra = {"event": "api_refused", "api": lane.api.url, **event.fields()}
+            log.warning("rating API refused, to be tried again", extra=extra)
+        if event.store:
+            event.store.put_attempt(event)
 
     def _left_out(self, lane: _Lane, event: RatingEvent) -> None:
         self._metrics.count("events.unknown_party")
@@ -5944,7 +5960,7 @@ class Delivery:
         log.error(text, extra=extra)
 
 
-# Calls put down for the store in one go, some 5 ms of the event loop, before others get it.
+# Calls that are packed for the store in one go; the event loop waits meanwhile.
 STORE_STEP = 300
 # Seconds between two looks for what an operator wants done with rejected events.
 JOURNAL_POLL = 1.0
@@ -6050,10 +6066,10 @@ class Shard:
             self.store.due.set()
 
     def _put_calls(self, store: Journal) -> None:
-        """Put the changed calls down as they are now, in steps of STORE_STEP.
+        """Note the changed calls as they are now, in steps of STORE_STEP.
 
-        Between two steps others have their turn; what they change is put down (again) by a later
-        step. The last step takes all that is left, so that no call is newer than its events.
+        Between two steps other greenlets have their turn; what they change is noted (again) by a
+        later step. The last step takes all that is left, so that no call is newer than its events.
         """
         offset, changed = clock_offset(), self.table.changed
         while changed:
@@ -6092,50 +6108,31 @@ def clock_offset() -> float:
 
 # Room: agent
 
-# What some senders send to keep a path through a firewall open.
-_BLANK = b"\r\n\0 "
-
-
 # Share of a new packet in the smoothed clock skew of a sender.
 SKEW_WEIGHT = 1 / 16
 
 
+@dataclass(slots=True, eq=False)
 class Sender:
     """What is known of one IP address that sends HEP; ``allowed`` is what hep_allow says of it.
 
-    ``seen`` is when its last packet came, in seconds of a monotonic clock, ``seen_at`` the same in
-    UNIX time, microseconds. ``dropped`` counts by kind, as the metrics ``packets.dropped.*`` and
-    ``packets.malformed.*`` do, and refused connections as ``connection_*``; kinds are words of this
-    module, so they are few. ``skew`` is arrival less HEP time stamp in milliseconds, smoothed, None
-    before the first stamp: the sender's clock, its queue and ours. ``fault`` is the text of its
-    last malformed packet.
+    ``seen_at`` is when its last packet came, UNIX time in microseconds. ``dropped`` counts by kind,
+    as the metrics ``packets.dropped.*`` and ``packets.malformed.*`` do, and refused connections as
+    ``connection_*``; kinds are words of this module, so they are few. ``skew`` is arrival less HEP
+    time stamp in milliseconds, smoothed, None before the first stamp: the sender's clock, its queue
+    and ours. ``fault`` is the text of its last malformed packet.
     """
 
-    __slots__ = (
-        "_filled",
-        "_tokens",
-        "address",
-        "allowed",
-        "connections",
-        "dropped",
-        "fault",
-        "packets",
-        "seen",
-        "seen_at",
-        "skew",
-    )
-
-    def __init__(self, address: str, allowed: bool) -> None:
-        self.address = address
-        self.allowed = allowed
-        self.packets = 0
-        self.dropped: dict[str, int] = {}
-        self.seen = 0.0
-        self.seen_at = 0
-        self.connections = 0
-        self.skew: float | None = None
-        self.fault = ""
-        self._tokens, self._filled = 0.0, -inf
+    address: str
+    allowed: bool
+    packets: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    seen_at: int = 0
+    connections: int = 0
+    skew: float | None = None
+    fault: str = ""
+    _tokens: float = 0.0
+    _filled: float = -inf
 
     def drop(self, kind: str) -> None:
         """Count a packet that was not taken in."""
@@ -6202,7 +6199,9 @@ class Senders:
         return sender
 
 
-# Characters of the last fault of a sender that are kept.
+# What some senders send to keep a path through a firewall open.
+_BLANK = b"\r\n\0 "
+# Characters of the text of a sender's last fault.
 MAX_FAULT = 200
 
 
@@ -6288,7 +6287,7 @@ class Agent:
         arrival = time.time_ns() // 1000
         now = time.monotonic()
         sender.packets += 1
-        sender.seen, sender.seen_at = now, arrival
+        sender.seen_at = arrival
         if not sender.allowed:
             self._shut_out("not_allowed", "a packet from outside hep_allow", sender)
             return
