@@ -3778,32 +3778,33 @@ class CallTable:
 #                  Store; a _Backlog counts it;
 #                  loaded when the outbox is half empty
 #
-#   rejected: the API refuses it for good, or its begin was. The store keeps it, and the log has it
-#   whole; `outbox retry` makes it an event that is being written.
+#   An event is rejected when the API refuses it for good, or has refused its begin. The store keeps
+#   it, the log has it whole, and `outbox retry` makes it an event that is being written.
 #
-# Of a call one event at most is ready, delayed, out or settled; those after it stand in a queue of
-# the Outbox. Without a store an event is ready as soon as it is produced, and gone once it is
-# settled. While the store fails, nothing waits for it: an event goes from memory, but stays behind
-# those that are on disk only. Over a limit the events that waited longest are lost, and logged.
+# At most one event of a call is ready, delayed, out or settled; the later ones wait after it in the
+# call's queue in the Outbox. Without a store an event is ready as soon as it is produced, and gone
+# as soon as it is settled. While the store fails, events do not wait for it: they are delivered
+# from memory, after those that are on disk only. Over a limit the events that waited longest are
+# lost; the log has each of them whole.
 
 DELIVERED, REFUSED_BY_API, REJECTED = "delivered", "refused", "rejected"
 # The answer by which the API refuses, as `outbox` shows it.
 NOT_OK = "ok: false"
 
 
-# Calls whose begin was given up, remembered so that their end is given up as well.
+# Calls whose begin was given up: their end is given up as well when it comes.
 MAX_GIVEN_UP = 100_000
-# Refusals of an event that may have been carried out already, each after the API said ok to some
-# event since the refusal before: then its storage service lives. An end had been done; of a begin
-# with both parties one is unknown, so it was not done.
+# So many refusals are believed of an event that may have been carried out already, if the API said
+# ok to another event before each of them, which shows that its storage service lives. They mean
+# that an end had been done, and that a begin with both parties had not: one party is unknown.
 MAX_CONFIRMED_REFUSALS = 2
-# Seconds. A begin with both parties is refused twice so far apart before one is tried alone, and
-# one is tried alone only so shortly after both were: a storage service that restarts takes longer.
+# Seconds. A begin with both parties must be refused twice so far apart before one party is tried
+# alone, and the latest refusal must be no older: a storage service that restarts takes longer.
 REFUSED_APART = 1.0
-# Parties of one API that are left out; of more the oldest is tried again sooner. 0.2 kB each.
+# Parties that are left out for one API, 0.2 kB each. Over that the oldest is tried again sooner.
 MAX_UNKNOWN_PARTIES = 10_000
 # Running calls of one API that were begun with one party alone, 0.2 kB each: five times the default
-# of max_calls. Over that both parties or none are begun, for an end must not name another party.
+# of max_calls. Over that no call is begun with one party alone: its end might name another.
 MAX_ONE_SIDED = 1_000_000
 
 
@@ -3811,8 +3812,9 @@ class Outbox:
     """The events that wait for one API: which may be sent when, in order for each call.
 
     It sends nothing itself. `take` gives out an event, and `settle` or `fail` say what became of
-    it; ``now`` is seconds of a monotonic clock. At most one event of a call is out at a time, and
-    of several that may go the one that came about first.
+    it; ``now`` is seconds of a monotonic clock. At most one event of a call is out at a time. When
+    several events may go, the one that came about first goes first. ``jitter`` gives the factor for
+    each delay.
 
     With ``drop`` a begin that is refused with both parties is sent with the caller alone, then with
     the callee alone. What the API keeps of a running call for one party has the same values either
@@ -3831,14 +3833,14 @@ class Outbox:
         self._jitter = jitter
         self._drop = drop
         self._calls: dict[CallKey, deque[RatingEvent]] = {}
-        # Entries whose queue is no more that of the call are stale, and left out.
+        # An entry is stale, and is skipped, once its queue is no longer the call's.
         self._ready: list[tuple[int, int, CallKey, deque[RatingEvent]]] = []
         self._delayed: list[tuple[float, int, CallKey, deque[RatingEvent]]] = []
         # Calls of which an event is out, or was settled and not `release`d yet.
         self._out: set[CallKey] = set()
-        # Calls whose begin was given up: their end must not be sent alone.
+        # Calls whose begin was given up, so that their end must not be sent.
         self._given_up: OrderedDict[CallKey, None] = OrderedDict()
-        # Whom alone the begins of running calls were taken with: their ends must name no other.
+        # Running calls that were begun with one party alone: their ends must name no other.
         self._one_sided: dict[CallKey, str] = {}
         # Tenants and tags that the API does not know, and until when they are left out.
         self._unknown: OrderedDict[tuple[str, str], float] = OrderedDict()
@@ -3863,7 +3865,7 @@ class Outbox:
         return bool(self._out) or (bool(self._ready) and not self.down)
 
     def put(self, event: RatingEvent) -> tuple[bool, list[RatingEvent]]:
-        """Add an event: whether it will be sent, and what had to leave memory for it."""
+        """Add an event; returns whether it will be sent, and the events that are lost for it."""
         if event.kind == "end" and event.key in self._given_up:
             del self._given_up[event.key]
             return False, []
@@ -3879,7 +3881,7 @@ class Outbox:
         return True, self._make_room()
 
     def give_up(self, key: CallKey) -> None:
-        """A begin will not be sent; its end is not accepted, then."""
+        """A begin will not be sent, so its end will not be accepted."""
         self._given_up[key] = None
         if len(self._given_up) > MAX_GIVEN_UP:
             self._given_up.popitem(last=False)
@@ -3889,13 +3891,13 @@ class Outbox:
         self._one_sided[key] = party
 
     def restrict(self, event: RatingEvent) -> None:
-        """Leave in an end whom its begin was taken with."""
+        """Take out of an end the party that its begin was taken without."""
         party = self._one_sided.pop(event.key, "")
         if party and event.kind == "end":
             event.keep_only(party)
 
     def leave_out(self, event: RatingEvent, now: float) -> bool:
-        """Leave who was left out of a begin out of others for a while; True where that is news."""
+        """Leave who was left out of this begin out of others for a while; True if it is news."""
         unknown, key = self._unknown, (event.tenant, event.left_out)
         while unknown and next(iter(unknown.values())) <= now:
             unknown.popitem(last=False)
@@ -3910,7 +3912,7 @@ class Outbox:
         """The next event to send, or None while there is none that may go."""
         if self.down and (self._probe is not None or now < self._down_until):
             return None
-        # While it is down each probe is another event, in case that one of them is the reason.
+        # While it is down each probe is another event: one of them may be the reason.
         while not self.down and self._delayed and self._delayed[0][0] <= now:
             self._undelay()
         queue = self._next_ready()
@@ -3958,7 +3960,7 @@ class Outbox:
 
     def fail(self, event: RatingEvent, error: DeliveryError, now: float) -> None:
         """The API gave no answer that counts: the event is sent again, the same octets, later."""
-        # Requests that were under way together fail together: that is one outage, not many.
+        # Requests that were under way together fail together: that is one failure, not many.
         if not self.down or self._probe is event:
             self._failures += 1
             if self.down:
@@ -3969,7 +3971,7 @@ class Outbox:
             self._down_until = max(self._down_until, now + error.wait)
         self._come_back(event)
         if error.unknown:
-            # What was known before says nothing of this attempt.
+            # The refusals before say nothing about this attempt.
             event.unknown, event.confirmed, event.refused_at = True, 0, now
         event.party = ""
         event.answer = str(error)
@@ -3979,7 +3981,7 @@ class Outbox:
     def undelivered(self) -> list[RatingEvent]:
         """All that still waits, the calls in order of their oldest event."""
         for key in self._out:
-            # Its answer can't come any more.
+            # Nobody waits for its answer any more.
             if key in self._calls:
                 self._calls[key][0].unknown = True
         return [event for queue in self._calls.values() for event in queue]
@@ -4002,18 +4004,18 @@ class Outbox:
         return bool(self._drop and event.kind == "begin" and both and room)
 
     def _accepted(self, event: RatingEvent, now: float) -> str:
-        """What ``ok: true`` means: DELIVERED, or REFUSED_BY_API for what is sent again."""
+        """What ``ok: true`` means: DELIVERED, or REFUSED_BY_API to send it again."""
         self._last_ok = now
         if event.kind == "begin" and event.party:
             if event.unknown and event.confirmed < MAX_CONFIRMED_REFUSALS:
-                # Both may be begun already, while the storage service was away just before.
+                # The storage service may have begun both before it went away for a moment.
                 self._delay(event, now, max(event.refusals, 1))
                 return REFUSED_BY_API
             event.keep_only(event.party)
         return DELIVERED
 
     def _refused(self, event: RatingEvent, now: float) -> str:
-        """What ``ok: false`` means: as `_accepted`, or REJECTED."""
+        """What ``ok: false`` means: DELIVERED, REJECTED, or REFUSED_BY_API to send it again."""
         event.answer = NOT_OK
         party = ""
         if event.kind == "end" or not event.party:
@@ -4028,8 +4030,8 @@ class Outbox:
             event.party = party
             self._make_ready(event.key, self._calls[event.key])
             return REFUSED_BY_API
-        # A dead storage service answers ok: false as well, so that is believed only after
-        # some minutes. Then it means for an end that may have arrived: it had.
+        # A dead storage service answers ok: false as well, so that is believed only after some
+        # minutes. Then an end that may have arrived before had arrived.
         done_before = event.kind == "end" and event.unknown
         done_surely = done_before and event.confirmed >= MAX_CONFIRMED_REFUSALS
         if event.refusals < MAX_REFUSALS and not done_surely:
@@ -4098,7 +4100,7 @@ class Outbox:
         return None
 
     def _make_room(self) -> list[RatingEvent]:
-        """Take out the oldest waiting calls' events over the limit."""
+        """Take out the events of the calls that wait longest, down to the limit."""
         gone: list[RatingEvent] = []
         while self._size > self.limit:
             key = next((key for key in self._calls if key not in self._out), None)
@@ -4942,13 +4944,13 @@ class Metrics:
 # A note never waits and never fails. All notes on one row are written together, so that a call and
 # its events always fit. put_event and load_events set ``event.store``.
 
-# Octets "HEPJ" as the application_id of a file, so that no other program's is touched.
+# The octets "HEPJ" as application_id of our files: another program's file is never touched.
 _JOURNAL_ID = 0x4845504A
 JOURNAL_FILE = "journal.sqlite"
-# What a file holds, and the version that says so: facts of calls since 2. A row of ``calls`` stays
-# until its call has left the table and both events were answered. ``call`` is the text of
-# `pack_call`, empty once it left; a serial is greater than 0 while its event waits; attempts and
-# answer are of the event that goes next; party is whom alone the begin was taken with.
+# The version of what a file holds. A row of ``calls`` stays until its call has left the table and
+# both events were answered. ``call`` is the text of `pack_call`, empty once the call has left. A
+# serial is greater than 0 while its event waits. ``attempts`` and ``answer`` are of the event that
+# goes next. ``party`` is the one party that the begin was taken with, where it was one alone.
 JOURNAL_VERSION = 2
 _SCHEMA = """
     CREATE TABLE calls (
@@ -4983,7 +4985,8 @@ _CLEAN_REJECTED = """
     DELETE FROM rejected WHERE serial IN (SELECT value FROM json_each(?)) OR serial <=
     (SELECT serial FROM rejected ORDER BY serial DESC LIMIT 1 OFFSET ?)
 """
-# Waiting events after a serial in order, as one row for the same reason.
+# The events that wait after a serial, in order. They come as one JSON text, because each row that
+# is fetched gives the interpreter's lock away, as in `_write_calls`.
 _WAITING = """
     SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer, party))
     FROM (
@@ -5009,7 +5012,7 @@ _REJECTED = """
         SELECT * FROM rejected WHERE retry = ?1 AND serial > ?2 ORDER BY serial LIMIT ?3
     )
 """
-# Of rejected events those of some Call-IDs or transaction tags, or all.
+# Rejected events of some Call-IDs or transaction tags, or all of them.
 _OF_CALLS = """
     WHERE ?1 = '[]' OR json_extract(event, '$[1]') IN (SELECT value FROM json_each(?1))
     OR json_extract(event, '$[3]') IN (SELECT value FROM json_each(?1))
@@ -5120,10 +5123,10 @@ def _connect(path: str, mode: str) -> sqlite3.Connection:
 
 
 def _wal_frames(path: str) -> tuple[int, int]:
-    """Frames in a write-ahead log that claim to belong to it, and octets behind the last whole one.
+    """How many frames a write-ahead log has, and how many octets after the last whole one.
 
-    SQLite leaves out what comes after the last whole commit without a word. Frames of an earlier
-    round have other salts (SQLite's file format, section 4.1).
+    SQLite drops what comes after the last whole commit, and does not say so. Frames of an earlier
+    round of the log have other salts (SQLite's file format, section 4.1).
     """
     try:
         with open(path, "rb") as file:
@@ -5149,18 +5152,17 @@ MAX_LOADED = 500
 JOURNAL_GROUP = 2_000
 # Seconds between attempts to return to a journal that failed.
 JOURNAL_RETRY = 5.0
-# Octets to which the write-ahead log is cut once it was larger, as it is after a long commit.
+# Octets to which the write-ahead log is cut when a long commit made it larger.
 JOURNAL_WAL = 64 * 1024 * 1024
 
 
 class Journal:
-    """The calls and waiting events on disk: one SQLite file in ``state_dir``, for one agent.
+    """The store of an agent alone: one SQLite file in ``state_dir``.
 
-    `change` notes what is to be written, `commit` writes it, in a thread of gevent's pool, so that
-    the event loop never waits for the disk. When it can't be written, ``failure`` says why, what is
-    noted stays in memory, and each commit tries again from time to time. ``due`` is set while there
-    is something to write. Raises ConfigError, as `inspect_journal` does, and where another agent
-    works in the same folder.
+    `commit` writes in a thread of gevent's pool, so that the event loop never waits for the disk.
+    When it fails, what was noted stays in memory, and a later commit tries again. ``torn`` says
+    what a power cut left of the last commits, "" for nothing. Raises ConfigError, as
+    `inspect_journal` does, and where another agent works in the same folder.
     """
 
     def __init__(self, folder: str) -> None:
@@ -5190,7 +5192,8 @@ class Journal:
             " coalesce(end_serial, 0))), 0) FROM calls),"
             " (SELECT coalesce(max(max(id, serial)), 0) FROM rejected))"
         ).fetchone()
-        # Rows up to here may be on disk; one that comes and goes before that is not written.
+        # Rows up to this one may be on disk. A later one that is done before a commit is never
+        # written.
         self._highest = self.last_serial
 
     @staticmethod
@@ -5221,14 +5224,14 @@ class Journal:
     def _open(self, folder: str, path: str) -> sqlite3.Connection:
         if not path:
             path = os.path.join(folder, JOURNAL_FILE)
-            # Under another name until it is whole, so that no half-made file is ever taken for one.
+            # It has another name until it is whole, so that no half-made file is taken for one.
             with suppress(FileNotFoundError):
                 os.unlink(path + ".new")
             with closing(_connect(path + ".new", "rwc")) as db:
                 self._create(db)
             os.chmod(path + ".new", 0o600)
             os.rename(path + ".new", path)
-            # The name, too, must outlive a power cut.
+            # The name must outlive a power cut as well.
             directory = os.open(folder, os.O_RDONLY)
             os.fsync(directory)
             os.close(directory)
@@ -5347,10 +5350,10 @@ class Journal:
         return len(self._pending) + len(self._writing)
 
     def commit(self, patience: float | None = None) -> bool:
-        """Write what was noted so far; waits in the calling greenlet. True once it is on disk.
+        """Write what was noted so far, in the calling greenlet. Returns whether it is on disk.
 
-        ``patience`` is how many seconds the disk may take; by default JOURNAL_STALL, and while the
-        journal fails it is tried only each JOURNAL_RETRY and not waited for.
+        ``patience`` is how many seconds the disk may take. The default is JOURNAL_STALL. While the
+        journal fails, the default is not to wait, and to try again each JOURNAL_RETRY.
         """
         while self._job is not None or self._pending or self._rejected:
             if self._job is None:
@@ -5364,7 +5367,7 @@ class Journal:
                 return self._fail("the disk does not answer") if late else False
             error, self._job = self._job.get(), None
             if error:
-                self._take_back()
+                self._note_again()
                 return self._fail(error)
             self._writing, self._rejecting = {}, {}
         return self._succeed()
@@ -5377,28 +5380,28 @@ class Journal:
         size = 1 << max(len(rows) - 1, 0).bit_length()
         values = [value for row, columns in self._writing.items() for value in (row, *columns)]
         values += [None] * ((size - len(rows)) * (1 + len(_COLUMNS)))
-        over = [
+        done = [
             row
             for row, columns in self._writing.items()
             if _NO_CALL in columns or _NO_EVENT in columns
         ]
-        rejected = [[serial, *kept] for serial, kept in self._rejecting.items() if kept]
-        taken_up = [serial for serial, kept in self._rejecting.items() if kept is None]
+        rejected = [[serial, *packed] for serial, packed in self._rejecting.items() if packed]
+        retried = [serial for serial, packed in self._rejecting.items() if packed is None]
         self._started = time.monotonic()
         self._job = self._pool.spawn(
-            self._write, values, json.dumps(over), json.dumps(rejected), json.dumps(taken_up)
+            self._write, values, json.dumps(done), json.dumps(rejected), json.dumps(retried)
         )
 
-    def _write(self, calls: list[Any], over: str, rejected: str, taken_up: str) -> str:
+    def _write(self, calls: list[Any], done: str, rejected: str, retried: str) -> str:
         """In the pool's thread: one transaction; returns what went wrong, "" for nothing."""
         db = self._db
         try:
             db.execute("BEGIN IMMEDIATE")
             db.execute(_write_calls(len(calls) // (1 + len(_COLUMNS))), calls)
-            db.execute(_CLEAN_CALLS, (over,))
-            if rejected != "[]" or taken_up != "[]":
+            db.execute(_CLEAN_CALLS, (done,))
+            if rejected != "[]" or retried != "[]":
                 db.execute(_WRITE_REJECTED, (rejected,))
-                db.execute(_CLEAN_REJECTED, (taken_up, MAX_REJECTED))
+                db.execute(_CLEAN_REJECTED, (retried, MAX_REJECTED))
             db.execute("COMMIT")
         except sqlite3.Error as error:
             with suppress(sqlite3.Error):
@@ -5406,7 +5409,7 @@ class Journal:
             return str(error)
         return ""
 
-    def _take_back(self) -> None:
+    def _note_again(self) -> None:
         for row, columns in self._pending.items():
             older = self._writing.get(row, columns)
             self._writing[row] = [
@@ -5465,7 +5468,7 @@ class Journal:
         return _unpack_waiting(self._read(_REJECTED, 1, 0, MAX_LOADED)[0])
 
     def close(self, patience: float) -> None:
-        """Give the file back; ``patience`` in seconds is how long the disk may take."""
+        """Close the file and unlock the folder; ``patience`` is how many seconds that may take."""
         self._pool.spawn(self._db.close).wait(timeout=patience)
         self._lock.close()
 
@@ -5649,9 +5652,6 @@ def _read_answer(connection: Any) -> tuple[int, str, bytes, bool]:
 
 # Room: delivery
 
-# The share by which a delay is shorter or longer, so that what failed together comes apart.
-JITTER = 0.25
-
 
 class _Backlog:
     """The events for one API that wait in one store and not in the outbox.
@@ -5690,6 +5690,10 @@ class _Lane:
     def waiting(self) -> int:
         """How many events wait for this API, in memory or not."""
         return len(self.outbox) + self.stored
+
+
+# The share by which a delay is shorter or longer: what failed together is not sent together again.
+JITTER = 0.25
 
 
 class Delivery:
@@ -5806,7 +5810,7 @@ class Delivery:
 
     @staticmethod
     def _wake(lane: _Lane) -> None:
-        # The worker that waits shortest goes first; its connection is the warmest.
+        # The worker that has waited shortest goes first: its connection is most likely open.
         if lane.idle:
             lane.idle.pop().set()
 
@@ -5882,7 +5886,7 @@ class Delivery:
             outcome = error
         except Exception as error:
             # A fault of ours must not end the worker: the event is tried again like any other.
-            # The error's text may hold a header, and that a token: only where it came from.
+            # Only where it came from is logged: the error's text may hold a header with a token.
             where = "".join(traceback.format_tb(error.__traceback__))
             extra = {"event": "internal_error", "where": where, **event.fields()}
             log.warning("delivery failed: %s", type(error).__name__, extra=extra)
@@ -6083,7 +6087,7 @@ class Shard:
                 gevent.sleep(0)
 
     def _poll(self, store: Journal) -> None:
-        """Take up the rejected events that an operator wants to be sent again."""
+        """Send the rejected events again that an operator wants to be sent again."""
         if store.failure:
             return
         try:
