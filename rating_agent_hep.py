@@ -5491,19 +5491,6 @@ _UNUSUAL_HEADER = re.compile(
 )
 
 
-class _TlsConnection(urllib3.connection.HTTPSConnection):
-    """One whose handshake fails as any connect does: nothing was sent.
-
-    urllib3 has the same error for a fault of TLS behind the request, whose outcome is unknown.
-    """
-
-    def connect(self) -> None:
-        try:
-            super().connect()
-        except ssl.SSLError as error:
-            raise urllib3.exceptions.NewConnectionError(self, str(error)) from None
-
-
 class RatingApi:
     """A client of one rating API: one synchronous POST for each event, never retried in here."""
 
@@ -5528,7 +5515,7 @@ class RatingApi:
         self._address: dict[str, Any] = {"host": str(parts.host), "port": parts.port}
         self._class: Any = urllib3.connection.HTTPConnection
         if parts.scheme == "https":
-            self._class = _TlsConnection
+            self._class = urllib3.connection.HTTPSConnection
             self._address["ssl_context"] = api_tls(settings.rating_api_ca_file)
         # Connections that are open and have nothing to do; a worker uses one at a time.
         self._idle: list[Any] = []
@@ -5579,11 +5566,6 @@ class RatingApi:
             if timeout is not limit:
                 raise
             raise DeliveryError("timeout", "no whole answer in time", sent) from None
-        except (
-            urllib3.exceptions.NewConnectionError,
-            urllib3.exceptions.ConnectTimeoutError,
-        ) as error:
-            raise DeliveryError("connection", str(error), False) from None
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
             raise DeliveryError("connection", str(error) or type(error).__name__, sent) from None
         finally:
@@ -5656,13 +5638,13 @@ def _read_answer(connection: Any) -> tuple[int, str, bytes, bool]:
 class _Backlog:
     """The events for one API that wait in one store and not in the outbox.
 
-    ``reached`` is the serial of the last event that the outbox got from the store; these came about
+    ``last_serial`` is that of the last event that the outbox got from the store; these came about
     after it. ``unwritten`` are those among them that the store could not write yet.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self.reached = 0
+        self.last_serial = 0
         self.unwritten: deque[RatingEvent] = deque()
 
 
@@ -5816,7 +5798,7 @@ class Delivery:
 
     def _enqueue(self, lane: _Lane, event: RatingEvent) -> None:
         backlog = lane.backlogs[event.store]
-        backlog.reached = max(backlog.reached, event.serial)
+        backlog.last_serial = max(backlog.last_serial, event.serial)
         accepted, lost = lane.outbox.put(event)
         if not accepted:
             self._reject(event, "its begin was rejected")
@@ -5853,10 +5835,10 @@ class Delivery:
     def _load_some(self, lane: _Lane, store: Journal | None, backlog: _Backlog) -> None:
         assert store is not None
         count = backlog.count
-        events = store.load_events(lane.api.url, backlog.reached, MAX_LOADED)
+        events = store.load_events(lane.api.url, backlog.last_serial, MAX_LOADED)
         if not events:
             # All that is on disk was loaded. What came while the store was read still counts.
-            events = [x for x in backlog.unwritten if x.serial > backlog.reached]
+            events = [x for x in backlog.unwritten if x.serial > backlog.last_serial]
             backlog.unwritten.clear()
             backlog.count -= count - len(events)
         for event in events:
