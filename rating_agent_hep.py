@@ -3794,9 +3794,9 @@ NOT_OK = "ok: false"
 
 # Calls whose begin was given up: their end is given up as well when it comes.
 MAX_GIVEN_UP = 100_000
-# So many refusals are believed of an event that may have been carried out already, if the API said
-# ok to another event before each of them, which shows that its storage service lives. They mean
-# that an end had been done, and that a begin with both parties had not: one party is unknown.
+# An event that may have been carried out already is refused so often before that is believed, if
+# the API said ok to another event between each refusal and the one before: its storage service
+# lives. An end had been done, then; a begin with both parties had not, for one party is unknown.
 MAX_CONFIRMED_REFUSALS = 2
 # Seconds. A begin with both parties must be refused twice so far apart before one party is tried
 # alone, and the latest refusal must be no older: a storage service that restarts takes longer.
@@ -3818,9 +3818,9 @@ class Outbox:
 
     With ``drop`` a begin that is refused with both parties is sent with the caller alone, then with
     the callee alone. What the API keeps of a running call for one party has the same values either
-    way and is stored once, so both may be sent again at any time, also after a restart. That one
-    was taken alone is believed only where both cannot have been begun by an attempt of unknown
-    outcome: they were refused again while the API's storage service is known to live.
+    way and is stored once, so both may be sent again at any time, also after a restart. An ok to
+    one party alone is believed only if no attempt of unknown outcome can have begun both: they were
+    refused again while the API's storage service is known to live.
     """
 
     def __init__(
