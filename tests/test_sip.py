@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -671,8 +670,7 @@ def test_session_interval_absent_or_huge():
 def test_branch_is_that_of_the_lowest_hop(via, branch):
     message = parse(invite({"Via": via}))
     assert message.branch == branch
-    # The same by the long way, once the hops were read.
-    assert message.vias[-1].branch == message.branch == branch
+    assert message.vias[-1].branch == branch
 
 
 def test_branch_of_a_message_without_hops():
@@ -722,16 +720,14 @@ def test_way_is_request_uri_and_route():
         way("<sip:p1;lr>"),
         way("<sip:p2;lr>"),
         way("<sip:p1;lr>\r\nRoute: <sip:p2;lr>"),
-        # A fold must not hide where it goes.
-        way("\r\n <sip:p1;lr>"),
-        way("\r\n <sip:p2;lr>"),
         way("<sip:p1;lr>,\r\n\t<sip:p2;lr>"),
         way("<sip:" + "p" * 60_000 + "1>"),
         way("<sip:" + "p" * 60_000 + "2>"),
     ]
     assert len(set(ways)) == len(ways)
     assert all(len(each) <= agent.MAX_COMPARED for each in ways)
-    assert way("<sip:p1;lr>") == way("<sip:p1;lr>")
+    # A fold neither hides where it goes nor makes another way of it.
+    assert way("<sip:p1;lr>") == way("<sip:p1;lr>") == way("\r\n <sip:p1;lr>")
     assert parse(invite({"Record-Route": "<sip:p1>", "X": "Route: a"})).way == way(
         uri="sip:2001@sip.canyan.io"
     )
@@ -884,35 +880,33 @@ def test_split_values(text, values):
 
 
 @pytest.mark.parametrize("text", ['"a,b', 'a,"', 'a, "\\"', '"a",b,"c,', '"a\\\\\\",b'])
-def test_split_values_with_an_open_quote(text):
-    with pytest.raises(agent.SipError) as caught:
-        agent.split_values(text)
-    assert caught.value.kind == "quote"
+def test_values_with_an_open_quote_are_one(text):
+    assert agent.split_values(text) == [text]
 
 
 @pytest.mark.parametrize(
-    ("text", "user", "host", "params"),
+    ("text", "user", "host", "tag"),
     [
-        ("<sip:a@b>", "a", "b", {}),
-        ("  < sip:a@b > ", "a", "b", {}),
-        ("sip:a@b", "a", "b", {}),
-        ("sip:a@b;x=1;Y", "a", "b", {"x": "1", "y": ""}),
-        ("<sip:a@b;x=1>;y=2", "a", "b", {"y": "2"}),
-        ("<sip:a;x=1@b>;Y = 2 ; z", "a;x=1", "b", {"y": "2", "z": ""}),
-        ("<sip:a@b?h=1,2>;tag=t", "a", "b", {"tag": "t"}),
-        ("Bob S. <sip:a@b>", "a", "b", {}),
-        ('"x <sip:no@no>; @," <sip:a@b>;t="u;v,w<>"', "a", "b", {"t": '"u;v,w<>"'}),
-        ('"\\"<" <sip:a@b>', "a", "b", {}),
-        ('""<sip:a@b>', "a", "b", {}),
-        ("<sip:[2001:DB8::1]:5060>;x", "", "2001:db8::1", {"x": ""}),
-        ("<sip:a@b>;x=1;x=2", "a", "b", {"x": "1"}),
-        ("<tel:+1-201;phone-context=x>;tag=1", "+1-201", "", {"tag": "1"}),
-        ("<sip:a@b>;x=a=b", "a", "b", {"x": "a=b"}),
+        ("<sip:a@b>", "a", "b", ""),
+        ("  < sip:a@b > ", "a", "b", ""),
+        ("sip:a@b", "a", "b", ""),
+        ("sip:a@b;x=1;Y", "a", "b", ""),
+        ("<sip:a@b;x=1>;y=2", "a", "b", ""),
+        ("<sip:a;x=1@b>;Y = 2 ; z", "a;x=1", "b", ""),
+        ("<sip:a@b?h=1,2>;tag=t", "a", "b", "t"),
+        ("Bob S. <sip:a@b>", "a", "b", ""),
+        ('"x <sip:no@no>; @," <sip:a@b>;t="u;tag=v,w<>"', "a", "b", ""),
+        ('"\\"<" <sip:a@b>', "a", "b", ""),
+        ('""<sip:a@b>', "a", "b", ""),
+        ("<sip:[2001:DB8::1]:5060>;x", "", "2001:db8::1", ""),
+        ("<sip:a@b>;tag=1;tag=2", "a", "b", "1"),
+        ("<tel:+1-201;phone-context=x>;tag=1", "+1-201", "", "1"),
+        ("<sip:a@b>;x=a=b", "a", "b", ""),
     ],
 )
-def test_parse_address(text, user, host, params):
-    address = agent.parse_address(text)
-    assert (address.uri.user, address.uri.host, address.params) == (user, host, params)
+def test_address(text, user, host, tag):
+    uri = agent.address_uri(text)
+    assert (uri.user, uri.host, agent._tag(text)) == (user, host, tag)
 
 
 @pytest.mark.parametrize(
@@ -931,9 +925,9 @@ def test_parse_address(text, user, host, params):
         ('"Bob\\" <sip:a@b>', "quote"),
     ],
 )
-def test_parse_address_errors(text, kind):
+def test_what_is_no_address(text, kind):
     with pytest.raises(agent.SipError) as caught:
-        agent.parse_address(text)
+        agent.address_uri(text)
     assert caught.value.kind == kind
 
 
@@ -1148,44 +1142,8 @@ def test_rfc3339(time_us, text):
 KINDS = {"start-line", "missing", "duplicate", "cseq", "quote", "address", "uri"}
 
 
-NEVER = re.compile("(?!)")
-# The ways that the usual messages do not take.
-LONG_WAY = {
-    "_read_judged": lambda text: None,
-    "_NAME_ADDR": NEVER,
-    "_USUAL_TAG": NEVER,
-    "_PLAIN_URI": NEVER,
-}
-
-
-def outcome(payload: bytes) -> object:
-    """What a message says, or what is wrong with it, to compare."""
-    try:
-        message = agent.parse_sip(payload, TIME)
-    except agent.SipError as error:
-        return error.kind, str(error)
-    if message is None:
-        return None
-    facts = [message.method, message.status, message.request_uri, message.call_id, message.cseq]
-    facts += [message.cseq_method, message.from_tag, message.to_tag, message.vias]
-    facts += [message.session_interval, message.branch, message.way, message.goes_no_further]
-    for name in ("from", "to"):
-        try:
-            facts.append(agent.parse_address(message.header(name)[0]))
-        except agent.SipError as error:
-            facts.append((error.kind, str(error)))
-    # A header with a compact name: for one all lines are read.
-    return [*facts, message.header("subject"), message.headers]
-
-
 def check(payload: bytes) -> None:
-    """A SipMessage that can be used, None, or SipError with a kind, and nothing else.
-
-    The same by the short way and by the long one.
-    """
-    short = outcome(payload)
-    with patch.multiple(agent, **LONG_WAY):
-        assert outcome(payload) == short
+    """A SipMessage that can be used, None, or SipError with a kind, and nothing else."""
     try:
         message = agent.parse_sip(payload, TIME)
     except agent.SipError as error:
@@ -1203,7 +1161,7 @@ def check(payload: bytes) -> None:
     texts = [message.request_uri, message.header("from")[0], message.header("to")[0]]
     for text in texts:
         try:
-            parsed = agent.parse_address(text).uri
+            parsed = agent.address_uri(text)
         except agent.SipError as error:
             assert error.kind in KINDS
             continue
@@ -1371,9 +1329,9 @@ def test_splitting_takes_linear_time(form):
     [
         (agent.split_values, "{}"),
         (agent.split_values, '"a" <sip:a@b>{}'),
-        (agent.parse_address, "{}"),
-        (agent.parse_address, "<sip:a@b>{}"),
-        (agent.parse_address, '"{}" <sip:a@b>'),
+        (agent.address_uri, "{}"),
+        (agent.address_uri, "<sip:a@b>{}"),
+        (agent.address_uri, '"{}" <sip:a@b>'),
         (lambda text: suppressed(agent._tag, text), "<sip:a@b>;tag={}"),
         # What fits up to its last octet is tried at each length, if a regexp leaves a choice.
         (lambda text: suppressed(agent._tag, text), '<sip:a@b>;tag={}"'),

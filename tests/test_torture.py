@@ -12,7 +12,7 @@ from rating_agent_hep import (
     HepPacket,
     SipError,
     SipMessage,
-    parse_address,
+    address_uri,
     parse_sip,
     split_messages,
 )
@@ -36,7 +36,7 @@ def read(message: SipMessage, key: str) -> object:
     if part in ("scheme", "user", "host", "port"):
         # A Request-URI is a bare URI: in brackets its parameters stay its own (RFC 3261 20).
         text = f"<{message.request_uri}>" if side == "request" else message.header(side)[0]
-        return getattr(parse_address(text).uri, part)
+        return getattr(address_uri(text), part)
     return getattr(message, key)
 
 
@@ -66,7 +66,7 @@ def use(message: SipMessage) -> None:
     for name in ("from", "to", "contact", "p-asserted-identity"):
         for text in message.header(name):
             with suppress(SipError):
-                parse_address(text)
+                address_uri(text)
     assert message.vias
 
 
