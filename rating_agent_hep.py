@@ -70,7 +70,7 @@ from contextlib import closing, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import islice
 from math import inf
 from operator import attrgetter
@@ -291,6 +291,10 @@ class Uri(NamedTuple):
     host: str
     port: int | None
     phone: bool = False
+
+
+# What stands for a text that is no URI.
+NO_URI = Uri("", "", "", None)
 
 
 class Via(NamedTuple):
@@ -817,7 +821,7 @@ class SipMessage:
     time: int
     head: str = field(default="", repr=False)
     _vias: tuple[Via, ...] | None = None
-    _parties: dict[str, Uri | None] | None = None
+    _parties: dict[str, Uri] | None = None
 
     @property
     def vias(self) -> tuple[Via, ...]:
@@ -826,18 +830,15 @@ class SipMessage:
             self._vias = tuple(map(_parse_via, self.hops))
         return self._vias
 
-    def party(self, name: str) -> Uri | None:
-        """The URI of "from" or "to", or the "request-uri"; None where it is no URI."""
+    def party(self, name: str) -> Uri:
+        """The URI of "from" or "to", or the "request-uri"; NO_URI where it is none."""
         if self._parties is None:
             self._parties = {}
         if name not in self._parties:
-            try:
-                if name == "request-uri":
-                    self._parties[name] = parse_uri(self.request_uri)
-                else:
-                    self._parties[name] = address_uri(self.headers[name][0])
-            except SipError:
-                self._parties[name] = None
+            if name == "request-uri":
+                self._parties[name] = parse_uri(self.request_uri)
+            else:
+                self._parties[name] = address_uri(self.headers[name][0])
         return self._parties[name]
 
     @property
@@ -1070,19 +1071,14 @@ def _branch(hop: str) -> str:
     return comparable(found[1]) if found else ""
 
 
-def _match_address(text: str) -> re.Match[str]:
-    """Take apart a name-addr or addr-spec (RFC 3261 sections 20.10 and 25.1). Raises SipError."""
-    found = _ADDRESS.fullmatch(text)
-    if found is not None:
-        return found
-    if text.rfind("<") > text.rfind(">"):
-        raise SipError("address", "an angle bracket that does not close")
-    raise SipError("quote", "a quoted string that does not end")
-
-
 def _tag(text: str) -> str:
     """The tag of a From or To header, "" where there is none (RFC 3261 section 19.3)."""
-    params = _match_address(text)[3]
+    address = _ADDRESS.fullmatch(text)
+    if address is None:
+        if text.rfind("<") > text.rfind(">"):
+            raise SipError("address", "an angle bracket that does not close")
+        raise SipError("quote", "a quoted string that does not end")
+    params = address[3]
     if '"' in params:
         params = re.sub(_QUOTED, "", params, flags=re.S)
     found = _TAG.search(params)
@@ -1092,15 +1088,17 @@ def _tag(text: str) -> str:
 def address_uri(text: str) -> Uri:
     """The URI of a name-addr or an addr-spec with parameters (RFC 3261 sections 20.10 and 25.1).
 
-    Raises SipError for what has no URI, or quotes or brackets that do not close.
+    NO_URI where there is none, or quotes or brackets do not close.
     """
-    found = _match_address(text)
+    found = _ADDRESS.fullmatch(text)
+    if found is None:
+        return NO_URI
     # Without brackets a semicolon begins the parameters of the header, not of the URI.
     return parse_uri(found[1] if found[2] is None else found[2])
 
 
 def parse_uri(text: str) -> Uri:
-    """Parse a URI (RFC 3261 section 19.1.1, RFC 3966). Raises SipError where there is none."""
+    """Parse a URI (RFC 3261 section 19.1.1, RFC 3966); NO_URI for what is none."""
     text = text.strip(_SPACE)
     found = _SIP_URI.fullmatch(text)
     if found is not None:
@@ -1115,7 +1113,7 @@ def parse_uri(text: str) -> Uri:
         )
     scheme, colon, rest = text.partition(":")
     if not colon or not _SCHEME.fullmatch(scheme):
-        raise SipError("uri", f"no URI: {text[:40]!r}")
+        return NO_URI
     if scheme.lower() == "tel":
         return Uri("tel", rest.partition(";")[0].strip(_SPACE), "", None, True)
     return Uri(scheme.lower(), "", "", None)
@@ -1204,10 +1202,13 @@ def _escape(odd: re.Match[str]) -> str:
 
 _SOURCES = ("history-info", "p-asserted-identity", "remote-party-id", "diversion")
 _ADDRESS_SOURCES = ("from", "to", "request-uri")
-_MATCH_KEYS = tuple(
-    "capture_id capture_name sender source_network destination_network from_domain to_domain "
-    "request_domain header".split()
-)
+_NETWORK_KEYS = {
+    "sender": attrgetter("sender"),
+    "source_network": attrgetter("packet.source"),
+    "destination_network": attrgetter("packet.destination"),
+}
+_DOMAIN_KEYS = {"from_domain": "from", "to_domain": "to", "request_domain": "request-uri"}
+_MATCH_KEYS = ("capture_id", "capture_name", *_NETWORK_KEYS, *_DOMAIN_KEYS, "header")
 _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
@@ -1220,12 +1221,15 @@ class Sighting:
     sender: str = ""
 
 
+_Condition = Callable[[Sighting], bool]
+
+
 @dataclass(frozen=True, eq=False)
 class Rule:
     """One entry of ``routes.yaml``: conditions that must all hold, and the route they lead to."""
 
     route: Route
-    conditions: tuple[Callable[[Sighting], bool], ...]
+    conditions: tuple[_Condition, ...]
 
 
 def as_domains(texts: Iterable[str]) -> tuple[str, ...]:
@@ -1244,42 +1248,35 @@ def in_domains(host: str, domains: Sequence[str]) -> bool:
 def choose_route(rules: Sequence[Rule], sighting: Sighting) -> Route:
     """The route of the first rule whose conditions hold. The last rule has none."""
     for rule in rules:
-        if not rule.conditions or all(condition(sighting) for condition in rule.conditions):
+        if all(condition(sighting) for condition in rule.conditions):
             return rule.route
     raise ValueError("the last rule must be without conditions")
 
 
 def resolve_account(route: Route, settings: Settings, message: SipMessage, callee: bool) -> str:
     """The account tag of the caller or the callee of an INVITE, "" where there is none."""
-    sources = route.destination_account if callee else route.account
-    if sources is None:
-        tag = _former_account(route, settings, message, callee)
+    named = route.destination_account if callee else route.account
+    if named is None:
+        sources = _former_sources(route, settings, callee)
     else:
-        tags = (_source_tag(source, route.local_domains, settings, message) for source in sources)
-        tag = next((found for found in tags if found), "")
+        sources = [(source, route.local_domains) for source in named]
+    tags = (_source_tag(source, domains, settings, message) for source, domains in sources)
+    tag = next(filter(None, tags), "")
     found = route.account_match.search(tag) if route.account_match and tag else None
     return (found[1] or "") if found else tag
 
 
-def _former_account(route: Route, settings: Settings, message: SipMessage, callee: bool) -> str:
+def _former_sources(
+    route: Route, settings: Settings, callee: bool
+) -> list[tuple[str, Sequence[str] | None]]:
     """The order of the former agent, so that its configuration keeps its meaning."""
     local = route.local_domains if route.local_domains is not None else settings.sip_local_domains
     name = settings.sip_header_callee if callee else settings.sip_header_caller
-    header = [(f"header:{name}", None)] if name else []
+    header: list[tuple[str, Sequence[str] | None]] = [(f"header:{name}", None)] if name else []
     if callee:
-        sources = [*header, ("to", local)]
-    else:
-        sources = [
-            ("history-info", None),
-            *header,
-            ("p-asserted-identity", local or None),
-            ("from", local),
-        ]
-    for source, domains in sources:
-        tag = _source_tag(source, domains, settings, message)
-        if tag:
-            return tag
-    return ""
+        return [*header, ("to", local)]
+    asserted = ("p-asserted-identity", local or None)
+    return [("history-info", None), *header, asserted, ("from", local)]
 
 
 def _source_tag(
@@ -1290,14 +1287,12 @@ def _source_tag(
         value = next(filter(None, message.header(source[7:])), "")
         if len(value) > _MOST_ESCAPED:
             return ""
-        try:
-            uri = address_uri(value)
-        except SipError:
-            uri = Uri("", "", "", None)
+        uri = address_uri(value)
+        if uri.scheme in ("sip", "sips", "tel"):
+            return account_text(uri)
         # Where it is no address, the value itself is the account.
-        telephony = uri.scheme in ("sip", "sips", "tel")
         value = value.strip('"')
-        return account_text(uri) if telephony else _fit_text(value, value)
+        return _fit_text(value, value)
     for uri in _source_uris(source, settings, message):
         # A tel number has no host, so it is not of a local domain.
         if domains is None or in_domains(uri.host, domains):
@@ -1313,8 +1308,7 @@ MAX_VALUES = 256
 
 def _source_uris(source: str, settings: Settings, message: SipMessage) -> Sequence[Uri]:
     if source in _ADDRESS_SOURCES:
-        uri = message.party(source)
-        return () if uri is None else (uri,)
+        return (message.party(source),)
     if source == "history-info":
         name, index = settings.sip_header_history_info, settings.sip_header_history_info_index
         lines = message.header(name) if name else []
@@ -1327,12 +1321,7 @@ def _source_uris(source: str, settings: Settings, message: SipMessage) -> Sequen
         if source == "diversion":
             # Topmost is the most recent (RFC 5806 section 5.2).
             texts = texts[:1]
-    uris: list[Uri] = []
-    for text in texts:
-        try:
-            uris.append(address_uri(text))
-        except SipError:
-            continue
+    uris = [address_uri(text) for text in texts]
     # RFC 3325 section 9.1: an asserted identity may be one sip and one tel URI; sip goes first.
     return sorted(uris, key=lambda uri: uri.scheme == "tel") if len(uris) > 1 else uris
 
@@ -1351,7 +1340,7 @@ def transaction_tag(route: Route, sighting: Sighting) -> str:
 def party_text(source: str, message: SipMessage) -> str:
     """The source or the destination of a call: the URI of "from", "to" or "request-uri"."""
     uri = message.party(source)
-    return uri_text(uri) if uri is not None else ""
+    return uri_text(uri) if uri.scheme else ""
 
 
 def main_route(settings: Settings) -> Route:
@@ -1406,8 +1395,21 @@ def parse_routes(text: str, name: str, settings: Settings) -> tuple[Rule, ...]:
     if node is None:
         return (Rule(main, ()),)
     if not isinstance(node, yaml.SequenceNode):
-        raise _at(name, node, "not a list; allowed: a list of rules, each with `- name:`")
+        allowed = "a list of rules, each with `- name:`"
+        raise yaml_error(name, node, f"not a list; allowed: {allowed}")
     return (*(_parse_rule(name, item, main) for item in node.value), Rule(main, ()))
+
+
+def flag(text: str) -> bool:
+    """true or false in the spellings of YAML and of shells. Raises ConfigError."""
+    if text.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0", ""):
+        return text.lower() in ("true", "yes", "on", "1")
+    raise ConfigError(f"{text!r}; allowed: true, false")
+
+
+# One reader of YAML for ``routes.yaml`` and the configuration file. It walks PyYAML's nodes, for
+# these know their line. Values are built here: PyYAML would make the tenant 010 an 8, and of a
+# small file with aliases in aliases a list without end.
 
 
 def yaml_node(text: str, name: str) -> yaml.Node | None:
@@ -1425,79 +1427,86 @@ def yaml_node(text: str, name: str) -> yaml.Node | None:
     return None if empty else node
 
 
-def flag(text: str) -> bool:
-    """true or false in the spellings of YAML and of shells. Raises ConfigError."""
-    if text.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0", ""):
-        return text.lower() in ("true", "yes", "on", "1")
-    raise ConfigError(f"{text!r}; allowed: true, false")
+def yaml_entries(
+    name: str, node: yaml.Node, what: str, key_name: Callable[[str], str]
+) -> dict[str, yaml.Node]:
+    """The nodes of a mapping by what ``key_name`` makes of each key. Raises ConfigError.
 
-
-def _value(node: yaml.Node, deep: bool = True) -> Any:
-    """What a node stands for: text, number, truth value, None, a list or mapping of such.
-
-    Built here and not by PyYAML, which would make the tenant 010 an 8, and of a small file with
-    aliases in aliases a list without end. Raises ConfigError.
+    ``what`` begins a message. ``key_name`` raises ConfigError for a key that is none.
     """
-    if isinstance(node, yaml.ScalarNode):
-        text, kind = str(node.value), node.tag.rpartition(":")[2]
-        if kind == "str" or (kind == "int" and not re.fullmatch(r"0|-?[1-9][0-9]{0,18}", text)):
-            return text
-        if kind in ("int", "bool"):
-            return int(text) if kind == "int" else flag(text)
-        if kind == "null":
-            return None
-        raise ConfigError(f"{text!r} looks like no text; allowed: the same in quotes")
-    elif isinstance(node, yaml.SequenceNode) and deep:
-        return [_value(item, False) for item in node.value]
-    elif isinstance(node, yaml.MappingNode) and deep:
-        values: dict[Any, Any] = {}
-        for key, value in node.value:
-            name = _value(key, False)
-            if str(name).lower() in (str(other).lower() for other in values):
-                raise ConfigError(f"{name!r} stands twice; allowed: once")
-            values[name] = _value(value, False)
-        return values
-    raise ConfigError("a list or mapping; allowed: a text")
+    if not isinstance(node, yaml.MappingNode):
+        raise yaml_error(name, node, f"{what}not a mapping; allowed: lines of KEY: VALUE")
+    entries: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        try:
+            known = key_name(str(key.value) if isinstance(key, yaml.ScalarNode) else "")
+        except ConfigError as error:
+            raise yaml_error(name, key, f"{what}unknown key {error}") from None
+        if known in entries:
+            raise yaml_error(name, key, f"{what}{known!r} stands twice; allowed: once")
+        entries[known] = value
+    return entries
 
 
-def _at(name: str, node: yaml.Node, text: str) -> ConfigError:
+def yaml_value(node: yaml.Node, nested: bool = False) -> Any:
+    """What a node stands for: text, number, truth value, None or a list of such.
+
+    Raises ConfigError.
+    """
+    if isinstance(node, yaml.SequenceNode) and not nested:
+        return [yaml_value(item, True) for item in node.value]
+    if not isinstance(node, yaml.ScalarNode):
+        raise ConfigError("a list or mapping; allowed: a text")
+    text, kind = str(node.value), node.tag.rpartition(":")[2]
+    if kind == "int" and re.fullmatch(r"0|-?[1-9][0-9]{0,18}", text):
+        return int(text)
+    if kind in ("str", "int"):
+        return text
+    if kind == "bool":
+        return flag(text)
+    if kind == "null":
+        return None
+    raise ConfigError(f"{text!r} looks like no text; allowed: the same in quotes")
+
+
+def yaml_error(name: str, node: yaml.Node, text: str) -> ConfigError:
+    """An error that begins with the file's name and the line of a node."""
     return ConfigError(f"{name}:{node.start_mark.line + 1}: {text}")
 
 
 def _parse_rule(name: str, node: yaml.Node, main: Route) -> Rule:
-    entries = _mapping(name, node, "a rule", ("match", *_ROUTE_VALUES))
-    values: dict[str, Any] = {}
+    values = {item.name: getattr(main, item.name) for item in fields(Route)}
+    values["name"] = f"line {node.start_mark.line + 1}"
+    conditions: list[_Condition] = []
+    entries = yaml_entries(name, node, "a rule: ", _choice("match", *_ROUTE_VALUES))
     for key, value in entries.items():
         if key == "match":
-            continue
-        try:
-            values[key] = _ROUTE_VALUES[key](_value(value))
-        except ConfigError as error:
-            raise _at(name, value, f"{key}: {error}") from None
+            conditions = _parse_match(name, value)
+        else:
+            values[key] = _convert(name, value, key, _ROUTE_VALUES[key])
+    return Rule(Route(**values), tuple(conditions))
+
+
+def _parse_match(name: str, node: yaml.Node) -> list[_Condition]:
     conditions = []
-    if "match" in entries:
-        for key, value in _mapping(name, entries["match"], "match", _MATCH_KEYS).items():
-            try:
-                conditions += _condition(key, _value(value))
-            except ConfigError as error:
-                raise _at(name, value, f"match: {key}: {error}") from None
-    values.setdefault("name", f"line {node.start_mark.line + 1}")
-    inherited = {item.name: getattr(main, item.name) for item in fields(Route)}
-    return Rule(Route(**{**inherited, **values}), tuple(conditions))
+    for key, value in yaml_entries(name, node, "match: ", _choice(*_MATCH_KEYS)).items():
+        what = f"match: {key}"
+        if key != "header":
+            conditions.append(_convert(name, value, what, partial(_condition, key)))
+            continue
+        headers = yaml_entries(name, value, f"{what}: ", _header_key)
+        if not headers:
+            raise yaml_error(name, value, f"{what}: empty; allowed: lines of HEADER: REGEXP")
+        for header, regexp in headers.items():
+            conditions.append(_convert(name, regexp, what, partial(_header_condition, header)))
+    return conditions
 
 
-def _mapping(name: str, node: yaml.Node, what: str, allowed: Sequence[str]) -> dict[str, yaml.Node]:
-    if not isinstance(node, yaml.MappingNode):
-        raise _at(name, node, f"{what}: not a mapping; allowed: {', '.join(allowed)}")
-    entries: dict[str, yaml.Node] = {}
-    for key, value in node.value:
-        shown = repr(key.value) if isinstance(key, yaml.ScalarNode) else "that is no text"
-        if shown[1:-1] not in allowed:
-            raise _at(name, key, f"{what}: unknown key {shown}; allowed: {', '.join(allowed)}")
-        if key.value in entries:
-            raise _at(name, key, f"{what}: {key.value!r} stands twice; allowed: once")
-        entries[key.value] = value
-    return entries
+def _convert(name: str, node: yaml.Node, what: str, convert: Callable[[Any], Any]) -> Any:
+    try:
+        return convert(yaml_value(node))
+    except ConfigError as error:
+        raise yaml_error(name, node, f"{what}: {error}") from None
 
 
 def _one_text(value: Any) -> str:
@@ -1559,37 +1568,32 @@ _ROUTE_VALUES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _condition(key: str, value: Any) -> list[Callable[[Sighting], bool]]:
-    """Conditions that must all hold for one key of ``match``. Raises ConfigError."""
+def _condition(key: str, value: Any) -> _Condition:
+    """The condition for one key of ``match`` other than ``header``. Raises ConfigError."""
     if value == []:
         raise ConfigError("[]; allowed: one value at least")
-    if key == "header":
-        if not isinstance(value, dict) or not value:
-            raise ConfigError(f"{value!r}; allowed: a mapping of header names to regexps")
-        return [_header_condition(name, pattern) for name, pattern in value.items()]
     if key == "capture_id":
         numbers = value if isinstance(value, list) else [value]
         if not all(type(item) is int and 0 <= item < 2**32 for item in numbers):
             raise ConfigError(f"{value!r}; allowed: numbers from 0 to {2**32 - 1}")
-        return [lambda seen: seen.packet.capture_id in numbers]
+        return lambda seen: seen.packet.capture_id in numbers
     if key == "capture_name":
         names = _texts(value)
-        return [lambda seen: seen.packet.capture_name in names]
-    if key in ("sender", "source_network", "destination_network"):
-        networks = [_network(text) for text in _texts(value)]
-        if key == "sender":
-            return [lambda seen: _in_networks(seen.sender, networks)]
-        if key == "source_network":
-            return [lambda seen: _in_networks(seen.packet.source, networks)]
-        return [lambda seen: _in_networks(seen.packet.destination, networks)]
-    domains = _domains(value)
-    source = {"from_domain": "from", "to_domain": "to", "request_domain": "request-uri"}[key]
-    return [lambda seen: in_domains(_host(source, seen.message), domains)]
+        return lambda seen: seen.packet.capture_name in names
+    if key in _NETWORK_KEYS:
+        networks, address = [_network(text) for text in _texts(value)], _NETWORK_KEYS[key]
+        return lambda seen: _in_networks(address(seen), networks)
+    domains, source = _domains(value), _DOMAIN_KEYS[key]
+    return lambda seen: in_domains(seen.message.party(source).host, domains)
 
 
-def _header_condition(name: Any, pattern: Any) -> Callable[[Sighting], bool]:
-    if not isinstance(name, str) or not re.fullmatch(_TOKEN, name):
-        raise ConfigError(f"{name!r} is no header name; allowed: a token")
+def _header_key(text: str) -> str:
+    if not re.fullmatch(_TOKEN, text):
+        raise ConfigError(f"{text!r}; allowed: the name of a header")
+    return text.lower()
+
+
+def _header_condition(name: str, pattern: Any) -> _Condition:
     regexp = compile_regexp("" if pattern == "" else _one_text(pattern))
     return lambda seen: any(map(regexp.search, seen.message.header(name)[:MAX_VALUES]))
 
@@ -1610,11 +1614,6 @@ def _in_networks(address: bytes | str, networks: Sequence[_Network]) -> bool:
     if isinstance(host, ipaddress.IPv6Address) and host.ipv4_mapped:
         host = host.ipv4_mapped
     return any(host.version == network.version and host in network for network in networks)
-
-
-def _host(source: str, message: SipMessage) -> str:
-    uri = message.party(source)
-    return uri.host if uri is not None else ""
 
 
 # Room: the call: facts and a judge
@@ -4128,25 +4127,23 @@ class _ConfigFile(configargparse.ConfigFileParser):
 
     def parse(self, stream: Any) -> dict[str, str]:
         options = {option.name: option for option in OPTIONS}
-        values: dict[str, str] = {}
-        node = yaml_node(stream.read(), stream.name)
-        if node is not None and not isinstance(node, yaml.MappingNode):
-            raise _at(stream.name, node, "not a mapping; allowed: lines of OPTION: VALUE")
-        for key, value in node.value if node is not None else ():
-            name = str(key.value).replace("-", "_") if isinstance(key, yaml.ScalarNode) else ""
+
+        def option_name(text: str) -> str:
+            name = text.replace("-", "_")
             name = _FORMER_NAMES.get(name, name)
-            if name in _FORMER:
-                self.former.append(name)
-            elif name not in options:
+            if name not in options and name not in _FORMER:
                 near = ", ".join(difflib.get_close_matches(name, options, 3))
-                shown = f"unknown option {key.value!r}" if name else "a key that is no text"
-                allowed = near or "the options that --help lists"
-                raise _at(stream.name, key, f"{shown}; allowed: {allowed}")
-            elif name in values:
-                raise _at(stream.name, key, f"{name} stands twice; allowed: once")
-            else:
-                values[name] = self._text(stream.name, options[name], value)
-        return values
+                raise ConfigError(f"{text!r}; allowed: {near or 'the options that --help lists'}")
+            return name
+
+        node = yaml_node(stream.read(), stream.name)
+        entries = yaml_entries(stream.name, node, "", option_name) if node is not None else {}
+        self.former += [name for name in entries if name in _FORMER]
+        return {
+            name: self._text(stream.name, options[name], value)
+            for name, value in entries.items()
+            if name in options
+        }
 
     @staticmethod
     def _text(name: str, option: Option, node: yaml.Node) -> str:
@@ -4155,7 +4152,7 @@ class _ConfigFile(configargparse.ConfigFileParser):
         for item in items:
             if not isinstance(item, yaml.ScalarNode) or not item.tag.startswith("tag:yaml.org"):
                 allowed = "a list of plain values" if many else "a plain value"
-                raise _at(name, item, f"{option.name}: not plain; allowed: {allowed}")
+                raise yaml_error(name, item, f"{option.name}: not plain; allowed: {allowed}")
         # The text as written: 0123 or 1e3 in an account is no number.
         texts = ["" if item.tag.endswith(":null") else str(item.value) for item in items]
         return json.dumps(texts) if many else texts[0]
