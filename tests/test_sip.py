@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -562,6 +563,7 @@ def test_address_errors(name, value, kind):
         # A quoted parameter may hold what looks like one.
         ('<sip:a@b>;note="a;tag=no";tag=x', "x"),
         ('<sip:a@b>;note="a;tag=no"', ""),
+        ('<sip:a@b>;note="a";tag="b;tag=no";x', '"b;tag=no"'),
         ("<sip:a@b>;mytag=no;tag=x", "x"),
         ("<sip:a@b>;tagged=no", ""),
         ("<sip:a@b>;tag=", ""),
@@ -1138,8 +1140,23 @@ def test_rfc3339(time_us, text):
 KINDS = {"start-line", "missing", "duplicate", "cseq", "quote", "address"}
 
 
+def outcome(payload: bytes) -> object:
+    """The tags of a message, or what is wrong with it, to compare."""
+    try:
+        message = agent.parse_sip(payload, TIME)
+    except agent.SipError as error:
+        return error.kind, str(error)
+    return message and (message.from_tag, message.to_tag)
+
+
 def check(payload: bytes) -> None:
-    """A SipMessage that can be used, None, or SipError with a kind, and nothing else."""
+    """A SipMessage that can be used, None, or SipError with a kind, and nothing else.
+
+    Its tags are the same by the short way and by the long one.
+    """
+    short = outcome(payload)
+    with patch.object(agent, "_USUAL_TAG", re.compile("(?!)")):
+        assert outcome(payload) == short
     try:
         message = agent.parse_sip(payload, TIME)
     except agent.SipError as error:
