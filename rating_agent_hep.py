@@ -796,9 +796,6 @@ _SIP_URI = re.compile(
 )
 _USER_PHONE = re.compile(r";\s*user=phone\s*(?:;|\Z)", re.I | re.A)
 
-# Hops. A message may be forwarded 70 times (RFC 3261 section 8.1.1.6): so many Via values are read.
-MAX_VIAS = 70
-
 
 @dataclass(slots=True, eq=False)
 class SipMessage:
@@ -949,10 +946,7 @@ def parse_sip(payload: bytes, time: int = 0) -> SipMessage | None:
         name = name.lower()
         headers.setdefault(_COMPACT.get(name, name), []).append(value.strip(_SPACE))
     call_id = _single(headers, "call-id")
-    cseq = _CSEQ.fullmatch(_single(headers, "cseq"))
-    if cseq is None or int(cseq[1]) > _MAX_CSEQ:
-        raise SipError("cseq", "CSeq is no number and method")
-    cseq_method = cseq[2]
+    cseq, cseq_method = _parse_cseq(_single(headers, "cseq"))
     if method and cseq_method != method:
         raise SipError("cseq", f"CSeq of {cseq_method[:40]!r} in a request with method {method!r}")
     if not method and cseq_method not in _REPLIES:
@@ -960,9 +954,7 @@ def parse_sip(payload: bytes, time: int = 0) -> SipMessage | None:
     from_tag, to_tag = _tag(_single(headers, "from")), _tag(_single(headers, "to"))
     if method and not to_tag and method not in _REQUESTS:
         return None
-    hops = [hop for line in headers.get("via", ()) for hop in split_values(line)] or [""]
-    if len(hops) > MAX_VIAS:
-        hops[MAX_VIAS - 1 : -1] = []
+    hops = _read_hops(headers.get("via", ()))
     return SipMessage(
         method,
         int(status or 0),
@@ -970,7 +962,7 @@ def parse_sip(payload: bytes, time: int = 0) -> SipMessage | None:
         _short(call_id),
         _short(from_tag),
         _short(to_tag),
-        int(cseq[1]),
+        cseq,
         cseq_method,
         _branch(hops[-1]),
         headers,
@@ -1028,6 +1020,13 @@ def _single(headers: dict[str, list[str]], name: str) -> str:
     return values[0]
 
 
+def _parse_cseq(text: str) -> tuple[int, str]:
+    cseq = _CSEQ.fullmatch(text)
+    if cseq is None or int(cseq[1]) > _MAX_CSEQ:
+        raise SipError("cseq", "CSeq is no number and method")
+    return int(cseq[1]), cseq[2]
+
+
 def _short(text: str) -> str:
     """A text that names a call; of a long one the beginning and a digest.
 
@@ -1064,6 +1063,17 @@ def split_values(line: str) -> list[str]:
             return [line]
         values.append(line[start:end].strip(_SPACE))
     return [value for value in values if value]
+
+
+# Hops. A message may be forwarded 70 times (RFC 3261 section 8.1.1.6): so many Via values are read.
+MAX_VIAS = 70
+
+
+def _read_hops(lines: Sequence[str]) -> list[str]:
+    hops = [hop for line in lines for hop in split_values(line)] or [""]
+    if len(hops) > MAX_VIAS:
+        hops[MAX_VIAS - 1 : -1] = []
+    return hops
 
 
 def _parse_via(text: str) -> Via:
