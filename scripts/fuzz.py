@@ -556,7 +556,7 @@ def run_table(
     require(len(table) == 0, "calls are left")
     kept: tuple[Any, ...] = (table._calls, table._slots, table._order, table._due, table._legs)
     kept += (table._from_tags, table._unanswered, table._answered)
-    kept += (*table._over.values(), *table._tags.values())
+    kept += (*table._finished.values(), *table._tags.values())
     require(not any(kept), "something is left behind")
     require(len(table.notices) <= agent.MAX_NOTICES, "notices")
     ledger.close()
@@ -589,8 +589,8 @@ def check_sizes(table: agent.CallTable, settings: agent.Settings) -> None:
     begun = sum(bool(call.begun_at) for call in calls)
     counted = sum(table._unanswered.values()), sum(table._answered.values())
     require(counted == (len(calls) - begun, begun), "the senders' counts")
-    over = {call.row for waiting in table._over.values() for call in waiting}
-    require(over == {x.row for x in calls if x.state in table._over}, "what makes room first")
+    over = {call.row for waiting in table._finished.values() for call in waiting}
+    require(over == {x.row for x in calls if x.state in table._finished}, "what makes room first")
     require(set(table._order) == set(table._slots), "the slots of the wheel")
     waiting = [call.row for slot in table._slots.values() for call in slot] + [
         call.row for call in table._due
@@ -616,11 +616,10 @@ def check_call(call: agent.Call) -> None:
         require(len(dialog.byes) <= 2 * agent.MAX_REQUESTS, "BYEs")
         require(all(len(x.seen) <= agent.MAX_REQUESTS for x in dialog.byes), "ways of a BYE")
     for attempt in call.attempts:
-        copies = attempt.copies.values()
-        values = sum(len(uris) + len(below) for uris, below in copies)
+        values = sum(len(x.uris) + len(x.below) for x in attempt.copies)
         require(values < agent.MAX_COPY_VALUES + agent.MAX_VIAS, "values of copies")
         require(len(attempt.copies) <= agent.MAX_INVITE_COPIES, "copies")
-        require(len(attempt.closed) <= agent.MAX_INVITE_COPIES, "branches that were refused")
+        require(len(attempt.refusals) <= agent.MAX_INVITE_COPIES, "branches that were refused")
         require(len(attempt.further) <= agent.MAX_FURTHER, "copies further on")
 
 
@@ -641,10 +640,10 @@ def taken_back(table: agent.CallTable, now: float) -> agent.CallTable:
 
 
 def settled(value: Any) -> Any:
-    """JSON with its lists that stand for sets in one order."""
+    """JSON with its sets in one order."""
     if isinstance(value, dict):
-        return {name: settled(item) for name, item in value.items()}
-    return sorted(map(repr, map(settled, value))) if isinstance(value, list) else value
+        return {x: sorted(y) if x == "set" else settled(y) for x, y in value.items()}
+    return list(map(settled, value)) if isinstance(value, list) else value
 
 
 class NullDelivery:

@@ -557,7 +557,7 @@ def test_copies_of_one_branch_are_bounded() -> None:
         hops = [PROXY, (f"10.0.0.1:{number}", f"z9hG4bK-{number}"), UAC]
         scene.see(invite(vias=hops, uri=f"sip:{number}@h"))
     (call,) = scene.table._calls["call-1@host"]
-    sizes = [len(uris) + len(below) for uris, below in call.attempts[0].copies.values()]
+    sizes = [len(x.uris) + len(x.below) for x in call.attempts[0].copies]
     assert sum(sizes) < agent.MAX_COPY_VALUES + agent.MAX_VIAS
     assert len(agent.pack_call(call, 0)) < 50_000
     assert scene.see(ack()) == ["begin"]
