@@ -2229,12 +2229,12 @@ class Call(Charge):
 # What a message adds
 
 # What `note` returns: a copy, from which nothing is learnt; a fact from which nothing follows by
-# itself; and evidence, by which the call is judged at once.
-COPY, FACT, EVIDENCE = 0, 1, 2
+# itself; a BYE whose answer is still to come, for LINGER; and evidence, which is judged at once.
+COPY, FACT, UNANSWERED, EVIDENCE = range(4)
 
 
 def note(call: Call, message: SipMessage, now: float) -> int:
-    """Add what a message says to what is known of its call: COPY, FACT or EVIDENCE.
+    """Add what a message says to what is known of its call: COPY, FACT, UNANSWERED or EVIDENCE.
 
     Initial INVITEs are for `note_invite`, which also needs to know whose call it is.
     """
@@ -2477,7 +2477,7 @@ def _note_bye(call: Call, bye: SipMessage, now: float) -> int:
         return COPY
     if not from_caller:
         dialog.confirmed = max(dialog.confirmed, bye.time)
-    return EVIDENCE
+    return UNANSWERED if call.begun and call.replied and not fact.status else EVIDENCE
 
 
 def _note_bye_reply(call: Call, reply: SipMessage, now: float) -> int:
@@ -2568,7 +2568,8 @@ def judge(call: Call, now: float, settings: Settings, closing: bool = False) -> 
         return _judge_orphan(call, now, settings, closing)
     begin, due = _judge_begin(call, attempts, now, settings, closing)
     if begin is not None:
-        return Verdict(ANSWERED, begin, None, now)
+        # Without a BYE it does not end sooner.
+        return Verdict(ANSWERED, begin, None, now + min(LINGER, settings.max_call_duration))
     acks = list(call.acks)
     refused = all(attempt.refused(acks) for attempt in attempts)
     # A caller may acknowledge a refusal that there never was, and let it ring.
@@ -3329,6 +3330,8 @@ class CallTable:
         # An orphan's time runs from its last message, and nothing else has queued it yet.
         if new == EVIDENCE or not call.slot:
             self._review(call)
+        elif new == UNANSWERED:
+            self._queue(call, min(call.due, self._now + LINGER))
 
     def _note_ended(self, call: Call, message: SipMessage) -> None:
         """What trails behind an end is a copy, unless nobody had answered that BYE (rule 12)."""
@@ -3356,7 +3359,8 @@ class CallTable:
             verdict = judge(call, self._now, self.settings, closing)
         if verdict.begin is not None:
             self._begin(call, verdict.begin)
-            verdict = judge(call, self._now, self.settings, closing)
+            if call.tied_end or any(dialog.byes for dialog in call.dialogs):
+                verdict = judge(call, self._now, self.settings, closing)
         if verdict.end is not None:
             if verdict.state == ORPHAN:
                 call.ended = verdict.end.time
