@@ -1915,11 +1915,12 @@ class Ack:
     """An ACK as far as it tells what it is to; two with the same text are copies."""
 
     cseq: int
-    # Of the top hop, Request-URI, and the lowest hop.
+    # Of the lowest hop.
     branch: str
-    uri: str
-    lowest: str
     sent_by: str
+    # Of the top hop, and the Request-URI.
+    top: str
+    uri: str
     # HEP time, and seconds of the monotonic clock.
     time: int = field(compare=False)
     arrived: float = field(compare=False)
@@ -1997,7 +1998,7 @@ class Attempt:
         if not closed.issuperset(self.rang):
             # A caller may send such an ACK at any time.
             return False
-        acknowledged = {(ack.branch, ack.uri) for ack in acks if ack.cseq == self.cseq}
+        acknowledged = {(ack.top, ack.uri) for ack in acks if ack.cseq == self.cseq}
         for copy in self.copies if acknowledged else ():
             if any((copy.branch, uri) in acknowledged for uri in copy.uris):
                 closed.add(copy.branch)
@@ -2168,11 +2169,10 @@ class Call(Charge):
     def concerns(self, message: SipMessage) -> bool:
         """Whether a message has the caller's tag on the side where it belongs."""
         in_dialog = message.cseq_method not in ("ACK", "CANCEL") and message.to_tag != ""
-        if self.ended_at and message.cseq_method in ("INVITE", "ACK"):
-            ours = (message.cseq, message.branch) == (self.cseq, self.branch)
-            if not ours and message.time > self.ended:
-                # Of a later call, whose INVITE is on its way.
-                return False
+        later = self.ended_at and message.time > self.ended
+        if later and message.cseq_method in ("INVITE", "ACK") and not self.is_answered(message):
+            # Of a later call, whose INVITE is on its way.
+            return False
         if message.from_tag == self.from_tag:
             return True
         # Who called is not known yet of an orphan.
@@ -2200,27 +2200,27 @@ class Call(Charge):
         self.dialogs += (Dialog(to_tag),)
         return self.dialogs[-1]
 
+    def is_answered(self, invite: SipMessage | Attempt) -> bool:
+        """Whether CSeq and lowest branch are those of the INVITE that was answered."""
+        return invite.cseq == self.cseq and invite.branch == self.branch
+
     def has_invite(self, cseq: int, branch: str) -> bool:
         """Whether an initial INVITE with this CSeq and lowest branch was seen."""
-        known = (cseq, branch)
-        if known == (self.cseq, self.branch):
-            return True
-        return any((x.cseq, x.branch) == known and x.copies for x in self.attempts)
+        known = [(x.cseq, x.branch) for x in self.attempts if x.copies]
+        return (cseq, branch) in (*known, (self.cseq, self.branch))
 
-    def attempt_of(self, cseq: int, branch: str) -> Attempt | None:
-        """The attempt that a reply, an ACK or a CANCEL belongs to.
+    def attempt_of(self, message: SipMessage | Dialog | Ack) -> Attempt | None:
+        """The attempt that a reply, an ACK, a CANCEL or a dialog belongs to.
 
         The branch of the lowest Via says which (RFC 3261 17.1.3). Where it is hidden by a proxy on
         the way, the CSeq does, and of several the latest that was not refused.
         """
-        if len(self.attempts) == 1 and self.attempts[0].cseq == cseq:
-            return self.attempts[0]
-        same = [attempt for attempt in self.attempts if attempt.cseq == cseq]
+        same = [attempt for attempt in self.attempts if attempt.cseq == message.cseq]
         if len(same) < 2:
             return same[0] if same else None
-        exact = next((attempt for attempt in same if attempt.branch == branch), None)
-        if exact is not None:
-            return exact
+        for attempt in same:
+            if attempt.branch == message.branch:
+                return attempt
         acks = list(self.acks)
         going = [attempt for attempt in same if not attempt.refusals and not attempt.refused(acks)]
         return max(going or same, key=attrgetter("time"))
@@ -2245,16 +2245,14 @@ def note(call: Call, message: SipMessage, now: float) -> int:
         if method == "BYE":
             return _note_bye(call, message, now)
         if method == "CANCEL":
-            return _note_cancel(call, message)
+            return _note_attempt(call, message)
         return _note_request(call, message, now)
     first = COPY if call.replied else FACT
     call.replied = True
     if message.status < 200:
         # A 100 is the next hop's own word (RFC 3261 8.2.6.1): nothing rings by it.
-        if method != "INVITE" or message.status == 100 or not _note_ringing(call, message):
-            return first
-        # Rule 10: it renews the ringing time-out. An ACK that came before may be waiting for it.
-        return EVIDENCE if call.dialogs else FACT
+        rings = method == "INVITE" and message.status > 100
+        return (_note_attempt(call, message) if rings else COPY) or first
     if method == "BYE":
         return _note_bye_reply(call, message, now) or first
     return _note_reply(call, message, now) or first
@@ -2323,40 +2321,30 @@ def _find_attempt(
     return found, hops, sender, receiver
 
 
-def _attempt_of(call: Call, message: SipMessage) -> Attempt | None:
-    """The attempt of a message, a new one where its INVITE is missing; None once it has begun."""
-    attempt = call.attempt_of(message.cseq, message.branch)
-    if attempt is None and not call.begun:
+def _note_attempt(call: Call, message: SipMessage) -> int:
+    """A 1xx, a refusal or a CANCEL of an INVITE; a 1xx renews the ringing time-out (rule 10)."""
+    attempt, branch = call.attempt_of(message), message.top_branch
+    if attempt is None:
+        if call.begun:
+            return COPY
+        # Its INVITE is on its way.
         attempt = Attempt(message.cseq, message.branch)
         if len(call.attempts) < MAX_ATTEMPTS:
             call.attempts += (attempt,)
-    return attempt
-
-
-def _note_ringing(call: Call, reply: SipMessage) -> bool:
-    attempt, branch = _attempt_of(call, reply), reply.top_branch
-    if attempt is None or branch in attempt.rang or len(attempt.rang) >= MAX_INVITE_COPIES:
-        return False
+    if not message.status:
+        if 0 < attempt.cancelled <= message.time:
+            return COPY
+        attempt.cancelled = message.time
+        return EVIDENCE
+    told = attempt.rang if message.status < 200 else attempt.refusals
+    if branch in told or len(told) >= MAX_INVITE_COPIES:
+        return COPY
+    if message.status >= 300:
+        attempt.refusals += (branch,)
+        return EVIDENCE
     attempt.rang += (branch,)
-    return True
-
-
-def _note_refusal(call: Call, reply: SipMessage) -> int:
-    attempt, branch = _attempt_of(call, reply), reply.top_branch
-    if attempt is None or branch in attempt.refusals:
-        return COPY
-    if len(attempt.refusals) >= MAX_INVITE_COPIES:
-        return COPY
-    attempt.refusals += (branch,)
-    return EVIDENCE
-
-
-def _note_cancel(call: Call, cancel: SipMessage) -> int:
-    attempt = _attempt_of(call, cancel)
-    if attempt is None or 0 < attempt.cancelled <= cancel.time:
-        return COPY
-    attempt.cancelled = cancel.time
-    return EVIDENCE
+    # An ACK that came before may be waiting for it.
+    return EVIDENCE if call.dialogs else FACT
 
 
 def _note_reply(call: Call, reply: SipMessage, now: float) -> int:
@@ -2364,7 +2352,7 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> int:
     from_caller = call.is_from_caller(reply)
     if reply.status >= 300:
         of_invite = reply.cseq_method == "INVITE" and from_caller
-        return _note_refusal(call, reply) if of_invite else COPY
+        return _note_attempt(call, reply) if of_invite else COPY
     dialog = call.dialog(call.callee_tag(reply))
     if reply.cseq_method == "INVITE" and from_caller:
         # Anybody may send a re-INVITE with the CSeq of the INVITE, also before its answer.
@@ -2379,7 +2367,7 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> int:
 def _note_answer(call: Call, dialog: Dialog, answer: SipMessage, now: float) -> int:
     """A 2xx to an INVITE."""
     if any(attempt.named for attempt in call.attempts):
-        attempt = call.attempt_of(answer.cseq, answer.branch)
+        attempt = call.attempt_of(answer)
         if attempt is not None:
             attempt.choose(party_text("from", answer))
     new = not dialog.answered or answer.cseq != dialog.cseq
@@ -2452,7 +2440,7 @@ def _note_ack(call: Call, ack: SipMessage, now: float) -> int:
         if call.replied:
             return COPY
     vias, uri = ack.vias, comparable(ack.request_uri)
-    fact = Ack(ack.cseq, vias[0].branch, uri, vias[-1].branch, vias[-1].sent_by, ack.time, now)
+    fact = Ack(ack.cseq, *vias[-1], vias[0].branch, uri, ack.time, now)
     for known in dialog.acks:
         if known == fact:
             earlier = ack.time < known.time
@@ -2623,7 +2611,7 @@ def _begin_of_answer(
         time, reason = dialog.acked, "ack"
     if not time:
         return None, inf
-    attempt = call.attempt_of(dialog.cseq, dialog.branch)
+    attempt = call.attempt_of(dialog)
     if attempt is not None and attempt.copies:
         # Of an attempt that was refused, an answer of another branch may be to one on its way.
         certain = not attempt.refusals or attempt.branch == dialog.branch
@@ -2669,12 +2657,12 @@ def _read_ack(call: Call, ack: Ack, attempts: list[Attempt]) -> tuple[Attempt | 
     if not same:
         return None, ""
     for attempt in same:
-        copy = attempt.copy(ack.branch)
+        copy = attempt.copy(ack.top)
         if copy is not None:
             if ack.uri in copy.uris:
                 return attempt, "refusal"
             return attempt, "doubtful" if 0 < attempt.cancelled < ack.time else "answer"
-    attempt = call.attempt_of(ack.cseq, ack.lowest) or same[-1]
+    attempt = call.attempt_of(ack) or same[-1]
     if not attempt.copies:
         # Of an INVITE that was lost, or is on its way.
         return None, ""
@@ -2682,7 +2670,7 @@ def _read_ack(call: Call, ack: Ack, attempts: list[Attempt]) -> tuple[Attempt | 
     own = [copy for copy in attempt.copies if not copy.below] or attempt.copies
     if 0 < attempt.cancelled < ack.time or any(ack.uri in copy.uris for copy in own):
         return attempt, "doubtful"
-    known = any(ack.lowest == copy.branch or ack.lowest in copy.below for copy in attempt.copies)
+    known = any(ack.branch == copy.branch or ack.branch in copy.below for copy in attempt.copies)
     return attempt, "answer" if not known and ack.sent_by == attempt.caller else "answer later"
 
 
@@ -3040,7 +3028,8 @@ class CallTable:
                 # One may have made room for another.
                 if call.slot >= 0:
                     self._note(call, message)
-        return self._take_events()
+        events, self._events = self._events, []
+        return events
 
     def expire(self, now: float, closing: bool = False) -> list[RatingEvent]:
         """Judge again what has waited long enough, MAX_EXPIRED_PER_TICK calls at most.
@@ -3068,9 +3057,6 @@ class CallTable:
             else:
                 budget -= 9
                 self._review(call)
-        return self._take_events()
-
-    def _take_events(self) -> list[RatingEvent]:
         events, self._events = self._events, []
         return events
 
@@ -3141,15 +3127,14 @@ class CallTable:
     @staticmethod
     def _pick(owners: Sequence[Call], message: SipMessage) -> Sequence[Call]:
         """Whose a message is of calls of one From tag, one after another or at one time."""
-        cseq, branch = message.cseq, message.branch
         dialogs = {call: call.find_dialog(call.callee_tag(message)) for call in owners}
         known = [call for call, dialog in dialogs.items() if dialog]
         # Before its answer a To tag is only what somebody wrote; the INVITE says more.
         sure = any(x.answered or not message.status for x in dialogs.values() if x)
         if message.cseq_method in ("INVITE", "ACK", "CANCEL") and not sure:
             # The CSeq alone is of several calls where their INVITEs differ in the branch only.
-            known = [call for call in owners if call.has_invite(cseq, branch)] or known
-            known = known or [call for call in owners if call.attempt_of(cseq, branch)]
+            invited = [x for x in owners if x.has_invite(message.cseq, message.branch)]
+            known = invited or known or [call for call in owners if call.attempt_of(message)]
         if known:
             return known
         running = [call for call in owners if not call.ended_at] or owners
@@ -3193,19 +3178,17 @@ class CallTable:
 
         Or a caller could let an expensive call go on under the charge of a cheap one.
         """
-        if message.cseq_method not in ("INVITE", "ACK") or not call.is_from_caller(message):
+        if message.status:
+            answers = message.cseq_method == "INVITE" and 200 <= message.status < 300
+        else:
+            again = message.method == "ACK" and message.cseq == call.cseq
+            answers = message.method in ("INVITE", "ACK") and not again
+        if not answers or not call.is_from_caller(message):
             return call
-        if message.status >= 300 or (not message.method and message.status < 200):
-            return call
-        dialog = call.find_dialog(message.to_tag)
-        branch = message.branch
-        attempt = call.attempt_of(message.cseq, branch)
-        ours = (call.cseq, call.branch)
-        if attempt is None or ours in ((attempt.cseq, attempt.branch), (message.cseq, branch)):
-            return call
+        dialog, attempt = call.find_dialog(message.to_tag), call.attempt_of(message)
         if dialog is not None and (dialog.answered or dialog.acked):
             return call
-        if message.method == "ACK" and message.cseq == call.cseq:
+        if attempt is None or call.is_answered(attempt) or call.is_answered(message):
             return call
         self._make_room(message)
         return self._part(call, (attempt,), (dialog,) if dialog else ())
@@ -3257,7 +3240,7 @@ class CallTable:
                 continue
             if call.ended_at and message.time > call.ended:
                 continue
-            answered = (call.cseq, call.branch) == (message.cseq, branch)
+            answered = call.is_answered(message)
             if answered and call.begun and message.time > call.begun + LINGER * 1_000_000:
                 continue
             known = any(x.cseq == message.cseq and x.branch == branch for x in call.attempts)
@@ -3299,11 +3282,8 @@ class CallTable:
 
     def _add(self, call: Call) -> None:
         self._calls[call.call_id] = (*self._calls.get(call.call_id, ()), call)
-        self._sizes[call.state] += 1
-        self._count_sender(call, 1)
         self._newest.append(call)
-        if call.state in self._finished:
-            self._finished[call.state][call] = None
+        self._tally(call, 1)
 
     def _index(self, call: Call) -> None:
         known = self._from_tags.get(call.from_tag)
@@ -3369,7 +3349,9 @@ class CallTable:
                 self._end(call, verdict.end)
                 verdict = judge(call, self._now, self.settings)
         if verdict.state != call.state:
-            self._enter(call, verdict.state)
+            self._tally(call, -1)
+            call.state, call.entered = verdict.state, self._now
+            self._tally(call, 1)
         elif call.begun_at and not call.ended_at and call.attempts:
             self._settle(call)
         if verdict.over:
@@ -3393,23 +3375,19 @@ class CallTable:
         if self.changed is not None:
             self.changed[call.row] = call
 
-    def _count_sender(self, call: Call, number: int) -> None:
+    def _tally(self, call: Call, step: int) -> None:
+        """Count a call in, with its state and its sender, or out before these change."""
+        self._sizes[call.state] += step
         counts = self._answered if call.begun_at else self._unanswered
-        total = counts.get(call.sender, 0) + number
-        if total:
-            counts[call.sender] = total
-        else:
+        counts[call.sender] = counts.get(call.sender, 0) + step
+        if not counts[call.sender]:
             del counts[call.sender]
-
-    def _enter(self, call: Call, state: str) -> None:
-        self._sizes[call.state] -= 1
-        self._sizes[state] += 1
-        if call.state in self._finished:
-            self._finished[call.state].pop(call, None)
-        call.state = state
-        call.entered = self._now
-        if state in self._finished:
-            self._finished[state][call] = None
+        finished = self._finished.get(call.state)
+        if finished is not None:
+            if step > 0:
+                finished[call] = None
+            else:
+                finished.pop(call, None)
 
     def _settle(self, call: Call) -> None:
         """Forget what nothing depends on any more, once no ACK of a fork is waited for."""
@@ -3425,7 +3403,7 @@ class CallTable:
         call.attempts = tuple(
             attempt
             for attempt in call.attempts
-            if (attempt.cseq, attempt.branch) != (call.cseq, call.branch)
+            if not call.is_answered(attempt)
             and attempt.time > rung_out
             and not attempt.refused(acks)
         )
@@ -3437,11 +3415,12 @@ class CallTable:
         elif call.state == FAILED:
             self.count("calls.failed")
         elif call.state == ORPHAN and not call.tenant and not call.ended:
-            self._tell_orphan(call)
-        self._sizes[call.state] -= 1
-        if call.state in self._finished:
-            self._finished[call.state].pop(call, None)
-        self._count_sender(call, -1)
+            # Rule 19: the reorder window is over and no INVITE came.
+            byes = [bye.time for dialog in call.dialogs for bye in dialog.byes if bye.seen]
+            self.count("calls.orphaned" if byes else "messages.orphaned")
+            if byes:
+                self._notice("orphan", call, {"timestamp_end": rfc3339(min(byes))})
+        self._tally(call, -1)
         call.slot = -1
         calls = tuple(other for other in self._calls[call.call_id] if other is not call)
         if calls:
@@ -3458,13 +3437,6 @@ class CallTable:
         if self.changed is not None:
             self.changed[call.row] = None
 
-    def _tell_orphan(self, call: Call) -> None:
-        """Rule 19: the reorder window is over and no INVITE came."""
-        byes = [bye.time for dialog in call.dialogs for bye in dialog.byes if bye.seen]
-        self.count("calls.orphaned" if byes else "messages.orphaned")
-        if byes:
-            self._notice("orphan", call, {"timestamp_end": rfc3339(min(byes))})
-
     def _notice(self, kind: str, call: Call, values: dict[str, Any]) -> None:
         if len(self.notices) < MAX_NOTICES:
             self.notices.append(Notice(kind, printable_id(call.call_id), values))
@@ -3475,9 +3447,10 @@ class CallTable:
         identity, dialog = begin.attempt.identity, begin.dialog
         assert identity is not None
         self._touch(call)
-        self._count_sender(call, -1)
+        self._tally(call, -1)
+        call.state, call.entered = ANSWERED, self._now
         call.begun, call.begun_at = begin.time, self._now
-        self._count_sender(call, 1)
+        self._tally(call, 1)
         call.route, call.transaction_tag = identity.route, identity.transaction_tag
         call.account_tag = identity.account_tag
         call.destination_account_tag = identity.destination_account_tag
@@ -3490,7 +3463,6 @@ class CallTable:
             dialog.answered = dialog.repeated = dialog.acked = begin.time
             dialog.cseq, dialog.arrived = call.cseq, self._now
             dialog.refreshed, dialog.refreshed_at = begin.time, self._now
-        self._enter(call, ANSWERED)
         self._settle(call)
         if not call.rated:
             ignored = call.route.action == "ignore"
@@ -3539,15 +3511,9 @@ class CallTable:
         known = self._from_tags.pop(call.from_tag)
         if isinstance(known, int) and known > 1:
             self._from_tags[call.from_tag] = known - 1
-        ours, acks = (call.cseq, call.branch), list(call.acks)
-        ringing = [
-            x
-            for x in call.attempts
-            if x.copies
-            and (x.cseq, x.branch) != ours
-            and (x.rang or not call.replied)
-            and not x.refused(acks)
-        ]
+        acks = list(call.acks)
+        others = [x for x in call.attempts if x.copies and not call.is_answered(x)]
+        ringing = [x for x in others if (x.rang or not call.replied) and not x.refused(acks)]
         if ringing and len(self) < self.settings.max_calls:
             self._review(self._part(call, ringing, ()))
         call.attempts = ()
