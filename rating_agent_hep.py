@@ -2434,11 +2434,13 @@ def _note_ack(call: Call, ack: SipMessage, now: float) -> int:
         if not dialog.acked:
             # Of one dialog it only says that the 2xx was no stray one.
             plain = len(call.dialogs) == 1 and not dialog.unacknowledged and call.begun
-            dialog.acked = ack.time
+            # Behind the begin its time says nothing, and is not kept.
+            dialog.acked = dialog.answered if call.begun else ack.time
             return FACT if plain else EVIDENCE
+        earlier = ack.time < dialog.acked
         dialog.acked = min(dialog.acked, ack.time)
         if call.replied:
-            return COPY
+            return FACT if earlier else COPY
     vias, uri = ack.vias, comparable(ack.request_uri)
     fact = Ack(ack.cseq, *vias[-1], vias[0].branch, uri, ack.time, now)
     for known in dialog.acks:
@@ -2989,15 +2991,16 @@ class CallTable:
         self._answered: dict[str, int] = {}
         # The wheel: calls by the slot in which to look at them. An entry counts while its call
         # still has that slot.
-        self._slots: dict[int, list[Call]] = {}
+        self._slots: dict[int, tuple[int, list[Call]]] = {}
         self._order: list[int] = []
         self._due: deque[Call] = deque()
         # What makes room first: calls that are over, in each state the longest first, and of the
         # others the newest.
         self._finished = {state: OrderedDict[Call, None]() for state in (ENDED, FAILED, ORPHAN)}
         self._newest: deque[Call] = deque(maxlen=EVICTION_LOOK)
-        # Charged calls by tenant and transaction tag; legs without INVITE by what ties them.
-        self._tags: dict[str, dict[str, Call]] = {}
+        # Charged calls by tenant and transaction tag, where that is not the Call-ID; legs without
+        # INVITE by what ties them.
+        self._tags: dict[tuple[str, str], Call] = {}
         self._legs: dict[tuple[str, str], list[Call]] = {}
         # Running calls by From tag, or how many have it: see `_tie_tags`.
         self._from_tags: dict[str, Call | int] = {}
@@ -3043,7 +3046,7 @@ class CallTable:
         slot = int(now * SLOTS)
         while self._order and self._order[0] <= slot:
             passed = heapq.heappop(self._order)
-            self._due.extend(call for call in self._slots.pop(passed) if call.slot == passed)
+            self._due += [call for call in self._slots.pop(passed)[1] if call.slot == passed]
         # A call whose deadline is still ahead costs a tenth of one that is judged.
         budget = 10 * MAX_EXPIRED_PER_TICK
         while self._due and budget > 0:
@@ -3100,7 +3103,7 @@ class CallTable:
             if call.begun_at and not call.ended_at:
                 self._index(call)
             if call.charged:
-                self._tags.setdefault(call.route.tenant, {})[call.transaction_tag] = call
+                self._take_tag(call, call.transaction_tag)
             for tie in call.ties:
                 self._legs.setdefault(tie, []).append(call)
             verdict = judge(call, now, self.settings)
@@ -3134,7 +3137,8 @@ class CallTable:
         if message.cseq_method in ("INVITE", "ACK", "CANCEL") and not sure:
             # The CSeq alone is of several calls where their INVITEs differ in the branch only.
             invited = [x for x in owners if x.has_invite(message.cseq, message.branch)]
-            known = invited or known or [call for call in owners if call.attempt_of(message)]
+            same = [x for x in owners if x.attempt_of(message) or x.cseq == message.cseq]
+            known = invited or known or same
         if known:
             return known
         running = [call for call in owners if not call.ended_at] or owners
@@ -3168,9 +3172,12 @@ class CallTable:
             call.replied |= running is not None and running.replied
 
     def _tied_call(self, tie: tuple[str, str]) -> Call | None:
-        """The call with a tenant's transaction tag, or, without a tenant, with a From tag."""
+        """The charged call of a tenant and tag, or, without a tenant, the running one of a tag."""
         tenant, tag = tie
-        found = self._tags.get(tenant, {}).get(tag) if tenant else self._from_tags.get(tag)
+        for call in self._calls.get(tag, ()):
+            if call.charged and (call.route.tenant, call.transaction_tag) == tie:
+                return call
+        found = self._tags.get(tie) if tenant else self._from_tags.get(tag)
         return found if isinstance(found, Call) else None
 
     def _split(self, call: Call, message: SipMessage) -> Call:
@@ -3364,11 +3371,11 @@ class CallTable:
         slot = int(min(due, self._now + MAX_LOOK_AHEAD) * SLOTS) + 1
         if 0 < call.slot <= slot:
             return
-        call.slot = slot
-        calls = self._slots.get(slot)
-        if calls is None:
-            calls = self._slots[slot] = []
+        if slot not in self._slots:
+            self._slots[slot] = (slot, [])
             heapq.heappush(self._order, slot)
+        # All calls of a slot share its number.
+        call.slot, calls = self._slots[slot]
         calls.append(call)
 
     def _touch(self, call: Call) -> None:
@@ -3427,9 +3434,8 @@ class CallTable:
             self._calls[call.call_id] = calls
         else:
             del self._calls[call.call_id]
-        tags = self._tags.get(call.route.tenant, {})
-        if tags.get(call.transaction_tag) is call:
-            del tags[call.transaction_tag]
+        if call.charged:
+            self._tags.pop((call.route.tenant, call.transaction_tag), None)
         for tie in call.ties:
             self._legs[tie].remove(call)
             if not self._legs[tie]:
@@ -3490,9 +3496,8 @@ class CallTable:
 
     def _claim_tag(self, call: Call) -> None:
         """Rules 2 and 17: tied legs are charged once; others have transaction tags that differ."""
-        tags = self._tags.setdefault(call.route.tenant, {})
-        tag = call.transaction_tag
-        other = tags.get(tag)
+        tenant, tag = call.route.tenant, call.transaction_tag
+        other = self._tied_call((tenant, tag))
         if other is not None:
             tying = "call-id" not in (call.route.transaction_tag, other.route.transaction_tag)
             if tying and (not other.ended_at or call.begun <= other.ended):
@@ -3500,10 +3505,14 @@ class CallTable:
                 return
             # No Call-ID holds a #, and a row is numbered once.
             tag = f"{tag}#{printable_id(call.from_tag)[:MAX_TEXT]}"
-            if tag in tags:
+            if self._tied_call((tenant, tag)) is not None:
                 tag = f"{tag}#{call.row}"
+        self._take_tag(call, tag)
+
+    def _take_tag(self, call: Call, tag: str) -> None:
         call.transaction_tag = tag
-        tags[tag] = call
+        if tag != call.call_id:
+            self._tags[call.route.tenant, tag] = call
 
     def _end(self, call: Call, end: End) -> None:
         call.ended, call.ended_at, call.reason = end.time, self._now, end.reason
@@ -3599,7 +3608,7 @@ class CallTable:
             next((x for x in calls if x.slot > 0), None) for calls in self._finished.values()
         ]
         # Those that are due next were looked at least recently, or so.
-        oldest = (call for slot in sorted(self._order)[:4] for call in self._slots[slot])
+        oldest = (call for slot in sorted(self._order)[:4] for call in self._slots[slot][1])
         sample = [*islice(oldest, EVICTION_LOOK), *reversed(self._newest)]
         sample = [call for call in sample if call.slot > 0]
         others = [call for call in sample if call.state != ANSWERED]

@@ -556,7 +556,7 @@ def run_table(
     require(len(table) == 0, "calls are left")
     kept: tuple[Any, ...] = (table._calls, table._slots, table._order, table._due, table._legs)
     kept += (table._from_tags, table._unanswered, table._answered)
-    kept += (*table._finished.values(), *table._tags.values())
+    kept += (*table._finished.values(), table._tags)
     require(not any(kept), "something is left behind")
     require(len(table.notices) <= agent.MAX_NOTICES, "notices")
     ledger.close()
@@ -592,12 +592,12 @@ def check_sizes(table: agent.CallTable, settings: agent.Settings) -> None:
     over = {call.row for waiting in table._finished.values() for call in waiting}
     require(over == {x.row for x in calls if x.state in table._finished}, "what makes room first")
     require(set(table._order) == set(table._slots), "the slots of the wheel")
-    waiting = [call.row for slot in table._slots.values() for call in slot] + [
+    waiting = [call.row for _, calls in table._slots.values() for call in calls] + [
         call.row for call in table._due
     ]
     require({call.row for call in calls} <= set(waiting), "a call that nobody will look at")
     require(len(waiting) < 64 * (len(calls) + 64), "entries of the wheel")
-    tags = [call for known in table._tags.values() for call in known.values()]
+    tags = list(table._tags.values())
     legs = [call for known in table._legs.values() for call in known]
     rows = {call.row for call in calls}
     require({call.row for call in (*tags, *legs)} <= rows, "a call that is gone is pointed at")

@@ -108,6 +108,15 @@ def test_no_restart_makes_a_refused_call_begin(name: str) -> None:
         assert play(messages, set(range(len(messages)))).events == []
 
 
+def test_an_earlier_ack_is_kept_over_a_restart() -> None:
+    """It is no evidence by itself, and yet begins the call once the INVITE comes."""
+    messages = [(6, reply(200)), (7, ack()), (5, ack()), (0, invite())]
+    for restarts in (set(), {0, 1, 2}):
+        scene = play(messages, restarts, begin_on="ack")
+        assert [event.kind for event in scene.events] == ["begin"]
+        assert scene.seconds() == 0.05
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_with_restarts_whatever_comes_is_what_came_without(data: st.DataObject) -> None:
