@@ -1886,29 +1886,41 @@ _CARRIED_OUT = frozenset((*range(200, 300), 408, 481))
 _CHALLENGES = frozenset((401, 407))
 
 
-class Identity:
-    """Who is charged for an attempt, and for what: rules 3 and 5.
+# The route of a call whose INVITE was not seen.
+NO_ROUTE = Route("", "ignore", "", None, None, None, None, "", (), "to", "call-id", "")
 
-    It is that of the INVITE copy nearest to the caller, the one with the fewest ``hops``; a copy
-    further on only adds an account that is missing, such as an identity that the proxy asserts.
+
+@dataclass(slots=True, eq=False)
+class Charge:
+    """Who is charged for a call, and for what: rules 3 and 5."""
+
+    route: Route
+    transaction_tag: str = ""
+    account_tag: str = ""
+    destination_account_tag: str = ""
+
+    @property
+    def rated(self) -> bool:
+        """Whether the call is reported: its route rates it and somebody is to be charged."""
+        accounts = self.account_tag or self.destination_account_tag
+        return self.route.action == "rate" and bool(accounts)
+
+
+@dataclass(slots=True, eq=False)
+class Identity(Charge):
+    """What an INVITE says of its charge: that of the copy nearest to the caller.
+
+    That is the copy with the fewest ``hops``. A copy further on only adds an account that is
+    missing, such as an identity that the proxy asserts.
     """
 
-    __slots__ = tuple(
-        "account_hops account_tag destination destination_account_tag destination_hops hops route "
-        "source source_ip transaction_tag".split()
-    )
-
-    def __init__(self, sighting: Sighting, route: Route, hops: int, settings: Settings) -> None:
-        message = sighting.message
-        self.hops = hops
-        self.route = route
-        self.transaction_tag = transaction_tag(route, sighting)
-        self.source_ip = sighting.packet.source_ip
-        self.source = party_text("from", message)
-        self.destination = party_text(route.destination, message)
-        self.account_tag = self.destination_account_tag = ""
-        self.account_hops = self.destination_hops = 0
-        self.add(message, hops, settings)
+    hops: int = 0
+    source: str = ""
+    source_ip: str = ""
+    destination: str = ""
+    # The hops of the copies that gave the accounts.
+    account_hops: int = 0
+    destination_hops: int = 0
 
     def add(self, message: SipMessage, hops: int, settings: Settings) -> None:
         """Take an account that is missing, or that a copy further on gave, from this copy."""
@@ -1921,58 +1933,93 @@ class Identity:
             if tag:
                 self.destination_account_tag, self.destination_hops = tag, hops
 
-    @property
-    def rated(self) -> bool:
-        """Whether the call is reported: its route rates it and somebody is to be charged."""
-        accounts = self.account_tag or self.destination_account_tag
-        return self.route.action == "rate" and bool(accounts)
+
+def identify(sighting: Sighting, route: Route, hops: int, settings: Settings) -> Identity:
+    """The identity that an INVITE copy gives by itself."""
+    message = sighting.message
+    identity = Identity(
+        route,
+        transaction_tag(route, sighting),
+        hops=hops,
+        source=party_text("from", message),
+        source_ip=sighting.packet.source_ip,
+        destination=party_text(route.destination, message),
+    )
+    identity.add(message, hops, settings)
+    return identity
 
 
-class Ack(NamedTuple):
-    """An ACK as far as it tells what it is to: CSeq, top branch, URI, lowest hop, HEP time.
+@dataclass(slots=True)
+class Ack:
+    """An ACK as far as it tells what it is to; two with the same text are copies."""
 
-    ``arrived`` is in seconds of the monotonic clock.
-    """
+    cseq: int
+    # Of the lowest hop.
+    branch: str
+    sent_by: str
+    # Of the top hop, and the Request-URI.
+    top: str
+    uri: str
+    # HEP time, and seconds of the monotonic clock.
+    time: int = field(compare=False)
+    arrived: float = field(compare=False)
+
+
+@dataclass(slots=True, eq=False)
+class InviteCopy:
+    """How copies of an INVITE with one top branch look: Request-URIs, branches of hops below."""
+
+    branch: str
+    uris: set[str] = field(default_factory=set)
+    below: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One INVITE transaction of the caller: a CSeq, and the branch of its lowest Via."""
 
     cseq: int
     branch: str
-    uri: str
-    lowest: str
-    sent_by: str
-    time: int
-    arrived: float
+    # HEP times of the first copy and of a CANCEL, 0 for none.
+    time: int = 0
+    cancelled: int = 0
+    # Empty while no INVITE was seen; then the sent-by of the lowest hop, and between which
+    # addresses and ports the copy went that is nearest to the caller.
+    copies: tuple[InviteCopy, ...] = ()
+    caller: str = ""
+    sender: tuple[bytes, int] = (b"", 0)
+    receiver: tuple[bytes, int] = (b"", 0)
+    # Top branches of final non-2xx replies, and of 1xx.
+    refusals: tuple[str, ...] = ()
+    rang: tuple[str, ...] = ()
+    identity: Identity | None = None
+    # A caller may use his branch again for an INVITE with another From: each is kept.
+    named: tuple[Identity, ...] = ()
+    further: tuple[SipMessage, ...] = ()
 
+    def copy(self, branch: str) -> InviteCopy | None:
+        """How the copies with this top branch look."""
+        for copy in self.copies:
+            if copy.branch == branch:
+                return copy
+        return None
 
-class Attempt:
-    """One INVITE transaction of the caller: a CSeq, and the branch of its lowest Via.
-
-    ``copies`` maps the top branch of each INVITE copy to its Request-URIs and the branches of the
-    hops below; empty while no copy was seen. ``caller`` is the sent-by of the lowest hop;
-    ``sender`` and ``receiver`` are address and port between which the nearest copy went. ``closed``
-    are the branches that had their final non-2xx, ``rang`` those with a 1xx, ``decided`` says that
-    a final non-2xx was seen. ``time`` is the HEP time of the first copy, ``cancelled`` that of a
-    CANCEL, 0 for none. ``named`` are the identities of copies with another From.
-    """
-
-    __slots__ = tuple(
-        "branch caller cancelled closed copies cseq decided further identity named rang receiver "
-        "sender time".split()
-    )
-
-    def __init__(self, cseq: int, branch: str) -> None:
-        self.cseq = cseq
-        self.branch = branch
-        self.copies: dict[str, tuple[set[str], set[str]]] = {}
-        self.caller = ""
-        self.sender = self.receiver = (b"", 0)
-        self.closed: set[str] = set()
-        self.rang: set[str] = set()
-        self.decided = False
-        self.time = self.cancelled = 0
-        self.identity: Identity | None = None
-        self.further: list[SipMessage] = []
-        # A caller may use his branch again for an INVITE that names another: each is kept.
-        self.named: tuple[Identity, ...] = ()
+    def note_copy(self, invite: SipMessage) -> bool:
+        """Take in how a copy looks; whether that was new."""
+        top, *lower = [via.branch for via in invite.vias]
+        uri, copy = comparable(invite.request_uri), self.copy(top)
+        if copy and uri in copy.uris and copy.below.issuperset(lower):
+            return False
+        size = sum(len(known.uris) + len(known.below) for known in self.copies)
+        if (not copy and len(self.copies) >= MAX_INVITE_COPIES) or size >= MAX_COPY_VALUES:
+            return False
+        if copy is None:
+            copy = InviteCopy(top)
+            self.copies += (copy,)
+        copy.uris.add(uri)
+        copy.below.update(lower)
+        self.caller = self.caller or invite.vias[-1].sent_by
+        return True
 
     def choose(self, source: str) -> None:
         """The From of a 2xx is that of the INVITE which was answered (RFC 3261 8.2.6.2)."""
@@ -1981,108 +2028,97 @@ class Attempt:
             self.named = (*(x for x in self.named if x is not same), self.identity)
             self.identity = same
 
-    def note_copy(self, invite: SipMessage) -> bool:
-        """Take in how a copy looks; whether that was new."""
-        vias = invite.vias
-        uri, hops = comparable(invite.request_uri), [via.branch for via in vias[1:]]
-        known = self.copies.get(vias[0].branch)
-        if known and uri in known[0] and known[1].issuperset(hops):
-            return False
-        size = sum(len(uris) + len(below) for uris, below in self.copies.values())
-        if (not known and len(self.copies) >= MAX_INVITE_COPIES) or size >= MAX_COPY_VALUES:
-            return False
-        uris, below = self.copies.setdefault(vias[0].branch, (set(), set()))
-        uris.add(uri)
-        below.update(hops)
-        self.caller = self.caller or vias[-1].sent_by
-        return True
-
     def refused(self, acks: Iterable[Ack]) -> bool:
         """Whether each INVITE copy, or a hop below it, has had its final non-2xx (rule 8).
 
         An ACK with branch and Request-URI of a copy acknowledges one (RFC 3261 17.1.1.3).
         """
-        closed = self.closed
-        if not self.rang <= closed:
+        closed = set(self.refusals)
+        if not closed.issuperset(self.rang):
             # A caller may send such an ACK at any time.
             return False
-        for ack in acks:
-            copy = self.copies.get(ack.branch)
-            if copy and ack.cseq == self.cseq and ack.uri in copy[0]:
-                closed = closed | {ack.branch}
+        acknowledged = {(ack.top, ack.uri) for ack in acks if ack.cseq == self.cseq}
+        for copy in self.copies if acknowledged else ():
+            if any((copy.branch, uri) in acknowledged for uri in copy.uris):
+                closed.add(copy.branch)
         return bool(self.copies) and all(
-            branch in closed or not closed.isdisjoint(below)
-            for branch, (_, below) in self.copies.items()
+            copy.branch in closed or not closed.isdisjoint(copy.below) for copy in self.copies
         )
 
 
+@dataclass(slots=True, eq=False)
 class Bye:
-    """One BYE transaction of a side: when it was sent, and its final reply.
+    """One BYE transaction of a side: when it was sent, and its final reply."""
 
-    ``seen`` maps the ways on which it was sent (Request-URI and Route) to the HEP time
-    of the first copy; empty where only the reply was seen. A retransmission has the same way; a
-    caller who sends the same branch on another way sends another request. ``status`` is 0 before
-    the reply. ``arrived`` and ``replied_at`` are in seconds of the monotonic clock.
-    """
+    cseq: int
+    branch: str
+    from_caller: bool
+    # Whether its CSeq was lower than one seen before from its side (RFC 3261 12.2.2).
+    late: bool = False
+    # The ways on which it was sent (Request-URI and Route) with the HEP time of the first copy;
+    # empty where only the reply was seen. A retransmission has the same way; a caller who sends
+    # the same branch on another way sends another request.
+    seen: tuple[tuple[str, int], ...] = ()
+    # HEP time of what was carried out: see `note_way`.
+    time: int = 0
+    # Of the final reply, 0 before.
+    status: int = 0
+    reply_time: int = 0
+    # In seconds of the monotonic clock.
+    arrived: float = 0.0
+    replied_at: float = 0.0
 
-    __slots__ = tuple(
-        "arrived branch cseq from_caller late replied_at reply_time seen status".split()
-    )
+    def note_way(self, way: str, time: int) -> bool:
+        """Take in a copy; whether it was new.
 
-    def __init__(self, cseq: int, branch: str, from_caller: bool) -> None:
-        self.cseq = cseq
-        self.branch = branch
-        self.from_caller = from_caller
-        self.late = False
-        self.seen: dict[str, int] = {}
-        self.arrived = self.replied_at = 0.0
-        self.status = self.reply_time = 0
-
-    @property
-    def time(self) -> int:
-        """HEP time of what was carried out: the way that was tried last.
-
-        Each hop sends it another way, but within T1; who tries again gains no more than that.
+        What is carried out comes last, for a caller may send it on other ways before. So the time
+        is that of the way that was tried last, and of too many the earliest is forgotten. Each hop
+        sends it another way as well, but within T1: who tries again gains no more than that.
         """
-        if len(self.seen) == 1:
-            return next(iter(self.seen.values()))
-        first, *others = sorted(self.seen.values())
-        for other in others:
-            if other - first > SAME_SENDING:
-                first = other
-        return first
+        if any(known == way and at <= time for known, at in self.seen):
+            return False
+        others = sorted((at, known) for known, at in self.seen if known != way)[1 - MAX_WAYS :]
+        self.seen = (*((known, at) for at, known in others), (way, time))
+        self.time, *later = sorted(at for _, at in self.seen)
+        for at in later:
+            if at - self.time > SAME_SENDING:
+                self.time = at
+        return True
 
 
 # Requests of one side, as (CSeq, HEP time): the higher, the later.
 Requests = tuple[tuple[int, int], ...]
 
 
+@dataclass(slots=True, eq=False)
 class Dialog:
     """What is known under one To tag of a call (RFC 3261 section 12).
 
-    Times are HEP time in microseconds, 0 for never: ``answered`` and ``repeated`` of the first and
-    the last 2xx, ``acked`` of an ACK, ``alive`` of the last request or 2xx that only a dialog has,
-    ``confirmed`` of the last one by the callee's side, ``refreshed`` of the last refresh and
-    ``agreed`` of the 2xx that set ``session``, its interval in seconds. ``arrived`` and
-    ``refreshed_at`` are in seconds of the monotonic clock. ``cseq`` and ``branch`` are those of the
-    INVITE that was answered, ``sent`` the CSeqs of the caller's and of the callee's requests behind
-    it, ``reinvited`` the lowest of the caller's re-INVITEs.
+    Times are HEP time in microseconds, 0 for never; ``arrived`` and ``refreshed_at`` are in
+    seconds of the monotonic clock.
     """
 
-    __slots__ = tuple(
-        "acked acks agreed alive answered arrived branch byes confirmed cseq refreshed "
-        "refreshed_at reinvited repeated sent session to_tag".split()
-    )
-
-    def __init__(self, to_tag: str) -> None:
-        self.to_tag = to_tag
-        self.answered = self.repeated = self.acked = self.alive = self.confirmed = 0
-        self.refreshed = self.agreed = self.session = self.cseq = self.reinvited = 0
-        self.arrived = self.refreshed_at = 0.0
-        self.branch = ""
-        self.sent: tuple[Requests, Requests] = ((), ())
-        self.acks: tuple[Ack, ...] = ()
-        self.byes: tuple[Bye, ...] = ()
+    to_tag: str
+    # The INVITE that was answered, the first and the last 2xx, and an ACK to it.
+    cseq: int = 0
+    branch: str = ""
+    answered: int = 0
+    repeated: int = 0
+    arrived: float = 0.0
+    acked: int = 0
+    # The last request or 2xx that only a dialog has, and the last one by the callee's side.
+    alive: int = 0
+    confirmed: int = 0
+    # The session interval in seconds, the 2xx that set it, and the last refresh.
+    session: int = 0
+    agreed: int = 0
+    refreshed: int = 0
+    refreshed_at: float = 0.0
+    # The lowest CSeq of the caller's re-INVITEs; the CSeqs of caller and callee behind the INVITE.
+    reinvited: int = 0
+    sent: tuple[Requests, Requests] = ((), ())
+    acks: tuple[Ack, ...] = ()
+    byes: tuple[Bye, ...] = ()
 
     def highest(self, from_caller: bool) -> int:
         """The highest CSeq that was seen of a side, 0 for none."""
@@ -2092,7 +2128,7 @@ class Dialog:
     def note_cseq(self, cseq: int, time: int, from_caller: bool) -> bool:
         """Take in the CSeq of a side's request; whether it is the highest by now."""
         new = cseq > self.highest(from_caller)
-        sent: Requests = self.sent[not from_caller]
+        sent = self.sent[not from_caller]
         if any(other >= cseq and at <= time for other, at in sent):
             return False
         sent = tuple(x for x in sent if x[0] > cseq or x[1] < time) + ((cseq, time),)
@@ -2106,45 +2142,55 @@ class Dialog:
         return not self.acked and self.repeated - self.answered >= UNACKNOWLEDGED
 
 
-class Call:
+@dataclass(slots=True, eq=False)
+class Call(Charge):
     """What is known of one call of one tenant, and what was reported of it.
 
-    ``heard`` is when the last fact came, ``entered`` when its state began, ``begun_at`` and
-    ``ended_at`` when that was reported, in seconds of the monotonic clock; ``begun`` and ``ended``
-    are the HEP times reported, 0 for not yet, ``reason`` what gave the end. ``identity`` is that of
-    the answered attempt, ``tied`` marks a leg whose call another leg is charged for, ``tied_end``
-    the HEP time at which a leg ended that is tied to this one. ``refusals`` counts BYEs that were
-    refused. ``row`` numbers the calls. ``sender`` is the address from which its first packet came.
+    Times are HEP time in microseconds where they were reported, 0 for not yet, and else seconds of
+    the monotonic clock. As a charge it is that of the attempt that was answered.
     """
 
-    __slots__ = tuple(
-        "attempts begun begun_at branch call_id capture_id charged cseq dialogs ended ended_at "
-        "entered from_tag heard identity look reason refusals replied row sender slot state "
-        "tenant tied tied_end ties went_on".split()
-    )
-
-    def __init__(self, call_id: str, from_tag: str, now: float) -> None:
-        self.call_id = call_id
-        self.from_tag = from_tag
-        self.attempts: tuple[Attempt, ...] = ()
-        self.dialogs: tuple[Dialog, ...] = ()
-        self.identity: Identity | None = None
-        self.replied = self.tied = self.charged = self.went_on = False
-        self.heard = self.entered = now
-        self.begun_at = self.ended_at = 0.0
-        self.begun = self.ended = self.tied_end = self.cseq = 0
-        self.branch = self.reason = self.sender = self.tenant = ""
-        self.capture_id = self.row = self.refusals = self.slot = 0
-        self.look = inf
-        self.state = ORPHAN
-        # Keys by which a leg without an INVITE is tied to others.
-        self.ties: tuple[tuple[str, str], ...] = ()
+    route: Route = NO_ROUTE
+    call_id: str = ""
+    from_tag: str = ""
+    attempts: tuple[Attempt, ...] = ()
+    dialogs: tuple[Dialog, ...] = ()
+    # Whether the mirror has shown replies of it, and how many of its BYEs were refused.
+    replied: bool = False
+    byes_refused: int = 0
+    state: str = ORPHAN
+    # When the last fact came, and when the state began.
+    heard: float = 0.0
+    entered: float = 0.0
+    # What was reported, when, and of which INVITE; whether it went on behind the end.
+    begun: int = 0
+    begun_at: float = 0.0
+    cseq: int = 0
+    branch: str = ""
+    ended: int = 0
+    ended_at: float = 0.0
+    reason: str = ""
+    charged: bool = False
+    went_on: bool = False
+    # Whether another leg is charged for it, and when a leg ended that is tied to it (rule 17).
+    tied: bool = False
+    tied_end: int = 0
+    # By what a leg without an INVITE is tied to others: tenant and tag.
+    ties: tuple[tuple[str, str], ...] = ()
+    # The tenant and the capture agent of its INVITE, and the address its first packet came from.
+    tenant: str = ""
+    capture_id: int = 0
+    sender: str = ""
+    row: int = 0
+    # When to judge it again, and where it stands in the wheel: 0 nowhere, -1 once it is forgotten.
+    due: float = inf
+    slot: int = 0
 
     @property
-    def shown(self) -> Identity | None:
+    def shown(self) -> Charge:
         """Whose call it is, as far as that is known."""
         newest = self.attempts[-1].identity if self.attempts else None
-        return self.identity or newest
+        return newest if newest is not None and not self.begun else self
 
     @property
     def acks(self) -> Iterator[Ack]:
@@ -2155,20 +2201,21 @@ class Call:
         """Whether a request, or the request of a reply, went from the caller to the callee."""
         return message.from_tag == self.from_tag
 
+    def callee_tag(self, message: SipMessage) -> str:
+        """The To tag of the dialog that a message is of; tags swap with the direction (12.2)."""
+        return message.to_tag if message.from_tag == self.from_tag else message.from_tag
+
     def concerns(self, message: SipMessage) -> bool:
-        """Whether a message has the caller's tag; tags swap with the direction (12.2)."""
-        begins = message.cseq_method in ("INVITE", "ACK")
-        ours = (message.cseq, message.branch) == (self.cseq, self.branch)
-        if self.ended_at and begins and not ours and message.time > self.ended:
+        """Whether a message has the caller's tag on the side where it belongs."""
+        in_dialog = message.cseq_method not in ("ACK", "CANCEL") and message.to_tag != ""
+        later = self.ended_at and message.time > self.ended
+        if later and message.cseq_method in ("INVITE", "ACK") and not self.is_answered(message):
             # Of a later call, whose INVITE is on its way.
             return False
         if message.from_tag == self.from_tag:
             return True
-        if self.state == ORPHAN:
-            # Who called is not known yet.
-            return False
-        in_dialog = message.cseq_method not in ("ACK", "CANCEL") and message.to_tag != ""
-        return in_dialog and message.to_tag == self.from_tag
+        # Who called is not known yet of an orphan.
+        return self.state != ORPHAN and in_dialog and message.to_tag == self.from_tag
 
     def is_initial(self, branch: str) -> bool:
         """Whether a branch is that of an initial INVITE, whatever its CSeq was changed to."""
@@ -2182,105 +2229,84 @@ class Call:
         return None
 
     def dialog(self, to_tag: str) -> Dialog:
-        """The dialog with this To tag; of too many the oldest that nobody answered goes."""
-        if self.dialogs and self.dialogs[0].to_tag == to_tag:
-            return self.dialogs[0]
-        dialog = self.find_dialog(to_tag)
-        if dialog is None:
-            dialog = Dialog(to_tag)
-            if len(self.dialogs) >= MAX_DIALOGS:
-                spare = min(self.dialogs, key=lambda x: (bool(x.answered), bool(x.acks)))
-                self.dialogs = tuple(x for x in self.dialogs if x is not spare)
-            self.dialogs += (dialog,)
-        return dialog
+        """The dialog with this To tag, or a new one; of too many one without an answer goes."""
+        for dialog in self.dialogs:
+            if dialog.to_tag == to_tag:
+                return dialog
+        if len(self.dialogs) >= MAX_DIALOGS:
+            spare = min(self.dialogs, key=lambda x: (bool(x.answered), bool(x.acks)))
+            self.dialogs = tuple(x for x in self.dialogs if x is not spare)
+        self.dialogs += (Dialog(to_tag),)
+        return self.dialogs[-1]
+
+    def is_answered(self, invite: SipMessage | Attempt) -> bool:
+        """Whether CSeq and lowest branch are those of the INVITE that was answered."""
+        return invite.cseq == self.cseq and invite.branch == self.branch
 
     def has_invite(self, cseq: int, branch: str) -> bool:
         """Whether an initial INVITE with this CSeq and lowest branch was seen."""
-        known = (cseq, branch)
-        if known == (self.cseq, self.branch):
-            return True
-        return any((x.cseq, x.branch) == known and x.copies for x in self.attempts)
+        known = [(x.cseq, x.branch) for x in self.attempts if x.copies]
+        return (cseq, branch) in (*known, (self.cseq, self.branch))
 
-    def attempt_of(self, cseq: int, branch: str) -> Attempt | None:
-        """The attempt that a reply, an ACK or a CANCEL belongs to.
+    def attempt_of(self, message: SipMessage | Dialog | Ack) -> Attempt | None:
+        """The attempt that a reply, an ACK, a CANCEL or a dialog belongs to.
 
         The branch of the lowest Via says which (RFC 3261 17.1.3). Where it is hidden by a proxy on
         the way, the CSeq does, and of several the latest that was not refused.
         """
-        if len(self.attempts) == 1 and self.attempts[0].cseq == cseq:
-            return self.attempts[0]
-        same = [attempt for attempt in self.attempts if attempt.cseq == cseq]
+        same = [attempt for attempt in self.attempts if attempt.cseq == message.cseq]
         if len(same) < 2:
             return same[0] if same else None
-        exact = next((attempt for attempt in same if attempt.branch == branch), None)
-        if exact is not None:
-            return exact
+        for attempt in same:
+            if attempt.branch == message.branch:
+                return attempt
         acks = list(self.acks)
-        going = [attempt for attempt in same if not attempt.decided and not attempt.refused(acks)]
+        going = [attempt for attempt in same if not attempt.refusals and not attempt.refused(acks)]
         return max(going or same, key=attrgetter("time"))
 
 
 # What a message adds
 
-# What `note` returns: a copy adds nothing; a fact is kept; most facts are also judged at once.
-NOTHING, KEPT, TELLING = 0, 1, 2
+# What `note` returns: a copy, from which nothing is learnt; a fact from which nothing follows by
+# itself; a BYE whose answer is still to come, for LINGER; and evidence, which is judged at once.
+COPY, FACT, UNANSWERED, EVIDENCE = range(4)
 
 
 def note(call: Call, message: SipMessage, now: float) -> int:
-    """Add what a message says to what is known of its call.
+    """Add what a message says to what is known of its call: COPY, FACT, UNANSWERED or EVIDENCE.
 
-    Returns NOTHING, KEPT for a fact from which nothing follows by itself, or TELLING. Initial
-    INVITEs are for `note_invite`, which also needs to know whose call it is.
+    Initial INVITEs are for `note_invite`, which also needs to know whose call it is.
     """
     method = message.cseq_method
-    if message.status:
-        first = KEPT if not call.replied else NOTHING
-        call.replied = True
-        # Rule 10: a provisional reply renews the ringing time-out, which is not judged at once.
-        if message.status < 200:
-            # A 100 is the next hop's own word (RFC 3261 8.2.6.1): nothing rings by it.
-            if message.status == 100 or not _note_ringing(call, message):
-                return first
-            # An ACK that came before may be waiting for it.
-            return TELLING if call.dialogs else KEPT
+    if not message.status:
+        if method == "ACK":
+            return _note_ack(call, message, now)
         if method == "BYE":
-            return _note_bye_reply(call, message, now) or first
-        return TELLING if _note_reply(call, message, now) else first
-    if method == "ACK":
-        return _note_ack(call, message, now)
+            return _note_bye(call, message, now)
+        if method == "CANCEL":
+            return _note_attempt(call, message)
+        return _note_request(call, message, now)
+    first = COPY if call.replied else FACT
+    call.replied = True
+    if message.status < 200:
+        # A 100 is the next hop's own word (RFC 3261 8.2.6.1): nothing rings by it.
+        rings = method == "INVITE" and message.status > 100
+        return (_note_attempt(call, message) if rings else COPY) or first
     if method == "BYE":
-        return _note_bye(call, message, now)
-    if method == "CANCEL":
-        return _note_cancel(call, message)
-    return TELLING if _note_request(call, message, now) else NOTHING
+        return _note_bye_reply(call, message, now) or first
+    return _note_reply(call, message, now) or first
 
 
 def note_invite(
     call: Call, sighting: Sighting, route: Route, settings: Settings, keep: bool
 ) -> bool:
-    """Add an initial INVITE or a copy of it: rules 1 and 3.
+    """Add an initial INVITE or a copy of it, and say whether it was new: rules 1 and 3.
 
     ``keep`` says that other routes are possible, so that the text of a copy that came before one
     nearer to the caller may be needed once more.
     """
-    message, packet = sighting.message, sighting.packet
-    hops, branch = len(message.vias), message.branch
-    sender = (packet.source, packet.source_port)
-    receiver = (packet.destination, packet.destination_port)
-    attempt = None
-    for other in call.attempts:
-        if other.cseq == message.cseq and other.branch == branch:
-            attempt = other
-            break
-        # A proxy that hides the Vias below it sends the copy from where it received it.
-        if other.cseq == message.cseq and other.identity is not None:
-            if sender == other.receiver and sender[1]:
-                attempt, hops = other, max(hops, other.identity.hops + 1)
-            elif receiver == other.sender and receiver[1]:
-                attempt, hops, other.branch = other, other.identity.hops - 1, branch
-    if attempt is None:
-        attempt = Attempt(message.cseq, branch)
-        call.attempts += (attempt,)
+    message = sighting.message
+    attempt, hops, sender, receiver = _find_attempt(call, sighting)
     new = attempt.note_copy(message)
     # After 32 s it is no retransmission, but the branch used again.
     if not 0 < attempt.time <= message.time <= attempt.time + LINGER * 1_000_000:
@@ -2289,12 +2315,12 @@ def note_invite(
     if identity is not None and sender[0] == attempt.sender[0]:
         source = party_text("from", message)
         if source != identity.source and all(x.source != source for x in attempt.named):
-            named = Identity(sighting, route, hops, settings)
+            named = identify(sighting, route, hops, settings)
             attempt.named = (*attempt.named[1 - MAX_NAMED :], named)
             return True
     if identity is None or hops < identity.hops:
         attempt.named = ()
-        identity = attempt.identity = Identity(sighting, route, hops, settings)
+        identity = attempt.identity = identify(sighting, route, hops, settings)
         attempt.sender, attempt.receiver = sender, receiver
         for further in attempt.further:
             identity.add(further, len(further.vias), settings)
@@ -2302,85 +2328,102 @@ def note_invite(
     elif new and hops > identity.hops:
         identity.add(message, hops, settings)
     if hops <= 1:
-        attempt.further = []
+        attempt.further = ()
     elif new and keep and len(attempt.further) < MAX_FURTHER:
-        attempt.further.append(message)
+        attempt.further += (message,)
     return new
 
 
-def _note_reply(call: Call, reply: SipMessage, now: float) -> bool:
+def _find_attempt(
+    call: Call, sighting: Sighting
+) -> tuple[Attempt, int, tuple[bytes, int], tuple[bytes, int]]:
+    """The attempt of an INVITE copy, maybe a new one, its hops, and whence and whither it went."""
+    message, packet = sighting.message, sighting.packet
+    cseq, branch, hops = message.cseq, message.branch, len(message.vias)
+    sender = (packet.source, packet.source_port)
+    receiver = (packet.destination, packet.destination_port)
+    found = None
+    for attempt in call.attempts:
+        if attempt.cseq != cseq:
+            continue
+        if attempt.branch == branch:
+            return attempt, hops, sender, receiver
+        # A proxy that hides the Vias below it sends the copy from where it received it.
+        if attempt.identity is not None:
+            if sender == attempt.receiver and sender[1]:
+                found, hops = attempt, max(hops, attempt.identity.hops + 1)
+            elif receiver == attempt.sender and receiver[1]:
+                found, hops, attempt.branch = attempt, attempt.identity.hops - 1, branch
+    if found is None:
+        found = Attempt(cseq, branch)
+        call.attempts += (found,)
+    return found, hops, sender, receiver
+
+
+def _note_attempt(call: Call, message: SipMessage) -> int:
+    """A 1xx, a refusal or a CANCEL of an INVITE; a 1xx renews the ringing time-out (rule 10)."""
+    attempt, branch = call.attempt_of(message), message.top_branch
+    if attempt is None:
+        if call.begun:
+            return COPY
+        # Its INVITE is on its way.
+        attempt = Attempt(message.cseq, message.branch)
+        if len(call.attempts) < MAX_ATTEMPTS:
+            call.attempts += (attempt,)
+    if not message.status:
+        if 0 < attempt.cancelled <= message.time:
+            return COPY
+        attempt.cancelled = message.time
+        return EVIDENCE
+    told = attempt.rang if message.status < 200 else attempt.refusals
+    if branch in told or len(told) >= MAX_INVITE_COPIES:
+        return COPY
+    if message.status >= 300:
+        attempt.refusals += (branch,)
+        return EVIDENCE
+    attempt.rang += (branch,)
+    # An ACK that came before may be waiting for it.
+    return EVIDENCE if call.dialogs else FACT
+
+
+def _note_reply(call: Call, reply: SipMessage, now: float) -> int:
     """A final reply to an INVITE, a re-INVITE or an UPDATE."""
     from_caller = call.is_from_caller(reply)
-    to_tag = reply.to_tag if from_caller else reply.from_tag
+    if reply.status >= 300:
+        of_invite = reply.cseq_method == "INVITE" and from_caller
+        return _note_attempt(call, reply) if of_invite else COPY
+    dialog = call.dialog(call.callee_tag(reply))
     if reply.cseq_method == "INVITE" and from_caller:
-        if reply.status >= 300:
-            return _note_refusal(call, reply)
-        dialog = call.dialog(to_tag)
         # Anybody may send a re-INVITE with the CSeq of the INVITE, also before its answer.
         known = call.attempts or call.begun
         reinvite = 0 < dialog.reinvited <= reply.cseq and not call.is_initial(reply.branch)
         if not (reinvite and known) and (not dialog.answered or reply.cseq <= dialog.cseq):
-            named = any(attempt.named for attempt in call.attempts)
-            attempt = call.attempt_of(reply.cseq, reply.branch) if named else None
-            if attempt is not None:
-                attempt.choose(party_text("from", reply))
-            return _note_answer(dialog, reply, now)
-    elif reply.status >= 300:
-        return False
-    dialog = call.dialog(to_tag)
+            return _note_answer(call, dialog, reply, now)
     new = _note_alive(dialog, reply, now, from_caller)
-    return _note_session(dialog, reply) or new
+    return EVIDENCE if _note_session(dialog, reply) or new else COPY
 
 
-def _note_ringing(call: Call, reply: SipMessage) -> bool:
-    if reply.cseq_method != "INVITE":
-        return False
-    attempt = call.attempt_of(reply.cseq, reply.branch)
-    branch = reply.top_branch
-    if attempt is None and not call.begun:
-        attempt = _new_attempt(call, reply)
-    if attempt is None or branch in attempt.rang or len(attempt.rang) >= MAX_INVITE_COPIES:
-        return False
-    attempt.rang.add(branch)
-    return True
-
-
-def _note_refusal(call: Call, reply: SipMessage) -> bool:
-    attempt = call.attempt_of(reply.cseq, reply.branch)
-    if attempt is None:
-        if call.begun:
-            return False
-        attempt = _new_attempt(call, reply)
-    before = len(attempt.closed), attempt.decided
-    attempt.decided = True
-    if len(attempt.closed) < MAX_INVITE_COPIES:
-        attempt.closed.add(reply.top_branch)
-    return before != (len(attempt.closed), attempt.decided)
-
-
-def _new_attempt(call: Call, message: SipMessage) -> Attempt:
-    """An attempt of which no INVITE copy was seen yet."""
-    attempt = Attempt(message.cseq, message.branch)
-    if len(call.attempts) < MAX_ATTEMPTS:
-        call.attempts += (attempt,)
-    return attempt
-
-
-def _note_answer(dialog: Dialog, answer: SipMessage, now: float) -> bool:
+def _note_answer(call: Call, dialog: Dialog, answer: SipMessage, now: float) -> int:
+    """A 2xx to an INVITE."""
+    if any(attempt.named for attempt in call.attempts):
+        attempt = call.attempt_of(answer)
+        if attempt is not None:
+            attempt.choose(party_text("from", answer))
     new = not dialog.answered or answer.cseq != dialog.cseq
     was = dialog.unacknowledged
     if new:
         dialog.cseq, dialog.branch, dialog.arrived = answer.cseq, answer.branch, now
         dialog.answered = dialog.repeated = answer.time
-        dialog.acked = min((ack.time for ack in dialog.acks), default=dialog.acked)
+        if dialog.acks:
+            dialog.acked = min(ack.time for ack in dialog.acks)
     if not dialog.refreshed:
         dialog.refreshed, dialog.refreshed_at = answer.time, now
-    new |= answer.time < dialog.answered
-    dialog.answered = min(dialog.answered, answer.time)
+    if answer.time < dialog.answered:
+        dialog.answered, new = answer.time, True
     dialog.repeated = max(dialog.repeated, answer.time)
-    new |= _note_session(dialog, answer)
     # A repetition is a fact once it says that nobody acknowledges (rule 9).
-    return new or dialog.unacknowledged != was
+    new |= _note_session(dialog, answer) or dialog.unacknowledged != was
+    return EVIDENCE if new else COPY
 
 
 def _note_session(dialog: Dialog, reply: SipMessage) -> bool:
@@ -2406,10 +2449,9 @@ def _note_alive(dialog: Dialog, message: SipMessage, now: float, from_caller: bo
     return new
 
 
-def _note_request(call: Call, request: SipMessage, now: float) -> bool:
+def _note_request(call: Call, request: SipMessage, now: float) -> int:
     """A re-INVITE or UPDATE, or another request of a dialog, whose CSeq counts (12.2.2)."""
-    from_caller = call.is_from_caller(request)
-    dialog = call.dialog(request.to_tag if from_caller else request.from_tag)
+    from_caller, dialog = call.is_from_caller(request), call.dialog(call.callee_tag(request))
     new = dialog.note_cseq(request.cseq, request.time, from_caller)
     for bye in dialog.byes:
         if bye.from_caller == from_caller and bye.seen and bye.cseq < request.cseq:
@@ -2422,95 +2464,62 @@ def _note_request(call: Call, request: SipMessage, now: float) -> bool:
             dialog.answered = dialog.repeated = dialog.cseq = 0
     if request.method in ("INVITE", "UPDATE", "INFO"):
         new |= _note_alive(dialog, request, now, from_caller)
-    return new
+    return EVIDENCE if new else COPY
 
 
 def _note_ack(call: Call, ack: SipMessage, now: float) -> int:
     dialog = call.dialog(ack.to_tag)
     if dialog.answered:
-        if dialog.acked:
-            dialog.acked = min(dialog.acked, ack.time)
-            if call.replied:
-                return NOTHING
-        else:
+        if not dialog.acked:
             # Of one dialog it only says that the 2xx was no stray one.
             plain = len(call.dialogs) == 1 and not dialog.unacknowledged and call.begun
-            dialog.acked = ack.time
-            return KEPT if plain else TELLING
-    vias = ack.vias
-    fact = Ack(
-        ack.cseq,
-        vias[0].branch,
-        comparable(ack.request_uri),
-        vias[-1].branch,
-        vias[-1].sent_by,
-        ack.time,
-        now,
-    )
-    for index, known in enumerate(dialog.acks):
-        if known[:5] == fact[:5]:
-            if ack.time < known.time:
-                kept = list(dialog.acks)
-                kept[index] = known._replace(time=ack.time)
-                dialog.acks = tuple(kept)
-                return KEPT
-            return NOTHING
+            # Behind the begin its time says nothing, and is not kept.
+            dialog.acked = dialog.answered if call.begun else ack.time
+            return FACT if plain else EVIDENCE
+        earlier = ack.time < dialog.acked
+        dialog.acked = min(dialog.acked, ack.time)
+        if call.replied:
+            return FACT if earlier else COPY
+    vias, uri = ack.vias, comparable(ack.request_uri)
+    fact = Ack(ack.cseq, *vias[-1], vias[0].branch, uri, ack.time, now)
+    for known in dialog.acks:
+        if known == fact:
+            earlier = ack.time < known.time
+            known.time = min(known.time, ack.time)
+            return FACT if earlier else COPY
     if len(dialog.acks) >= MAX_REQUESTS:
-        return NOTHING
+        return COPY
     dialog.acks += (fact,)
-    return TELLING
-
-
-def _note_cancel(call: Call, cancel: SipMessage) -> int:
-    attempt = call.attempt_of(cancel.cseq, cancel.branch)
-    if attempt is None:
-        if call.begun:
-            return NOTHING
-        attempt = _new_attempt(call, cancel)
-    if attempt.cancelled and attempt.cancelled <= cancel.time:
-        return NOTHING
-    attempt.cancelled = cancel.time
-    return TELLING
+    return EVIDENCE
 
 
 def _note_bye(call: Call, bye: SipMessage, now: float) -> int:
     if bye.goes_no_further:
-        return NOTHING
-    from_caller = call.is_from_caller(bye)
-    dialog = call.dialog(bye.to_tag if from_caller else bye.from_tag)
+        return COPY
+    from_caller, dialog = call.is_from_caller(bye), call.dialog(call.callee_tag(bye))
     fact = _find_bye(dialog, bye, from_caller)
-    way = bye.way
-    known = fact.seen.get(way)
-    if known is not None and known <= bye.time:
-        return NOTHING
-    if known is None and len(fact.seen) >= MAX_WAYS:
-        # What is carried out comes last: the caller may send it on other ways before.
-        del fact.seen[min(fact.seen, key=fact.seen.__getitem__)]
     if not fact.seen:
-        fact.arrived = now
-        fact.cseq = bye.cseq
+        fact.arrived, fact.cseq = now, bye.cseq
         sent = dialog.sent[not from_caller]
         fact.late = any(cseq > bye.cseq and time <= bye.time for cseq, time in sent)
-    fact.seen[way] = bye.time
+    if not fact.note_way(bye.way, bye.time):
+        return COPY
     if not from_caller:
         dialog.confirmed = max(dialog.confirmed, bye.time)
-    return TELLING
+    return UNANSWERED if call.begun and call.replied and not fact.status else EVIDENCE
 
 
 def _note_bye_reply(call: Call, reply: SipMessage, now: float) -> int:
-    if reply.status < 200:
-        return NOTHING
-    from_caller = call.is_from_caller(reply)
-    dialog = call.dialog(reply.to_tag if from_caller else reply.from_tag)
+    from_caller, dialog = call.is_from_caller(reply), call.dialog(call.callee_tag(reply))
     bye = _find_bye(dialog, reply, from_caller)
     if bye.status in _CARRIED_OUT or bye.status == reply.status:
-        return NOTHING
+        return COPY
     if reply.status not in _CARRIED_OUT and reply.status not in _CHALLENGES:
-        call.refusals += 1
+        call.byes_refused += 1
     bye.status, bye.reply_time, bye.replied_at = reply.status, reply.time, now
     if from_caller and reply.status < 300:
         dialog.confirmed = max(dialog.confirmed, reply.time)
-    return TELLING
+    return EVIDENCE
 
 
 def _find_bye(dialog: Dialog, message: SipMessage, from_caller: bool) -> Bye:
@@ -2519,21 +2528,18 @@ def _find_bye(dialog: Dialog, message: SipMessage, from_caller: bool) -> Bye:
     A proxy that challenges for the caller counts the CSeq on by itself: the branch alone, then.
     """
     branch = message.branch
-    if not dialog.byes:
-        dialog.byes = (Bye(message.cseq, branch, from_caller),)
-        return dialog.byes[0]
-    alike = [x for x in dialog.byes if x.from_caller == from_caller and x.branch == branch]
+    ours = [x for x in dialog.byes if x.from_caller == from_caller]
+    alike = [x for x in ours if x.branch == branch]
     for bye in alike:
         if bye.cseq == message.cseq:
             return bye
     for bye in sorted(alike, key=lambda bye: bye.status not in _CARRIED_OUT):
         if bool(bye.seen) == bool(message.status):
             return bye
-    bye = Bye(message.cseq, branch, from_caller)
-    ours = [x for x in dialog.byes if x.from_caller == from_caller]
     if len(ours) >= MAX_REQUESTS:
         spare = next((x for x in ours if x.status not in _CARRIED_OUT), ours[0])
         dialog.byes = tuple(x for x in dialog.byes if x is not spare)
+    bye = Bye(message.cseq, branch, from_caller)
     dialog.byes += (bye,)
     return bye
 
@@ -2560,14 +2566,14 @@ class End(NamedTuple):
 class Verdict(NamedTuple):
     """What follows from the facts of a call: its state, what is to be reported, what comes next.
 
-    ``look`` is when to judge again if nothing comes, in seconds of the monotonic clock; ``over``
+    ``due`` is when to judge again if nothing comes, in seconds of the monotonic clock; ``over``
     says that nothing is waited for any more: the call is to be forgotten.
     """
 
     state: str
     begin: Begin | None
     end: End | None
-    look: float
+    due: float
     over: bool = False
 
 
@@ -2578,67 +2584,61 @@ def judge(call: Call, now: float, settings: Settings, closing: bool = False) -> 
     """
     if call.ended_at:
         if not call.charged:
-            look = call.heard + LINGER
+            due = call.heard + LINGER
         else:
             known = settings.max_call_duration if call.went_on else 0.0
-            look = call.ended_at + max(known, REMEMBERED)
-        return Verdict(ENDED, None, None, look, now >= look)
+            due = call.ended_at + max(known, REMEMBERED)
+        return Verdict(ENDED, None, None, due, now >= due)
     if call.begun_at:
-        end, look = _judge_end(call, now, settings, closing)
-        return Verdict(ENDED if end else ANSWERED, None, end, look)
+        end, due = _judge_end(call, now, settings, closing)
+        return Verdict(ENDED if end else ANSWERED, None, end, due)
     attempts = [attempt for attempt in call.attempts if attempt.copies]
     if not attempts:
         return _judge_orphan(call, now, settings, closing)
-    if not call.dialogs and not attempts[-1].decided:
-        gone = call.heard + settings.invite_timeout
-        return Verdict(TRYING, None, None, gone, now >= gone)
-    begin, look = _judge_begin(call, attempts, now, settings, closing)
+    begin, due = _judge_begin(call, attempts, now, settings, closing)
     if begin is not None:
-        return Verdict(ANSWERED, begin, None, now)
+        # Without a BYE it does not end sooner.
+        return Verdict(ANSWERED, begin, None, now + min(LINGER, settings.max_call_duration))
     acks = list(call.acks)
     refused = all(attempt.refused(acks) for attempt in attempts)
     # A caller may acknowledge a refusal that there never was, and let it ring.
-    certain = refused and all(attempt.decided for attempt in attempts)
+    certain = refused and all(attempt.refusals for attempt in attempts)
     gone = call.heard + (LINGER if certain else settings.invite_timeout)
-    return Verdict(FAILED if refused else TRYING, None, None, min(look, gone), now >= gone)
+    return Verdict(FAILED if refused else TRYING, None, None, min(due, gone), now >= gone)
 
 
 def _judge_orphan(call: Call, now: float, settings: Settings, closing: bool) -> Verdict:
     """What to make of messages without an INVITE: a BYE may end a call that it is tied to."""
-    gone = call.heard + settings.reorder_window
-    end, look = None, inf
-    if call.ties:
-        for dialog in call.dialogs:
-            found, later = _judge_byes(call, dialog, now, settings, closing)
-            end, look = min(filter(None, (end, found)), default=None), min(look, later)
-        if look < inf:
-            gone = max(gone, look)
-        if now < call.heard + settings.reorder_window and not closing:
-            # Only then is it clear whether the mirror shows answers.
-            end = None
-    return Verdict(ORPHAN, None, end, min(look, gone), now >= gone)
+    settled = gone = call.heard + settings.reorder_window
+    end, due = None, inf
+    for dialog in call.dialogs if call.ties else ():
+        over, later = _judge_byes(call, dialog, now, settings, closing)
+        end, due = min(filter(None, (end, over)), default=None), min(due, later)
+    if due < inf:
+        gone = max(gone, due)
+    # Only then is it clear whether the mirror shows answers.
+    end = end if now >= settled or closing else None
+    return Verdict(ORPHAN, None, end, min(due, gone), now >= gone)
 
 
 def _judge_begin(
     call: Call, attempts: list[Attempt], now: float, settings: Settings, closing: bool
 ) -> tuple[Begin | None, float]:
     """The earliest certain evidence that the call was answered, and when there may be more."""
-    found: Begin | None = None
-    look = inf
+    earliest: Begin | None = None
+    due = inf
     for dialog in call.dialogs:
         if dialog.answered:
             begin, certain = _begin_of_answer(call, dialog, attempts, settings)
-        elif dialog.acks:
-            begin, certain = _begin_of_acks(call, dialog, attempts, settings)
         else:
-            continue
+            begin, certain = _begin_of_acks(call, dialog, attempts, settings)
         if begin is None:
             continue
         if certain > now and not closing:
-            look = min(look, certain)
-        elif found is None or begin.time < found.time:
-            found = begin
-    return found, look
+            due = min(due, certain)
+        elif earliest is None or begin.time < earliest.time:
+            earliest = begin
+    return earliest, due
 
 
 def _begin_of_answer(
@@ -2649,13 +2649,13 @@ def _begin_of_answer(
         return None, inf
     time, reason = dialog.answered, "answer"
     if settings.begin_on == "ack":
-        if not dialog.acked:
-            return None, inf
         time, reason = dialog.acked, "ack"
-    attempt = call.attempt_of(dialog.cseq, dialog.branch)
+    if not time:
+        return None, inf
+    attempt = call.attempt_of(dialog)
     if attempt is not None and attempt.copies:
         # Of an attempt that was refused, an answer of another branch may be to one on its way.
-        certain = not attempt.decided or attempt.branch == dialog.branch
+        certain = not attempt.refusals or attempt.branch == dialog.branch
         at = -inf if certain else dialog.arrived + settings.reorder_window
         return Begin(time, reason, attempt, dialog), at
     older = [attempt for attempt in attempts if attempt.cseq <= dialog.cseq]
@@ -2671,15 +2671,13 @@ def _begin_of_acks(
     """Rule 7: an ACK of a dialog whose 2xx was not seen."""
     for ack in sorted(dialog.acks, key=attrgetter("time")):
         attempt, says = _read_ack(call, ack, attempts)
-        if attempt is None or attempt.identity is None or says == "refusal":
-            continue
-        if _is_void(call, dialog, ack.time):
+        if attempt is None or says == "refusal" or _is_void(call, dialog, ack.time):
             continue
         begin = Begin(ack.time, "ack", attempt, dialog)
         if call.replied or says == "doubtful":
             # What never rang, where replies are mirrored, the proxy refused itself.
             carried = bool(attempt.rang) or not call.replied
-            if carried and not attempt.decided and _is_followed(call, dialog, ack):
+            if carried and not attempt.refusals and _is_followed(call, dialog, ack):
                 return begin, -inf
         elif says == "answer" and ack.time >= attempt.time:
             return begin, -inf
@@ -2700,22 +2698,20 @@ def _read_ack(call: Call, ack: Ack, attempts: list[Attempt]) -> tuple[Attempt | 
     if not same:
         return None, ""
     for attempt in same:
-        copy = attempt.copies.get(ack.branch)
+        copy = attempt.copy(ack.top)
         if copy is not None:
-            if ack.uri in copy[0]:
+            if ack.uri in copy.uris:
                 return attempt, "refusal"
             return attempt, "doubtful" if 0 < attempt.cancelled < ack.time else "answer"
-    attempt = call.attempt_of(ack.cseq, ack.lowest) or same[-1]
+    attempt = call.attempt_of(ack) or same[-1]
     if not attempt.copies:
         # Of an INVITE that was lost, or is on its way.
         return None, ""
-    copies = attempt.copies.items()
     # The copy that a proxy sent to the callee's Contact has the URI of an ACK to a 2xx.
-    own = [uris for uris, below in attempt.copies.values() if not below]
-    uris = own or [uris for uris, _ in attempt.copies.values()]
-    if 0 < attempt.cancelled < ack.time or any(ack.uri in known for known in uris):
+    own = [copy for copy in attempt.copies if not copy.below] or attempt.copies
+    if 0 < attempt.cancelled < ack.time or any(ack.uri in copy.uris for copy in own):
         return attempt, "doubtful"
-    known = any(ack.lowest == branch or ack.lowest in below for branch, (_, below) in copies)
+    known = any(ack.branch == copy.branch or ack.branch in copy.below for copy in attempt.copies)
     return attempt, "answer" if not known and ack.sent_by == attempt.caller else "answer later"
 
 
@@ -2730,7 +2726,7 @@ def _is_followed(call: Call, dialog: Dialog, ack: Ack) -> bool:
     retried = any(x.cseq > ack.cseq and x.time > ack.time for x in call.attempts)
     if call.replied or retried:
         return False
-    byes = any(time >= ack.time for bye in dialog.byes for time in bye.seen.values())
+    byes = any(time >= ack.time for bye in dialog.byes for _, time in bye.seen)
     return byes or dialog.alive >= ack.time
 
 
@@ -2750,38 +2746,35 @@ def _judge_end(
 ) -> tuple[End | None, float]:
     """Rules 11 to 17: when a call that was begun has ended, and when there may be more."""
     window = 0.0 if closing else settings.reorder_window
-    settled = call.begun_at + window
-    end: End | None = None
-    look, going = inf, False
     # A caller who holds back an ACK for some seconds may still talk on in that dialog.
     patience = 0.0 if closing else LINGER + window
+    settled, deadline = call.begun_at + window, call.begun_at + settings.max_call_duration
+    end: End | None = None
+    due, going = deadline, False
     for dialog in _counting(call, now - patience):
-        over, later = _judge_dialog(call, dialog, now, settings, closing)
-        if later < look:
-            look = later
+        over, certain = _judge_dialog(call, dialog, now, settings, closing)
+        due = min(due, certain)
         if over is None:
             going = True
-            if not dialog.acked and now < dialog.arrived + patience < look:
+            if not dialog.acked and now < dialog.arrived + patience:
                 # From then on it does not count where another one was acknowledged.
-                look = dialog.arrived + patience
+                due = min(due, dialog.arrived + patience)
         elif end is None or over > end:
             end = over
     if going:
         end = None
     if call.tied_end and (end is None or call.tied_end < end.time):
         end = End(call.tied_end, "bye_tied")
-    deadline = call.begun_at + settings.max_call_duration
     if end is None and now >= deadline:
         end = End(call.begun + round(settings.max_call_duration * 1_000_000), "deadline")
         settled = now
-    overdue = end is not None and end.reason in ("deadline", "session")
-    if overdue and end is not None and settings.expired_call_end == "last-seen":
-        alive = max((dialog.alive for dialog in call.dialogs), default=0)
-        end = End(max(alive, call.begun), end.reason)
-    if end is not None and now >= settled:
-        # Rule 18: clocks differ.
-        return End(max(end.time, call.begun), end.reason), look
-    return None, min(look, settled if end is not None else inf, deadline)
+    if end is None or now < settled:
+        return None, due if end is None else min(due, settled)
+    time = end.time
+    if end.reason in ("deadline", "session") and settings.expired_call_end == "last-seen":
+        time = max(dialog.alive for dialog in call.dialogs)
+    # Rule 18: clocks differ.
+    return End(max(time, call.begun), end.reason), due
 
 
 def _counting(call: Call, long_ago: float) -> Sequence[Dialog]:
@@ -2811,39 +2804,38 @@ def _judge_dialog(
     """When one answered dialog has ended, and when there may be more."""
     if dialog.unacknowledged:
         certain = dialog.arrived + LINGER + settings.reorder_window
-        if now >= certain or closing:
-            return End(call.begun, "unacknowledged"), inf
-        return None, certain
-    end, look = _judge_byes(call, dialog, now, settings, closing)
+        over = now >= certain or closing
+        return (End(call.begun, "unacknowledged"), inf) if over else (None, certain)
+    end, due = None, inf
+    if dialog.byes:
+        end, due = _judge_byes(call, dialog, now, settings, closing)
     if end is None and dialog.session:
         # Rule 16.
         deadline = dialog.refreshed_at + dialog.session + SESSION_GRACE
         if now >= deadline:
             return End(dialog.refreshed + dialog.session * 1_000_000, "session"), inf
-        look = min(look, deadline)
-    return end, look
+        due = min(due, deadline)
+    return end, due
 
 
 def _judge_byes(
     call: Call, dialog: Dialog, now: float, settings: Settings, closing: bool
 ) -> tuple[End | None, float]:
     """Rules 12 and 13: the first BYE of a dialog that was carried out, if that is certain."""
-    found: End | None = None
-    earlier, look = inf, inf
-    if not dialog.byes:
-        return None, inf
+    first: End | None = None
+    earlier, due = inf, inf
     for bye in dialog.byes:
         end, certain = _judge_bye(call, dialog, bye, settings)
         if end is None:
             continue
         if certain > now and not closing:
-            look = min(look, certain)
+            due = min(due, certain)
             if end.reason != "bye_unanswered":
                 earlier = min(earlier, end.time)
-        elif found is None or end.time < found.time:
-            found = end
+        elif first is None or end.time < first.time:
+            first = end
     # What was carried out before is certain soon.
-    return (found if found is not None and found.time <= earlier else None), look
+    return (first if first is not None and first.time <= earlier else None), due
 
 
 def _judge_bye(
@@ -2857,40 +2849,34 @@ def _judge_bye(
         if carried_out:
             return End(bye.reply_time, "bye_reply"), bye.replied_at + settings.reorder_window
         return None, inf
-    time = bye.time
     out_of_order = bye.late or (bye.from_caller and bye.cseq < dialog.cseq)
     # Before the answer it ended an early dialog, or nothing (rule 14).
     overdue = settings.reorder_window if call.replied and not bye.status else 0.0
-    early = time < dialog.answered and bye.arrived < call.begun_at + overdue
+    early = bye.time < dialog.answered and bye.arrived < call.begun_at + overdue
     if early and not confirmed:
         return None, inf
     if confirmed or (carried_out and not out_of_order):
-        highest = dialog.highest(bye.from_caller)
         # Where a CSeq was left out, the BYE that was challenged before may be on its way.
-        certain = bye.arrived + settings.reorder_window if highest < bye.cseq - 1 else -inf
-        return End(time if len(dialog.byes) == 1 else _first_try(dialog, bye), "bye"), certain
+        gap = dialog.highest(bye.from_caller) < bye.cseq - 1
+        certain = bye.arrived + settings.reorder_window if gap else -inf
+        return End(_first_try(dialog, bye), "bye"), certain
     if bye.status:
         return None, inf
     if not call.replied:
-        return (None, inf) if out_of_order else (End(time, "bye"), -inf)
-    if settings.unanswered_bye == "ignore" or dialog.alive > time:
+        return (None, inf) if out_of_order else (End(bye.time, "bye"), -inf)
+    if settings.unanswered_bye == "ignore" or dialog.alive > bye.time:
         return None, inf
-    return End(time, "bye_unanswered"), bye.arrived + LINGER
+    return End(bye.time, "bye_unanswered"), bye.arrived + LINGER
 
 
 def _first_try(dialog: Dialog, bye: Bye) -> int:
     """HEP time of a BYE, or of the one before that was challenged and that it repeats."""
-    return min(
-        [bye.time]
-        + [
-            other.time
-            for other in dialog.byes
-            if other.seen
-            and other.status in _CHALLENGES
-            and other.from_caller == bye.from_caller
-            and bye.time - CHALLENGE_RETRY <= other.time
-        ]
-    )
+    time = bye.time
+    for other in dialog.byes:
+        challenged = other.seen and other.status in _CHALLENGES
+        if challenged and other.from_caller == bye.from_caller:
+            time = min(time, other.time) if bye.time - CHALLENGE_RETRY <= other.time else time
+    return time
 
 
 # Room: call table
@@ -2926,20 +2912,35 @@ class Notice:
 _CALL_METHODS = frozenset(("INVITE", "ACK", "BYE", "CANCEL", "UPDATE"))
 
 
-def _facts(kind: type, *left_out: str) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
-    names = tuple(name for name in kind.__slots__ if name not in left_out)  # type: ignore[attr-defined]
-    return names, attrgetter(*names)
+# What the journal keeps of a call
+
+# Seconds of the monotonic clock, which starts anew with the machine.
+_CLOCKS = ("arrived", "refreshed_at", "replied_at", "heard", "entered", "begun_at", "ended_at")
+# What the table knows better when it takes a call back; the last fields of a call.
+_TABLES_OWN = ("row", "due", "slot")
+_RECORDS: dict[str, Any] = {
+    record.__name__: record for record in (Ack, Attempt, Bye, Call, Dialog, Identity, InviteCopy)
+}
+_VALUES: dict[type, Callable[[Any], tuple[Any, ...]]] = {
+    record: attrgetter(*(x.name for x in fields(record) if x.name not in _TABLES_OWN))
+    for record in _RECORDS.values()
+}
 
 
-_IDENTITY, _identity_values = _facts(Identity, "route")
-_ATTEMPT, _attempt_values = _facts(
-    Attempt, *"closed copies further identity named rang receiver sender".split()
-)
-_DIALOG, _dialog_values = _facts(Dialog, "arrived", "refreshed_at", "acks", "byes")
-_BYE, _bye_values = _facts(Bye, "arrived", "replied_at")
-_CALL, _call_values = _facts(
-    Call, *"attempts begun_at dialogs ended_at entered heard identity look slot row".split()
-)
+def _to_json(value: Any) -> dict[str, Any]:
+    """What JSON has no word for as an object of one member: its type, and what it is made of."""
+    kind = type(value)
+    values = _VALUES.get(kind)
+    if values is not None:
+        return {kind.__name__: values(value)}
+    if kind is Route:
+        return {"Route": value.packed}
+    if kind is SipMessage:
+        return {"SipMessage": (value.head, value.time)}
+    return {"set": list(value)} if kind is set else {"bytes": value.hex()}
+
+
+_pack_facts = json.JSONEncoder(separators=(",", ":"), default=_to_json).encode
 
 
 def pack_call(call: Call, offset: float) -> str:
@@ -2947,94 +2948,35 @@ def pack_call(call: Call, offset: float) -> str:
 
     ``offset`` in seconds is UNIX time less the monotonic clock, which starts anew with the machine.
     """
-    routes: dict[str, int] = {}
-
-    def identity(known: Identity | None) -> Any:
-        if known is None:
-            return None
-        return routes.setdefault(known.route.packed, len(routes)), *_identity_values(known)
-
-    def clock(seconds: float) -> float:
-        return round(seconds + offset, 3) if seconds else 0.0
-
-    values: list[Any] = [
-        _call_values(call),
-        [clock(x) for x in (call.begun_at, call.ended_at, call.entered, call.heard)],
-        identity(call.identity),
-        [
-            [
-                _attempt_values(attempt),
-                identity(attempt.identity),
-                [identity(other) for other in attempt.named],
-                [(side[0].hex(), side[1]) for side in (attempt.sender, attempt.receiver)],
-                [list(attempt.closed), list(attempt.rang)],
-                {top: [*map(list, sets)] for top, sets in attempt.copies.items()},
-                [[further.head, further.time] for further in attempt.further],
-            ]
-            for attempt in call.attempts
-        ],
-        [
-            [
-                _dialog_values(dialog),
-                [clock(dialog.arrived), clock(dialog.refreshed_at)],
-                [[*ack[:-1], clock(ack.arrived)] for ack in dialog.acks],
-                [
-                    [_bye_values(bye), clock(bye.arrived), clock(bye.replied_at)]
-                    for bye in dialog.byes
-                ],
-            ]
-            for dialog in call.dialogs
-        ],
-    ]
-    return f"[{_compact_json(values)},[{','.join(routes)}]]"
+    return _pack_facts((offset, call))
 
 
 def unpack_call(row: int, text: str, offset: float, routes: dict[str, Route]) -> Call:
     """What `pack_call` made a text of; ``routes`` keeps those seen, so that calls share them."""
-    (plain, clocks, identity, attempts, dialogs), packed = json.loads(text)
-    known = [_shared_route(_compact_json(route), routes) for route in packed]
+    made: list[Any] = []
 
-    def clock(seconds: float) -> float:
-        return seconds - offset if seconds else 0.0
+    def from_json(value: dict[str, Any]) -> Any:
+        ((kind, values),) = value.items()
+        if kind == "Route":
+            return routes.get(values) or routes.setdefault(values, unpack_route(values))
+        if kind == "SipMessage":
+            return parse_sip(f"{values[0]}\n\r\n".encode("latin-1"), values[1])
+        if kind in ("set", "bytes"):
+            return set(values) if kind == "set" else bytes.fromhex(values)
+        made.append(_RECORDS[kind](*map(_as_tuple, values)))
+        return made[-1]
 
-    def unpack_identity(values: Any) -> Identity | None:
-        if values is None:
-            return None
-        made = Identity.__new__(Identity)
-        made.route = known[values[0]]
-        _set(made, _IDENTITY, values[1:])
-        return made
-
-    call = Call("", "", 0.0)
+    then, call = json.loads(text, object_hook=from_json)
+    for record in made:
+        for clock in _CLOCKS:
+            if getattr(record, clock, 0.0):
+                setattr(record, clock, getattr(record, clock) + (then - offset))
     call.row = row
-    _set(call, _CALL, plain)
-    call.begun_at, call.ended_at, call.entered, call.heard = map(clock, clocks)
-    call.ties = tuple((tenant, tag) for tenant, tag in call.ties)
-    call.identity = unpack_identity(identity)
-    for plain, whose, named, sides, closed, copies, further in attempts:
-        attempt = _set(Attempt(0, ""), _ATTEMPT, plain)
-        attempt.sender, attempt.receiver = (
-            (bytes.fromhex(address), port) for address, port in sides
-        )
-        attempt.identity = unpack_identity(whose)
-        attempt.named = tuple(filter(None, map(unpack_identity, named)))
-        attempt.closed, attempt.rang = map(set, closed)
-        attempt.copies = {top: (set(uris), set(below)) for top, (uris, below) in copies.items()}
-        parsed = (parse_sip(f"{head}\n\r\n".encode("latin-1"), time) for head, time in further)
-        attempt.further = [message for message in parsed if message is not None]
-        call.attempts += (attempt,)
-    for plain, clocks, acks, byes in dialogs:
-        dialog = _set(Dialog(""), _DIALOG, plain)
-        caller, callee = (tuple((cseq, at) for cseq, at in side) for side in dialog.sent)
-        dialog.sent = (caller, callee)
-        dialog.arrived, dialog.refreshed_at = map(clock, clocks)
-        dialog.acks = tuple(Ack._make([*ack[:6], clock(ack[6])]) for ack in acks)
-        for plain, arrived, replied_at in byes:
-            bye = _set(Bye(0, "", True), _BYE, plain)
-            bye.arrived, bye.replied_at = clock(arrived), clock(replied_at)
-            dialog.byes += (bye,)
-        call.dialogs += (dialog,)
-    return call
+    return call  # type: ignore[no-any-return]
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def _add_turned(dialog: Dialog, seen: Dialog) -> None:
@@ -3042,7 +2984,7 @@ def _add_turned(dialog: Dialog, seen: Dialog) -> None:
     byes = deepcopy(seen.byes)
     for bye in byes:
         bye.from_caller = False
-        dialog.confirmed = max(dialog.confirmed, *bye.seen.values(), 0)
+        dialog.confirmed = max([dialog.confirmed, *(time for _, time in bye.seen)])
     dialog.byes += byes
     for cseq, at in seen.sent[0]:
         dialog.note_cseq(cseq, at, from_caller=False)
@@ -3053,16 +2995,6 @@ def _add_turned(dialog: Dialog, seen: Dialog) -> None:
         dialog.refreshed, dialog.refreshed_at = seen.refreshed, seen.refreshed_at
     if seen.agreed > dialog.agreed:
         dialog.session, dialog.agreed = seen.session, seen.agreed
-
-
-def _set(made: Any, names: Sequence[str], values: Sequence[Any]) -> Any:
-    for name, value in zip(names, values, strict=True):
-        setattr(made, name, value)
-    return made
-
-
-def _shared_route(text: str, routes: dict[str, Route]) -> Route:
-    return routes.get(text) or routes.setdefault(text, unpack_route(text))
 
 
 # Calls on one page, calls looked at in one go for it (about 1 ms), and seconds to look for them.
@@ -3082,8 +3014,6 @@ class CallTable:
     where there is no journal.
     """
 
-    _GONE: ClassVar[dict[str, str]] = {TRYING: "calls.expired.trying", FAILED: "calls.failed"}
-
     def __init__(self, settings: Settings, rules: Sequence[Rule]) -> None:
         self.settings = settings
         self.rules = rules
@@ -3100,16 +3030,18 @@ class CallTable:
         self._answered: dict[str, int] = {}
         # The wheel: calls by the slot in which to look at them. An entry counts while its call
         # still has that slot.
-        self._slots: dict[int, list[Call]] = {}
+        self._slots: dict[int, tuple[int, list[Call]]] = {}
         self._order: list[int] = []
         self._due: deque[Call] = deque()
-        # What makes room first: calls that are over, and the newest ones.
-        self._over = {state: OrderedDict[Call, None]() for state in (ENDED, FAILED, ORPHAN)}
+        # What makes room first: calls that are over, in each state the longest first, and of the
+        # others the newest.
+        self._finished = {state: OrderedDict[Call, None]() for state in (ENDED, FAILED, ORPHAN)}
         self._newest: deque[Call] = deque(maxlen=EVICTION_LOOK)
-        # Charged calls by tenant and transaction tag; legs without INVITE by what ties them.
-        self._tags: dict[str, dict[str, Call]] = {}
+        # Charged calls by tenant and transaction tag, where that is not the Call-ID; legs without
+        # INVITE by what ties them.
+        self._tags: dict[tuple[str, str], Call] = {}
         self._legs: dict[tuple[str, str], list[Call]] = {}
-        # Running calls by From tag, or how many there are: see `_tie_tags`.
+        # Running calls by From tag, or how many have it: see `_tie_tags`.
         self._from_tags: dict[str, Call | int] = {}
 
     def __len__(self) -> int:
@@ -3119,7 +3051,7 @@ class CallTable:
         """The number of calls in each state."""
         return dict(self._sizes)
 
-    def look(self) -> Iterator[list[Call]]:
+    def slices(self) -> Iterator[list[Call]]:
         """All calls, newest first, in lists of some CALLS_SLICE; calls may change between two."""
         call_ids = list(self._calls)
         for end in range(len(call_ids), 0, -CALLS_SLICE):
@@ -3138,7 +3070,8 @@ class CallTable:
                 # One may have made room for another.
                 if call.slot >= 0:
                     self._note(call, message)
-        return self._take_events()
+        events, self._events = self._events, []
+        return events
 
     def expire(self, now: float, closing: bool = False) -> list[RatingEvent]:
         """Judge again what has waited long enough, MAX_EXPIRED_PER_TICK calls at most.
@@ -3146,15 +3079,13 @@ class CallTable:
         ``closing`` decides all that waits for a message: there will be no other time.
         """
         self._now = now
-        if closing:
-            for calls in list(self._calls.values()):
-                for call in calls:
-                    self._review(call, closing)
-            return self._take_events()
+        for calls in list(self._calls.values()) if closing else ():
+            for call in calls:
+                self._review(call, closing)
         slot = int(now * SLOTS)
         while self._order and self._order[0] <= slot:
-            due = heapq.heappop(self._order)
-            self._due.extend(call for call in self._slots.pop(due) if call.slot == due)
+            passed = heapq.heappop(self._order)
+            self._due += [call for call in self._slots.pop(passed)[1] if call.slot == passed]
         # A call whose deadline is still ahead costs a tenth of one that is judged.
         budget = 10 * MAX_EXPIRED_PER_TICK
         while self._due and budget > 0:
@@ -3163,14 +3094,11 @@ class CallTable:
                 continue
             call.slot = 0
             budget -= 1
-            if call.look > now:
-                self._queue(call, call.look)
+            if call.due > now:
+                self._queue(call, call.due)
             else:
                 budget -= 9
                 self._review(call)
-        return self._take_events()
-
-    def _take_events(self) -> list[RatingEvent]:
         events, self._events = self._events, []
         return events
 
@@ -3213,14 +3141,13 @@ class CallTable:
             self._add(call)
             if call.begun_at and not call.ended_at:
                 self._index(call)
-            if call.identity and call.charged:
-                tags = self._tags.setdefault(call.identity.route.tenant, {})
-                tags[call.identity.transaction_tag] = call
+            if call.charged:
+                self._take_tag(call, call.transaction_tag)
             for tie in call.ties:
                 self._legs.setdefault(tie, []).append(call)
             verdict = judge(call, now, self.settings)
-            due = verdict.begin or verdict.end or verdict.over
-            self._queue(call, now if due else verdict.look)
+            now_due = verdict.begin or verdict.end or verdict.over
+            self._queue(call, now if now_due else verdict.due)
 
     # Which calls a message is of
 
@@ -3234,84 +3161,88 @@ class CallTable:
         if not owners:
             if message.cseq_method not in _CALL_METHODS:
                 return ()
-            owners = [self._create(sighting, message.from_tag)]
+            owners = [self._create(sighting)]
         if message.method == "BYE" and owners[0].state == ORPHAN and not owners[0].ties:
             self._tie_orphan(owners[0], sighting)
-        if len(owners) > 1:
-            # Calls of one From tag, one after another or at one time: whose is it?
-            to_tag, cseq, branch = message.to_tag, message.cseq, message.branch
-            found = {
-                call: call.find_dialog(to_tag if call.is_from_caller(message) else message.from_tag)
-                for call in owners
-            }
-            known = [call for call, dialog in found.items() if dialog]
-            # Before its answer a To tag is only what somebody wrote; the INVITE says more.
-            sure = any(x.answered or not message.status for x in found.values() if x)
-            if message.cseq_method in ("INVITE", "ACK", "CANCEL") and not sure:
-                # The CSeq alone is of several calls where their INVITEs differ in the branch only.
-                known = [call for call in owners if call.has_invite(cseq, branch)] or known
-                known = known or [call for call in owners if call.attempt_of(cseq, branch)]
-            owners = known or [call for call in owners if not call.ended_at] or owners
-            # Of a caller with more attempts than one call keeps, it is the latest call.
-            owners = owners if known else list({call.tenant: call for call in owners}.values())
-        if any(call.begun_at and call.attempts for call in owners):
-            return [
-                self._split(call, message) if call.begun_at and call.attempts else call
-                for call in owners
-            ]
-        return owners
+        return owners if len(owners) == 1 else self._pick(owners, message)
+
+    @staticmethod
+    def _pick(owners: Sequence[Call], message: SipMessage) -> Sequence[Call]:
+        """Whose a message is of calls of one From tag, one after another or at one time."""
+        dialogs = {call: call.find_dialog(call.callee_tag(message)) for call in owners}
+        known = [call for call, dialog in dialogs.items() if dialog]
+        # Before its answer a To tag is only what somebody wrote; the INVITE says more.
+        sure = any(x.answered or not message.status for x in dialogs.values() if x)
+        if message.cseq_method in ("INVITE", "ACK", "CANCEL") and not sure:
+            # The CSeq alone is of several calls where their INVITEs differ in the branch only.
+            invited = [x for x in owners if x.has_invite(message.cseq, message.branch)]
+            same = [x for x in owners if x.attempt_of(message) or x.cseq == message.cseq]
+            known = invited or known or same
+        if known:
+            return known
+        running = [call for call in owners if not call.ended_at] or owners
+        # Of a caller with more attempts than one call keeps, it is the latest call.
+        return list({call.tenant: call for call in running}.values())
 
     def _tie_orphan(self, call: Call, sighting: Sighting) -> None:
         """What a BYE without an INVITE is tied by, as the routes have it (rule 17)."""
         routes = [x.route for x in self.rules if x.route.transaction_tag != "call-id"]
-        call.ties = tuple({(x.tenant, transaction_tag(x, sighting)): None for x in routes})
-        for tie in call.ties:
-            self._legs.setdefault(tie, []).append(call)
-            running = self._tags.get(tie[0], {}).get(tie[1])
-            call.replied |= running is not None and running.replied
+        ties = {(x.tenant, transaction_tag(x, sighting)): None for x in routes}
+        self._tie_by(call, tuple(ties))
 
-    def _tie_tags(self, call: Call) -> bool:
-        """Whether an orphan has both tags of a running call, by which it is tied from now on.
+    def _tie_tags(self, call: Call) -> None:
+        """Tie an orphan by the From tag of the one running call that has both its tags.
 
         A proxy that hides topology changes the Call-ID and leaves the tags as they are (rule 17).
         """
-        for dialog in call.dialogs:
+        for dialog in call.dialogs if not call.ties else ():
             for ours, theirs in ((call.from_tag, dialog.to_tag), (dialog.to_tag, call.from_tag)):
-                running = self._from_tags.get(ours)
-                if call.ties or min(len(ours), len(theirs)) < MIN_TAG or not dialog.byes:
-                    continue
-                if isinstance(running, Call) and running.find_dialog(theirs):
-                    call.ties = (("", ours),)
-                    self._legs.setdefault(call.ties[0], []).append(call)
-                    call.replied |= running.replied
-                    return True
-        return False
+                running = self._tied_call(("", ours))
+                long = min(len(ours), len(theirs)) >= MIN_TAG
+                if long and dialog.byes and running is not None and running.find_dialog(theirs):
+                    self._tie_by(call, (("", ours),))
+                    return
+
+    def _tie_by(self, call: Call, ties: tuple[tuple[str, str], ...]) -> None:
+        call.ties = ties
+        for tie in ties:
+            self._legs.setdefault(tie, []).append(call)
+            running = self._tied_call(tie)
+            call.replied |= running is not None and running.replied
+
+    def _tied_call(self, tie: tuple[str, str]) -> Call | None:
+        """The charged call of a tenant and tag, or, without a tenant, the running one of a tag."""
+        tenant, tag = tie
+        for call in self._calls.get(tag, ()):
+            if call.charged and (call.route.tenant, call.transaction_tag) == tie:
+                return call
+        found = self._tags.get(tie) if tenant else self._from_tags.get(tag)
+        return found if isinstance(found, Call) else None
 
     def _split(self, call: Call, message: SipMessage) -> Call:
         """Where another attempt of a call that was begun is answered, that is another call.
 
         Or a caller could let an expensive call go on under the charge of a cheap one.
         """
-        if message.cseq_method not in ("INVITE", "ACK") or not call.is_from_caller(message):
+        if message.status:
+            answers = message.cseq_method == "INVITE" and 200 <= message.status < 300
+        else:
+            again = message.method == "ACK" and message.cseq == call.cseq
+            answers = message.method in ("INVITE", "ACK") and not again
+        if not answers or not call.is_from_caller(message):
             return call
-        if message.status >= 300 or (not message.method and message.status < 200):
+        dialog, attempt = call.find_dialog(message.to_tag), call.attempt_of(message)
+        if dialog is not None and (dialog.answered or dialog.acked):
             return call
-        dialog = call.find_dialog(message.to_tag)
-        branch = message.branch
-        attempt = call.attempt_of(message.cseq, branch)
-        ours = (call.cseq, call.branch)
-        same = attempt is None or ours in ((attempt.cseq, attempt.branch), (message.cseq, branch))
-        if same or (dialog is not None and (dialog.answered or dialog.acked)):
+        if attempt is None or call.is_answered(attempt) or call.is_answered(message):
             return call
-        if message.method == "ACK" and message.cseq == call.cseq:
-            return call
-        assert attempt is not None
         self._make_room(message)
         return self._part(call, (attempt,), (dialog,) if dialog else ())
 
     def _part(self, call: Call, attempts: Sequence[Attempt], dialogs: Sequence[Dialog]) -> Call:
         """A call of its own from attempts and dialogs of another one with the same tags."""
-        other = Call(call.call_id, call.from_tag, self._now)
+        other = Call(call.route, call_id=call.call_id, from_tag=call.from_tag)
+        other.heard = other.entered = self._now
         other.capture_id, other.sender, other.tenant = call.capture_id, call.sender, call.tenant
         other.attempts, other.dialogs, other.replied = (*attempts,), (*dialogs,), call.replied
         call.attempts = tuple(x for x in call.attempts if x not in attempts)
@@ -3324,19 +3255,15 @@ class CallTable:
         return other
 
     def _handle_invite(self, sighting: Sighting) -> None:
-        packet, message = sighting.packet, sighting.message
         route = choose_route(self.rules, sighting)
         call = self._find_invited(sighting, route)
         if call is None:
-            call = self._create(sighting, message.from_tag, TRYING)
+            call = self._create(sighting, TRYING)
         elif call.ended_at:
             return
         if not call.tenant:
-            call.tenant, call.capture_id, call.sender = (
-                route.tenant,
-                packet.capture_id,
-                call.sender or sighting.sender,
-            )
+            call.route, call.tenant = route, route.tenant
+            call.capture_id = sighting.packet.capture_id
             self._inherit(call)
         call.heard = self._now
         if note_invite(call, sighting, route, self.settings, len(self.rules) > 1):
@@ -3350,7 +3277,7 @@ class CallTable:
         """The call that an initial INVITE belongs to (rules 1, 2 and 18), None for a new one."""
         message = sighting.message
         capture_id, branch = sighting.packet.capture_id, message.branch
-        found = None
+        invited = None
         for call in self._calls.get(message.call_id, ()):
             # A copy from the same capture agent is the same call even where its addresses match
             # another rule; from another agent it may be another tenant's charge for the call.
@@ -3359,7 +3286,7 @@ class CallTable:
                 continue
             if call.ended_at and message.time > call.ended:
                 continue
-            answered = (call.cseq, call.branch) == (message.cseq, branch)
+            answered = call.is_answered(message)
             if answered and call.begun and message.time > call.begun + LINGER * 1_000_000:
                 continue
             known = any(x.cseq == message.cseq and x.branch == branch for x in call.attempts)
@@ -3370,8 +3297,8 @@ class CallTable:
                 spare = next((x for x in call.attempts if x.refused(acks)), None)
                 call.attempts = tuple(x for x in call.attempts if x is not spare)
             if len(call.attempts) < MAX_ATTEMPTS:
-                found = call
-        return found
+                invited = call
+        return invited
 
     def _inherit(self, call: Call) -> None:
         """Take over what was seen before its INVITE: from the callee, or in another tenant."""
@@ -3385,28 +3312,24 @@ class CallTable:
                 call.dialogs, call.replied = deepcopy(other.dialogs), other.replied
                 call.attempts = deepcopy(other.attempts)
                 for attempt in call.attempts:
-                    attempt.copies, attempt.identity, attempt.further = {}, None, []
+                    attempt.copies, attempt.identity, attempt.further = (), None, ()
                 return
 
-    def _create(self, sighting: Sighting, from_tag: str, state: str = ORPHAN) -> Call:
+    def _create(self, sighting: Sighting, state: str = ORPHAN) -> Call:
         message = sighting.message
         self._make_room(message)
-        call = Call(message.call_id, from_tag, self._now)
-        call.row = self.next_serial()
-        call.sender = sighting.sender
-        call.state = state
+        call = Call(call_id=message.call_id, from_tag=message.from_tag, state=state)
+        call.heard = call.entered = self._now
+        call.row, call.sender = self.next_serial(), sighting.sender
         group = self._calls.get(message.call_id, ())
-        call.replied = any(x.replied and x.from_tag == from_tag for x in group)
+        call.replied = any(x.replied and x.from_tag == call.from_tag for x in group)
         self._add(call)
         return call
 
     def _add(self, call: Call) -> None:
         self._calls[call.call_id] = (*self._calls.get(call.call_id, ()), call)
-        self._sizes[call.state] += 1
-        self._count_sender(call, 1)
         self._newest.append(call)
-        if call.state in self._over:
-            self._over[call.state][call] = None
+        self._tally(call, 1)
 
     def _index(self, call: Call) -> None:
         known = self._from_tags.get(call.from_tag)
@@ -3419,21 +3342,22 @@ class CallTable:
         if call.ended_at:
             self._note_ended(call, message)
             return
-        refusals = call.refusals
+        if call.attempts and call.begun_at:
+            call = self._split(call, message)
+        refused = call.byes_refused
         if not call.begun_at:
             call.heard = self._now
         new = note(call, message, self._now)
         if new:
             self._touch(call)
-        if new != TELLING:
-            # An orphan's time runs from its last message, and nothing else has queued it yet.
-            if not call.slot:
-                self._review(call)
-            return
-        if call.refusals != refusals and call.begun_at:
+        if call.byes_refused != refused and call.begun_at:
             self.count("calls.bye_refused")
             self._notice("bye_refused", call, {"status": message.status})
-        self._review(call)
+        # An orphan's time runs from its last message, and nothing else has queued it yet.
+        if new == EVIDENCE or not call.slot:
+            self._review(call)
+        elif new == UNANSWERED:
+            self._queue(call, min(call.due, self._now + LINGER))
 
     def _note_ended(self, call: Call, message: SipMessage) -> None:
         """What trails behind an end is a copy, unless nobody had answered that BYE (rule 12)."""
@@ -3456,70 +3380,65 @@ class CallTable:
         if call.slot < 0:
             return
         verdict = judge(call, self._now, self.settings, closing)
-        if verdict.over and verdict.state == ORPHAN and self._tie_tags(call):
+        if verdict.over and verdict.state == ORPHAN and not call.ties:
+            self._tie_tags(call)
             verdict = judge(call, self._now, self.settings, closing)
         if verdict.begin is not None:
             self._begin(call, verdict.begin)
-            verdict = judge(call, self._now, self.settings, closing)
+            if call.tied_end or any(dialog.byes for dialog in call.dialogs):
+                verdict = judge(call, self._now, self.settings, closing)
         if verdict.end is not None:
             if verdict.state == ORPHAN:
                 call.ended = verdict.end.time
-                self._end_tied(call, verdict.end.time)
+                self._end_tied(call.ties, call.ended)
             else:
                 self._end(call, verdict.end)
                 verdict = judge(call, self._now, self.settings)
         if verdict.state != call.state:
-            self._enter(call, verdict.state)
+            self._tally(call, -1)
+            call.state, call.entered = verdict.state, self._now
+            self._tally(call, 1)
         elif call.begun_at and not call.ended_at and call.attempts:
             self._settle(call)
         if verdict.over:
             self._leave(call)
         else:
-            self._queue(call, verdict.look)
+            self._queue(call, verdict.due)
 
-    def _queue(self, call: Call, look: float) -> None:
-        call.look = look
-        slot = int(min(look, self._now + MAX_LOOK_AHEAD) * SLOTS) + 1
+    def _queue(self, call: Call, due: float) -> None:
+        call.due = due
+        slot = int(min(due, self._now + MAX_LOOK_AHEAD) * SLOTS) + 1
         if 0 < call.slot <= slot:
             return
-        call.slot = slot
-        calls = self._slots.get(slot)
-        if calls is None:
-            calls = self._slots[slot] = []
+        if slot not in self._slots:
+            self._slots[slot] = (slot, [])
             heapq.heappush(self._order, slot)
+        # All calls of a slot share its number.
+        call.slot, calls = self._slots[slot]
         calls.append(call)
 
     def _touch(self, call: Call) -> None:
         if self.changed is not None:
             self.changed[call.row] = call
 
-    def _count_sender(self, call: Call, number: int) -> None:
+    def _tally(self, call: Call, step: int) -> None:
+        """Count a call in, with its state and its sender, or out before these change."""
+        self._sizes[call.state] += step
         counts = self._answered if call.begun_at else self._unanswered
-        total = counts.get(call.sender, 0) + number
-        if total:
-            counts[call.sender] = total
-        else:
+        counts[call.sender] = counts.get(call.sender, 0) + step
+        if not counts[call.sender]:
             del counts[call.sender]
-
-    def _enter(self, call: Call, state: str) -> None:
-        self._sizes[call.state] -= 1
-        self._sizes[state] += 1
-        if call.state in self._over:
-            self._over[call.state].pop(call, None)
-        call.state = state
-        call.entered = self._now
-        if state in self._over:
-            self._over[state][call] = None
+        finished = self._finished.get(call.state)
+        if finished is not None:
+            if step > 0:
+                finished[call] = None
+            else:
+                finished.pop(call, None)
 
     def _settle(self, call: Call) -> None:
         """Forget what nothing depends on any more, once no ACK of a fork is waited for."""
         if self._now < call.begun_at + self.settings.reorder_window and not call.replied:
             return
-        if len(call.attempts) == 1 and call.replied:
-            (only,) = call.attempts
-            if (only.cseq, only.branch) == (call.cseq, call.branch):
-                call.attempts = ()
-                return
         for dialog in _counting(call, self._now):
             if not dialog.answered and dialog.acks:
                 dialog.answered = dialog.acked = min(ack.time for ack in dialog.acks)
@@ -3530,50 +3449,38 @@ class CallTable:
         call.attempts = tuple(
             attempt
             for attempt in call.attempts
-            if (attempt.cseq, attempt.branch) != (call.cseq, call.branch)
+            if not call.is_answered(attempt)
             and attempt.time > rung_out
             and not attempt.refused(acks)
         )
 
     def _leave(self, call: Call) -> None:
         """The call is forgotten."""
-        if call.state in self._GONE:
-            self.count(self._GONE[call.state])
-        if call.state == ORPHAN and call.tenant == "":
-            self._tell_orphan(call)
-        self._sizes[call.state] -= 1
-        if call.state in self._over:
-            self._over[call.state].pop(call, None)
-        self._count_sender(call, -1)
+        if call.state == TRYING:
+            self.count("calls.expired.trying")
+        elif call.state == FAILED:
+            self.count("calls.failed")
+        elif call.state == ORPHAN and not call.tenant and not call.ended:
+            # Rule 19: the reorder window is over and no INVITE came.
+            byes = [bye.time for dialog in call.dialogs for bye in dialog.byes if bye.seen]
+            self.count("calls.orphaned" if byes else "messages.orphaned")
+            if byes:
+                self._notice("orphan", call, {"timestamp_end": rfc3339(min(byes))})
+        self._tally(call, -1)
         call.slot = -1
         calls = tuple(other for other in self._calls[call.call_id] if other is not call)
         if calls:
             self._calls[call.call_id] = calls
         else:
             del self._calls[call.call_id]
-        identity = call.identity
-        if identity is not None:
-            tags = self._tags.get(identity.route.tenant, {})
-            if tags.get(identity.transaction_tag) is call:
-                del tags[identity.transaction_tag]
+        if call.charged:
+            self._tags.pop((call.route.tenant, call.transaction_tag), None)
         for tie in call.ties:
-            legs = [leg for leg in self._legs[tie] if leg is not call]
-            if legs:
-                self._legs[tie] = legs
-            else:
+            self._legs[tie].remove(call)
+            if not self._legs[tie]:
                 del self._legs[tie]
         if self.changed is not None:
             self.changed[call.row] = None
-
-    def _tell_orphan(self, call: Call) -> None:
-        """Rule 19: the reorder window is over and no INVITE came."""
-        byes = [bye for dialog in call.dialogs for bye in dialog.byes if bye.seen]
-        if call.ended:
-            return
-        self.count("calls.orphaned" if byes else "messages.orphaned")
-        if byes:
-            stamp = rfc3339(min(bye.time for bye in byes))
-            self._notice("orphan", call, {"timestamp_end": stamp})
 
     def _notice(self, kind: str, call: Call, values: dict[str, Any]) -> None:
         if len(self.notices) < MAX_NOTICES:
@@ -3582,16 +3489,18 @@ class CallTable:
     # What is reported
 
     def _begin(self, call: Call, begin: Begin) -> None:
-        identity = begin.attempt.identity
+        identity, dialog = begin.attempt.identity, begin.dialog
         assert identity is not None
         self._touch(call)
-        self._count_sender(call, -1)
-        call.identity = identity
+        self._tally(call, -1)
+        call.state, call.entered = ANSWERED, self._now
         call.begun, call.begun_at = begin.time, self._now
-        self._count_sender(call, 1)
+        self._tally(call, 1)
+        call.route, call.transaction_tag = identity.route, identity.transaction_tag
+        call.account_tag = identity.account_tag
+        call.destination_account_tag = identity.destination_account_tag
         call.cseq, call.branch = begin.attempt.cseq, begin.attempt.branch
         self._index(call)
-        dialog = begin.dialog
         if dialog.branch == call.branch:
             # One text for both: an open call is to be small.
             dialog.branch = call.branch
@@ -3599,13 +3508,12 @@ class CallTable:
             dialog.answered = dialog.repeated = dialog.acked = begin.time
             dialog.cseq, dialog.arrived = call.cseq, self._now
             dialog.refreshed, dialog.refreshed_at = begin.time, self._now
-        self._enter(call, ANSWERED)
         self._settle(call)
-        if not identity.rated:
-            ignored = identity.route.action == "ignore"
+        if not call.rated:
+            ignored = call.route.action == "ignore"
             self.count("calls.unrated.ignored" if ignored else "calls.unrated.no_account")
             return
-        self._claim_tag(call, identity)
+        self._claim_tag(call)
         if call.tied:
             self.count("calls.unrated.tied")
             return
@@ -3615,35 +3523,35 @@ class CallTable:
             "source": identity.source,
             "source_ip": identity.source_ip,
             "destination": identity.destination,
-            "product_tag": identity.route.product_tag,
-            "tags": list(identity.route.tags),
+            "product_tag": call.route.product_tag,
+            "tags": list(call.route.tags),
             "timestamp_begin": rfc3339(begin.time),
         }
-        self._events.append(self._event(call, identity, "begin", begin.time, begin.reason, body))
-        identity.source = identity.source_ip = identity.destination = ""
-        for leg in self._legs.get((identity.route.tenant, identity.transaction_tag), ()):
+        self._report(call, "begin", begin.time, begin.reason, body)
+        tie = call.route.tenant, call.transaction_tag
+        for leg in self._legs.get(tie, ()):
             if leg.ended:
-                self._tie(call, leg.ended)
+                self._end_tied([tie], leg.ended)
 
-    def _claim_tag(self, call: Call, identity: Identity) -> None:
+    def _claim_tag(self, call: Call) -> None:
         """Rules 2 and 17: tied legs are charged once; others have transaction tags that differ."""
-        tags = self._tags.setdefault(identity.route.tenant, {})
-        tag = identity.transaction_tag
-        other = tags.get(tag)
+        tenant, tag = call.route.tenant, call.transaction_tag
+        other = self._tied_call((tenant, tag))
         if other is not None:
-            assert other.identity is not None
-            tying = "call-id" not in (
-                identity.route.transaction_tag,
-                other.identity.route.transaction_tag,
-            )
+            tying = "call-id" not in (call.route.transaction_tag, other.route.transaction_tag)
             if tying and (not other.ended_at or call.begun <= other.ended):
                 call.tied = True
                 return
             # No Call-ID holds a #, and a row is numbered once.
-            identity.transaction_tag = tag = f"{tag}#{printable_id(call.from_tag)[:MAX_TEXT]}"
-            if tag in tags:
-                identity.transaction_tag = tag = f"{tag}#{call.row}"
-        tags[tag] = call
+            tag = f"{tag}#{printable_id(call.from_tag)[:MAX_TEXT]}"
+            if self._tied_call((tenant, tag)) is not None:
+                tag = f"{tag}#{call.row}"
+        self._take_tag(call, tag)
+
+    def _take_tag(self, call: Call, tag: str) -> None:
+        call.transaction_tag = tag
+        if tag != call.call_id:
+            self._tags[call.route.tenant, tag] = call
 
     def _end(self, call: Call, end: End) -> None:
         call.ended, call.ended_at, call.reason = end.time, self._now, end.reason
@@ -3651,77 +3559,55 @@ class CallTable:
         known = self._from_tags.pop(call.from_tag)
         if isinstance(known, int) and known > 1:
             self._from_tags[call.from_tag] = known - 1
-        identity = call.identity
-        assert identity is not None
-        ours, acks = (call.cseq, call.branch), list(call.acks)
-        ringing = [
-            x
-            for x in call.attempts
-            if x.copies and (x.cseq, x.branch) != ours and (x.rang or not call.replied)
-        ]
-        ringing = [x for x in ringing if not x.refused(acks)]
+        acks = list(call.acks)
+        others = [x for x in call.attempts if x.copies and not call.is_answered(x)]
+        ringing = [x for x in others if (x.rang or not call.replied) and not x.refused(acks)]
         if ringing and len(self) < self.settings.max_calls:
             self._review(self._part(call, ringing, ()))
         call.attempts = ()
         if end.reason != "bye_unanswered":
             call.dialogs = ()
-        if end.reason in ("deadline", "session", "evicted"):
-            if end.reason != "evicted":
-                self.count("calls.expired.answered")
-            kind = "evicted" if end.reason == "evicted" else "expired"
-            stamp = {"timestamp_end": rfc3339(end.time), "reason": end.reason}
-            self._notice(kind, call, stamp)
+        stamp = {"timestamp_end": rfc3339(end.time)}
+        if end.reason == "evicted":
+            self._notice("evicted", call, {**stamp, "reason": end.reason})
+        elif end.reason in ("deadline", "session"):
+            self.count("calls.expired.answered")
+            self._notice("expired", call, {**stamp, "reason": end.reason})
         if call.charged:
             self.count("calls.ended")
             self.count(f"calls.end.{end.reason}")
-            stamp = {"timestamp_end": rfc3339(end.time)}
-            self._events.append(self._event(call, identity, "end", end.time, end.reason, stamp))
+            self._report(call, "end", end.time, end.reason, stamp)
         elif call.tied:
-            other = self._tags.get(identity.route.tenant, {}).get(identity.transaction_tag)
-            if other is not None and other is not call:
-                self._tie(other, end.time)
-        identity.account_tag = identity.destination_account_tag = ""
+            self._end_tied([(call.route.tenant, call.transaction_tag)], end.time)
+        call.account_tag = call.destination_account_tag = ""
 
-    def _end_tied(self, leg: Call, time: int) -> None:
-        """A leg whose INVITE was not seen ends the calls that it is tied to (rule 17)."""
-        for tenant, tag in leg.ties:
-            call = self._tags.get(tenant, {}).get(tag) if tenant else self._from_tags.get(tag)
-            if isinstance(call, Call):
-                self._tie(call, time)
+    def _end_tied(self, ties: Iterable[tuple[str, str]], time: int) -> None:
+        """The running calls that a leg which ended is tied to end with it (rule 17)."""
+        for tie in ties:
+            call = self._tied_call(tie)
+            if call is not None and call.begun_at and not call.ended_at:
+                call.tied_end = min(call.tied_end or time, time)
+                self._touch(call)
+                self._review(call)
 
-    def _tie(self, call: Call, time: int) -> None:
-        if call.ended_at or not call.begun_at:
-            return
-        call.tied_end = min(call.tied_end or time, time)
-        self._touch(call)
-        self._review(call)
-
-    def _event(
-        self,
-        call: Call,
-        identity: Identity,
-        kind: str,
-        time: int,
-        reason: str,
-        body: dict[str, Any],
-    ) -> RatingEvent:
-        route = identity.route
+    def _report(self, call: Call, kind: str, time: int, reason: str, body: dict[str, Any]) -> None:
+        route = call.route
         content = {
             "tenant": route.tenant,
-            "transaction_tag": identity.transaction_tag,
-            "account_tag": identity.account_tag,
-            "destination_account_tag": identity.destination_account_tag,
+            "transaction_tag": call.transaction_tag,
+            "account_tag": call.account_tag,
+            "destination_account_tag": call.destination_account_tag,
             **body,
         }
         # An empty tag is left out: some of the API's answers to "" are ok with nothing stored.
         content = {name: value for name, value in content.items() if value}
-        return RatingEvent(
+        event = RatingEvent(
             kind=kind,
             call_id=printable_id(call.call_id),
             tenant=route.tenant,
-            transaction_tag=identity.transaction_tag,
-            account_tag=identity.account_tag,
-            destination_account_tag=identity.destination_account_tag,
+            transaction_tag=call.transaction_tag,
+            account_tag=call.account_tag,
+            destination_account_tag=call.destination_account_tag,
             time=time,
             reason=reason,
             api_url=route.rating_api_url,
@@ -3729,39 +3615,48 @@ class CallTable:
             row=call.row,
             serial=self.next_serial(),
         )
+        self._events.append(event)
 
     # What makes room
 
     def _make_room(self, message: SipMessage) -> None:
         """For one more call of this Call-ID; an attempt that outlives its call came without."""
         for _ in range(min(len(self) - self.settings.max_calls + 1, 2)):
-            self._evict(message.time)
+            self._evict(self._least(), message.time)
         group = self._calls.get(message.call_id, ())
         if len(group) >= MAX_CALLS_PER_ID:
-            self._evict_call(min(group, key=self._worth), message.time)
+            self._evict(min(group, key=self._worth), message.time)
 
-    def _evict(self, time: int) -> None:
-        """Make room for one call: what is over goes first, an answered call last.
+    def _least(self) -> Call:
+        """Who makes room for one call: what is over goes first, an answered call last.
 
         A sender with more calls that nobody answered than others, as a flood of INVITEs leaves
         them, gives up its own before those of others; and an answered call of a sender with more
         than half of all goes before what others let ring.
         """
-        sample = [*self._oldest(), *reversed(self._newest)]
-        sample = [call for call in sample if call.slot > 0]
-        unanswered = (call for call in sample if call.state != ANSWERED)
-        call = max((*self._over_first(), *unanswered), key=self._excess, default=None)
-        most = self.settings.max_calls / 2
-        if call is None or (call.state == TRYING and self._share(call) <= most):
-            answered = [call for call in sample if call.state == ANSWERED]
-            large = (other for other in reversed(answered) if self._share(other) > most)
-            call = next(large, call) or answered[0]
-        self._evict_call(call, time)
 
-    def _over_first(self) -> Iterator[Call]:
-        """The call that was over first, of each state that is."""
-        for calls in self._over.values():
-            yield from islice((call for call in calls if call.slot > 0), 1)
+        def excess(call: Call) -> int:
+            return max(unanswered.get(call.sender, 0) - answered.get(call.sender, 0), 0)
+
+        def is_large(call: Call) -> bool:
+            share = unanswered.get(call.sender, 0) + answered.get(call.sender, 0)
+            return share > self.settings.max_calls / 2
+
+        unanswered, answered = self._unanswered, self._answered
+        longest = [
+            next((x for x in calls if x.slot > 0), None) for calls in self._finished.values()
+        ]
+        # Those that are due next were looked at least recently, or so.
+        oldest = (call for slot in sorted(self._order)[:4] for call in self._slots[slot][1])
+        sample = [*islice(oldest, EVICTION_LOOK), *reversed(self._newest)]
+        sample = [call for call in sample if call.slot > 0]
+        others = [call for call in sample if call.state != ANSWERED]
+        first = max((*filter(None, longest), *others), key=excess, default=None)
+        if first is not None and (first.state != TRYING or is_large(first)):
+            return first
+        talking = [call for call in sample if call.state == ANSWERED]
+        large = (call for call in reversed(talking) if is_large(call))
+        return next(large, first) or talking[0]
 
     @staticmethod
     def _worth(call: Call) -> int:
@@ -3770,26 +3665,12 @@ class CallTable:
             return 1 if call.ended_at else 3
         return 2 if call.replied and call.state == TRYING else 0
 
-    def _evict_call(self, call: Call, time: int) -> None:
+    def _evict(self, call: Call, time: int) -> None:
         self.count(f"calls.evicted.{call.state}")
         if call.state == ANSWERED:
             last = max((dialog.alive for dialog in call.dialogs), default=0)
             self._end(call, End(max(time, last, call.begun), "evicted"))
         self._leave(call)
-
-    def _oldest(self) -> Iterator[Call]:
-        """Calls that were looked at least recently, or so: those that are due next."""
-        entries = (call for slot in sorted(self._order)[:4] for call in self._slots[slot])
-        return islice(entries, EVICTION_LOOK)
-
-    def _excess(self, call: Call) -> int:
-        """How many more calls its sender has that nobody answered than others, 0 at least."""
-        sender = call.sender
-        return max(self._unanswered.get(sender, 0) - self._answered.get(sender, 0), 0)
-
-    def _share(self, call: Call) -> int:
-        """How many calls its sender has in all."""
-        return self._unanswered.get(call.sender, 0) + self._answered.get(call.sender, 0)
 
 
 # Room: outbox
@@ -4762,7 +4643,7 @@ JOURNAL_FILE = "journal.sqlite"
 # both events were answered. ``call`` is the text of `pack_call`, empty once the call has left. A
 # serial is greater than 0 while its event waits. ``attempts`` and ``answer`` are of the event that
 # goes next. ``party`` is the one party that the begin was taken with, where it was one alone.
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3
 _SCHEMA = """
     CREATE TABLE calls (
         id INTEGER PRIMARY KEY, api TEXT, call TEXT, begin_event TEXT, begin_serial INTEGER,
@@ -6754,8 +6635,6 @@ _CALL_TESTS: dict[str, Callable[[Call, Any], bool]] = {
     "tenant": lambda call, tenant: call.tenant == tenant,
     "account": lambda call, account: (
         account in (call.shown.account_tag, call.shown.destination_account_tag)
-        if call.shown
-        else False
     ),
     "call_id": lambda call, part: part in printable_id(call.call_id),
 }
@@ -6880,7 +6759,7 @@ class StatusServer(gevent.server.StreamServer):
         rows: list[dict[str, Any]] = []
         row = after
         with self._reading_calls:
-            for calls in chain.from_iterable(x.table.look() for x in self._agent.shards):
+            for calls in chain.from_iterable(x.table.slices() for x in self._agent.shards):
                 for call in calls:
                     if (after and call.row >= after) or not all(test(call, x) for test, x in tests):
                         continue
@@ -6922,12 +6801,12 @@ class StatusServer(gevent.server.StreamServer):
             "state": call.state,
             "since": round(call.entered + offset, 3),
             "tenant": call.tenant,
-            "route": known.route.name if known else "",
-            "account_tag": known.account_tag if known else "",
-            "destination_account_tag": known.destination_account_tag if known else "",
-            "transaction_tag": known.transaction_tag if known else "",
-            # A call that is over does not know any more whom it was charged to.
-            "rated": known.rated and not call.tied if known and not call.ended_at else None,
+            "route": known.route.name,
+            "account_tag": known.account_tag,
+            "destination_account_tag": known.destination_account_tag,
+            "transaction_tag": known.transaction_tag,
+            # What is over has forgotten whom it was charged to.
+            "rated": known.rated and not call.tied if call.tenant and not call.ended_at else None,
             "answered": call.begun / 1_000_000 if call.state == ANSWERED else None,
             "capture_id": call.capture_id,
         }

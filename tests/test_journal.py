@@ -108,6 +108,15 @@ def test_no_restart_makes_a_refused_call_begin(name: str) -> None:
         assert play(messages, set(range(len(messages)))).events == []
 
 
+def test_an_earlier_ack_is_kept_over_a_restart() -> None:
+    """It is no evidence by itself, and yet begins the call once the INVITE comes."""
+    messages = [(6, reply(200)), (7, ack()), (5, ack()), (0, invite())]
+    for restarts in (set(), {0, 1, 2}):
+        scene = play(messages, restarts, begin_on="ack")
+        assert [event.kind for event in scene.events] == ["begin"]
+        assert scene.seconds() == 0.05
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_with_restarts_whatever_comes_is_what_came_without(data: st.DataObject) -> None:
@@ -455,18 +464,18 @@ def test_a_half_made_file_is_none(tmp_path: Path) -> None:
 # Versions
 
 
-@pytest.mark.parametrize(("version", "writer"), [(1, "an earlier tree"), (3, "a newer agent")])
+@pytest.mark.parametrize(("version", "writer"), [(2, "an earlier tree"), (4, "a newer agent")])
 def test_a_file_of_another_version_is_left_untouched(
     version: int, writer: str, tmp_path: Path, journals: Any
 ) -> None:
-    """Version 1 was of trees before the first release: it holds states, not facts."""
+    """Versions 1 and 2 were of trees before the first release."""
     journals().close(9)
     path = tmp_path / "state" / agent.JOURNAL_FILE
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA journal_mode = DELETE")
         db.execute(f"PRAGMA user_version = {version}")
     before = path.read_bytes()
-    expected = f"version {version}, written by {writer}, left untouched; allowed: version 2"
+    expected = f"version {version}, written by {writer}, left untouched; allowed: version 3"
     assert expected in refused(tmp_path / "state")
     assert path.read_bytes() == before
 
