@@ -675,6 +675,9 @@ class Settings:
     log_format: str = _option("json", _choice("json", "text"), "json or text")
     debug: bool = _option(False, flag, "true means log_level debug")
     state_dir: str = _option("", str, "folder of the journal; empty: memory only", group="Running")
+    call_records: str = _option(
+        "", str, "file for one JSON line for each call that is over; -: standard output"
+    )
     shutdown_timeout: float = _option(10.0, number(0, 3_600), "seconds to deliver what waits")
 
 
@@ -2149,6 +2152,25 @@ class Dialog:
 
 
 @dataclass(slots=True, eq=False)
+class Told:
+    """What a `RecordedTable` keeps of a call beside the facts that its charge needs.
+
+    ``source``, ``source_ip``, ``destination``, ``begun_by`` and ``invited`` are what is let go once
+    a begin was reported; the rest is what the replies said so far, as `Heard` has it.
+    """
+
+    source: str = ""
+    source_ip: str = ""
+    destination: str = ""
+    begun_by: str = ""
+    invited: int = 0
+    hops: int = 0
+    phrase: str = ""
+    ringing: int = 0
+    status: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class Call(Charge):
     """What is known of one call of one tenant, and what was reported of it.
 
@@ -2187,6 +2209,8 @@ class Call(Charge):
     tenant: str = ""
     capture_id: int = 0
     sender: str = ""
+    # For its record, where records are made.
+    told: Told | None = None
     row: int = 0
     # When to judge it again, and where it stands in the wheel: 0 nowhere, -1 once it is forgotten.
     due: float = inf
@@ -2922,7 +2946,7 @@ _CLOCKS = ("arrived", "refreshed_at", "replied_at", "heard", "entered", "begun_a
 # What the table knows better when it takes a call back; the last fields of a call.
 _TABLES_OWN = ("row", "due", "slot")
 _RECORDS: dict[str, Any] = {
-    record.__name__: record for record in (Ack, Attempt, Bye, Call, Dialog, Identity, InviteCopy)
+    record.__name__: record for record in (Ack, Attempt, Bye, Call, Dialog, Identity, InviteCopy, Told)
 }
 _VALUES: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     record: attrgetter(*(x.name for x in fields(record) if x.name not in _TABLES_OWN))
@@ -3766,6 +3790,9 @@ class Heard:
             self.phrase = phrase[1].strip()[:MAX_PHRASE] if phrase else ""
 
 
+_HEARD = attrgetter(*Heard.__slots__)
+
+
 def outcome(call: Call, settings: Settings, status: int = 0) -> str:
     """Why a call is charged or not, from its facts: one of OUTCOMES.
 
@@ -3808,16 +3835,6 @@ def _who_hung_up(call: Call, end: End) -> tuple[str, str]:
     return "", next((x.to_tag for x in call.dialogs if x.answered), "")
 
 
-class _Told(NamedTuple):
-    """What a call table lets go of once a begin was reported."""
-
-    source: str = ""
-    source_ip: str = ""
-    destination: str = ""
-    begun_by: str = ""
-    invited: int = 0
-
-
 class RecordedTable(CallTable):
     """A call table that also says what became of each call: ``records``, for who takes them.
 
@@ -3828,19 +3845,36 @@ class RecordedTable(CallTable):
     def __init__(self, settings: Settings, rules: Sequence[Rule]) -> None:
         super().__init__(settings, rules)
         self.records: list[CallRecord] = []
-        # By Call-ID: replies by From tag, CSeq and branch. By row: what `_begin` lets go.
+        # By Call-ID: replies by From tag, CSeq and branch.
         self._heard: dict[str, dict[tuple[str, int, str], Heard]] = {}
-        self._told: dict[int, _Told] = {}
 
     def handle(self, sighting: Sighting, now: float) -> list[RatingEvent]:
         """Take in one message; return the events that it brings about."""
         message = sighting.message
-        if message.status and message.cseq_method == "INVITE":
+        replied = message.status and message.cseq_method == "INVITE"
+        if replied:
             self._hear(message)
         events = super().handle(sighting, now)
         if message.call_id not in self._calls:
             self._heard.pop(message.call_id, None)
+        elif replied and self.changed is not None:
+            self._keep_heard(message)
         return events
+
+    def restore(
+        self, kept: Iterable[tuple[int, str]], serial: int, now: float, offset: float
+    ) -> None:
+        """Take back what a journal kept, as `CallTable.restore` says."""
+        super().restore(kept, serial, now, offset)
+        for call in chain.from_iterable(self._calls.values()):
+            if call.told is not None and call.told.hops:
+                heard = Heard()
+                for name in Heard.__slots__:
+                    setattr(heard, name, getattr(call.told, name))
+                attempts = [x for x in call.attempts if x.copies]
+                invite = call if call.begun_at or not attempts else attempts[-1]
+                key = (call.from_tag, invite.cseq, invite.branch)
+                self._heard.setdefault(call.call_id, {})[key] = heard
 
     def take_records(self) -> list[CallRecord]:
         """The calls that are over since the last time."""
@@ -3871,6 +3905,17 @@ class RecordedTable(CallTable):
             replies[key] = Heard()
         replies[key].note(reply)
 
+    def _keep_heard(self, reply: SipMessage) -> None:
+        """Put what the replies said where a restart finds it."""
+        for call in self._calls[reply.call_id]:
+            if call.from_tag == reply.from_tag and not call.ended_at:
+                heard = self._heard_of(call)
+                call.told = call.told or Told()
+                if _HEARD(heard) != _HEARD(call.told):
+                    for name in Heard.__slots__:
+                        setattr(call.told, name, getattr(heard, name))
+                    self._touch(call)
+
     def _heard_of(self, call: Call) -> Heard:
         """What the replies to the answered attempt said, or to the last one of all."""
         replies = self._heard.get(call.call_id, {})
@@ -3887,21 +3932,23 @@ class RecordedTable(CallTable):
     def _begin(self, call: Call, begin: Begin) -> None:
         identity = begin.attempt.identity
         assert identity is not None
-        parties = (identity.source, identity.source_ip, identity.destination)
-        invited = min(x.time for x in (*call.attempts, begin.attempt) if x.copies)
+        told = call.told or Told()
+        told.source, told.source_ip = identity.source, identity.source_ip
+        told.destination, told.begun_by = identity.destination, begin.reason
+        told.invited = min(x.time for x in (*call.attempts, begin.attempt) if x.copies)
+        # Legs that are tied may end it at once.
+        call.told = told
         super()._begin(call, begin)
-        self._told[call.row] = _Told(*parties, begin.reason, invited)
 
     def _end(self, call: Call, end: End) -> None:
         # Afterwards the call is no more than what trails behind it needs.
         self.records.append(self._record(call, end))
-        self._told.pop(call.row, None)
+        call.told = None
         super()._end(call, end)
 
     def _leave(self, call: Call) -> None:
         if not call.begun_at and self._is_call(call):
             self.records.append(self._record(call))
-        self._told.pop(call.row, None)
         super()._leave(call)
         if call.call_id not in self._calls:
             self._heard.pop(call.call_id, None)
@@ -3918,13 +3965,13 @@ class RecordedTable(CallTable):
 
     def _record(self, call: Call, end: End | None = None) -> CallRecord:
         charge, heard = call.shown, self._heard_of(call)
-        told = self._told.get(call.row)
-        if told is None:
+        told = call.told or Told()
+        if not call.begun_at:
             invited = min((x.time for x in call.attempts if x.copies), default=0)
-            told = _Told(invited=invited)
+            told = Told(invited=invited)
             if isinstance(charge, Identity):
                 parties = (charge.source, charge.source_ip, charge.destination)
-                told = _Told(*parties, "", invited)
+                told = Told(*parties, "", invited)
         hung_up, to_tag = _who_hung_up(call, end) if end is not None else ("", "")
         return CallRecord(
             call_id=printable_id(call.call_id),
