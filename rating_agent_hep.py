@@ -76,6 +76,7 @@ from functools import cache, cached_property, lru_cache, partial
 from itertools import chain, islice
 from math import inf
 from operator import attrgetter
+from stat import S_ISREG
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import parse_qsl, quote, urlsplit
@@ -2946,7 +2947,8 @@ _CLOCKS = ("arrived", "refreshed_at", "replied_at", "heard", "entered", "begun_a
 # What the table knows better when it takes a call back; the last fields of a call.
 _TABLES_OWN = ("row", "due", "slot")
 _RECORDS: dict[str, Any] = {
-    record.__name__: record for record in (Ack, Attempt, Bye, Call, Dialog, Identity, InviteCopy, Told)
+    record.__name__: record
+    for record in (Ack, Attempt, Bye, Call, Dialog, Identity, InviteCopy, Told)
 }
 _VALUES: dict[type, Callable[[Any], tuple[Any, ...]]] = {
     record: attrgetter(*(x.name for x in fields(record) if x.name not in _TABLES_OWN))
@@ -3761,6 +3763,41 @@ class CallRecord(NamedTuple):
         return max(self.ended // 1000 - self.begun // 1000, 0) / 1000 if self.ended else 0.0
 
 
+def record_fields(record: CallRecord) -> dict[str, Any]:
+    """A record as `call_records` has it (docs/call-records.md), without what delivery adds."""
+
+    def stamp(time: int) -> str | None:
+        return rfc3339(time) if time else None
+
+    return {
+        "call_id": record.call_id,
+        "from_tag": record.from_tag,
+        "to_tag": record.to_tag,
+        "tenant": record.tenant,
+        "route": record.route,
+        "transaction_tag": record.transaction_tag,
+        "account_tag": record.account_tag,
+        "destination_account_tag": record.destination_account_tag,
+        "source": record.source,
+        "source_ip": record.source_ip,
+        "destination": record.destination,
+        "sender": record.sender,
+        "capture_id": record.capture_id,
+        "invited": stamp(record.invited),
+        "ringing": stamp(record.ringing),
+        "answered": stamp(record.begun),
+        "ended": stamp(record.ended),
+        "seconds": record.seconds,
+        "status": record.status or None,
+        "reason": record.phrase,
+        "begun_by": record.begun_by,
+        "ended_by": record.ended_by,
+        "hung_up": record.hung_up,
+        "charged": record.charged,
+        "outcome": record.outcome,
+    }
+
+
 class Heard:
     """What the replies to one INVITE transaction said: HEP time of the first 18x, the final reply.
 
@@ -3782,8 +3819,7 @@ class Heard:
                 self.ringing = min(self.ringing or reply.time, reply.time)
             return
         # Near enough where a quoted comma stands in a Via.
-        lines = reply.headers.get("via", ())
-        hops = len(lines) + sum(line.count(",") for line in lines)
+        hops = len(",".join(reply.headers.get("via", ())).split(","))
         if hops <= self.hops:
             self.hops, self.status = hops, reply.status
             phrase = _PHRASE.match(reply.head)
@@ -4514,6 +4550,8 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
         raise ConfigError(
             "listen_udp, listen_tcp, listen_tls: all empty; allowed: at least one address"
         )
+    if settings.call_records and not settings.state_dir:
+        raise ConfigError("call_records: without a state_dir; allowed: with one, or empty")
     if settings.rating_api_ca_file:
         api_tls(settings.rating_api_ca_file)
     former += [name for name in _FORMER if _PREFIX + name.upper() in environ]
@@ -4958,6 +4996,7 @@ class Metrics:
 #   at a start     load_calls, last_serial, count_events, load_given_up, load_one_sided
 #   notes          put_call, drop_call, put_event, put_attempt, drop_event, reject_event,
 #                  retry_event
+#   call records   put_record, load_records, drop_records, holds, trim_records, records_lost
 #   to disk        commit writes all notes; due is set while there are some, unwritten counts them,
 #                  failure says why they can't be written, "" while they can
 #   while it runs  load_events, load_retries, count_rejected; these raise StoreError
@@ -4988,6 +5027,14 @@ _SCHEMA = """
         answer TEXT, retry INTEGER NOT NULL DEFAULT 0
     );
 """
+# Call records, where they are made. A row stays until its line is in the file: ``begun`` and
+# ``ended`` have [attempts, result] of the two events, and the last of the three comes ``ended``.
+_RECORDS_SCHEMA = """
+    CREATE TABLE IF NOT EXISTS call_records (
+        id INTEGER PRIMARY KEY, record TEXT, begun TEXT, ended TEXT
+    );
+    CREATE INDEX IF NOT EXISTS due_records ON call_records (id) WHERE record != '' AND ended != '';
+"""
 _COLUMNS = "api call begin_event begin_serial end_event end_serial".split()
 _COLUMNS += "attempts answer given_up party".split()
 _PLACES = {name: place for place, name in enumerate(_COLUMNS)}
@@ -5007,6 +5054,32 @@ _WRITE_REJECTED = """
 _CLEAN_REJECTED = """
     DELETE FROM rejected WHERE serial IN (SELECT value FROM json_each(?)) OR serial <=
     (SELECT serial FROM rejected ORDER BY serial DESC LIMIT 1 OFFSET ?)
+"""
+# What became of an end whose record is not kept is of no use.
+_WRITE_RECORDS = """
+    INSERT INTO call_records (id, record, begun, ended)
+    SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+    json_extract(value, '$[3]') FROM json_each(?)
+    WHERE coalesce(json_extract(value, '$[1]'), json_extract(value, '$[2]')) IS NOT NULL
+    OR json_extract(value, '$[0]') IN (SELECT id FROM call_records)
+    ON CONFLICT (id) DO UPDATE SET record = coalesce(excluded.record, record),
+    begun = coalesce(excluded.begun, begun), ended = coalesce(excluded.ended, ended)
+"""
+_CLEAN_RECORDS = "DELETE FROM call_records WHERE id IN (SELECT value FROM json_each(?))"
+# Of calls that ended while no records were made.
+_CLEAN_NO_RECORDS = """
+    DELETE FROM call_records WHERE record IS NULL AND id NOT IN (SELECT id FROM calls)
+"""
+_DUE_RECORDS = """
+    SELECT json_group_array(json_array(id, json(record), json(begun), json(ended))) FROM (
+        SELECT * FROM call_records WHERE record != '' AND ended != '' ORDER BY id LIMIT ?
+    )
+"""
+_TRIM_RECORDS = """
+    DELETE FROM call_records WHERE record != '' AND ended != '' AND id <= (
+        SELECT id FROM call_records WHERE record != '' AND ended != ''
+        ORDER BY id DESC LIMIT 1 OFFSET ?
+    )
 """
 # The events that wait after a serial, in order. They come as one JSON text, because each row that
 # is fetched gives the interpreter's lock away, as in `_write_calls`.
@@ -5057,6 +5130,13 @@ def _write_calls(number: int) -> str:
         ON CONFLICT (id) DO UPDATE SET
         {", ".join(f"{name} = coalesce(excluded.{name}, {name})" for name in _COLUMNS)}
     """
+
+
+def _newer(old: list[str | None] | None, new: list[str | None] | None) -> list[str | None] | None:
+    """What is noted of a call record, where more was noted since."""
+    if old is None or new is None:
+        return new
+    return [then if now is None else now for then, now in zip(old, new, strict=True)]
 
 
 def _unpack_waiting(text: str) -> list[RatingEvent]:
@@ -5169,6 +5249,12 @@ def _wal_frames(path: str) -> tuple[int, int]:
         return 0, 0
 
 
+# What became of an event, in a call record; the other two are DELIVERED and REJECTED.
+LOST = "lost"
+# Call records that wait in the journal for a file that can't be written, some 1 kB each, and in
+# memory for a journal that can't. Over that the oldest are lost.
+MAX_RECORDS = 1_000_000
+MAX_RECORDS_IN_MEMORY = 100_000
 # Events that are read from the journal at once; the event loop waits while they are unpacked.
 MAX_LOADED = 500
 # Rows of one transaction; the event loop waits while they are put together.
@@ -5188,8 +5274,11 @@ class Journal:
     `inspect_journal` does, and where another agent works in the same folder.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, records: bool = False) -> None:
         path = inspect_journal(folder)
+        # Whether call records are made, and how many of them were lost.
+        self._recording = records
+        self.records_lost = 0
         self.due = gevent.event.Event()
         self.failure = ""
         self.torn = ""
@@ -5209,11 +5298,15 @@ class Journal:
         self._writing: dict[int, list[Any]] = {}
         self._rejected: dict[int, list[Any] | None] = {}
         self._rejecting: dict[int, list[Any] | None] = {}
+        # By row: record, begun and ended as on disk, None for what is unchanged; or None to delete.
+        self._records: dict[int, list[str | None] | None] = {}
+        self._writing_records: dict[int, list[str | None] | None] = {}
         self._retry_at = self._started = 0.0
         (self.last_serial,) = self._db.execute(
             "SELECT max((SELECT coalesce(max(max(id, coalesce(begin_serial, 0),"
             " coalesce(end_serial, 0))), 0) FROM calls),"
-            " (SELECT coalesce(max(max(id, serial)), 0) FROM rejected))"
+            " (SELECT coalesce(max(max(id, serial)), 0) FROM rejected),"
+            " (SELECT coalesce(max(id), 0) FROM call_records))"
         ).fetchone()
         # Rows up to this one may be on disk. A later one that is done before a commit is never
         # written.
@@ -5263,6 +5356,9 @@ class Journal:
         db.execute("PRAGMA journal_mode = WAL")
         # A commit is on disk when it returns, whatever happens to the power.
         db.execute("PRAGMA synchronous = FULL")
+        db.executescript(_RECORDS_SCHEMA)
+        if self._recording:
+            db.execute(_CLEAN_NO_RECORDS)
         db.execute(f"PRAGMA journal_size_limit = {JOURNAL_WAL}")
         whole = max(db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1], 0)
         if frames > whole or rest:
@@ -5327,16 +5423,19 @@ class Journal:
         """Note that an event was tried and still waits: its attempts and the last answer."""
         self._change(event.row, attempts=event.attempts, answer=event.answer)
 
-    def drop_event(self, event: RatingEvent) -> None:
-        """Note that an event waits no more: it was answered, or lost."""
+    def drop_event(self, event: RatingEvent, result: str = DELIVERED) -> None:
+        """Note that an event waits no more: DELIVERED, REJECTED or LOST."""
         values = {f"{event.kind}_event": "", f"{event.kind}_serial": _NO_EVENT}
         if event.kind == "begin" and event.left_out:
             values |= {"begin_event": _compact_json(event.pack()), "party": event.party}
         self._change(event.row, attempts=0, answer="", **values)
+        if self._recording:
+            result = _compact_json([event.attempts, result])
+            self._note_record(event.row, **{f"{event.kind}_result": result})
 
     def reject_event(self, event: RatingEvent) -> None:
         """Note that an event waits no more, and keep it for an operator."""
-        self.drop_event(event)
+        self.drop_event(event, REJECTED)
         if event.kind == "begin":
             self._change(event.row, begin_event=_compact_json(event.pack()), given_up=1)
         packed = [event.row, event.api_url, event.pack(), event.attempts, event.answer]
@@ -5351,6 +5450,33 @@ class Journal:
         self.put_event(event)
         if event.kind == "begin":
             self._change(event.row, given_up=0)
+
+    def put_record(self, row: int, text: str, charged: bool) -> None:
+        """Note the record of a call that is over; of a charged one once its end waits no more."""
+        self._note_record(row, record=text, end_result=None if charged else "[null,null]")
+
+    def drop_records(self, rows: Iterable[int]) -> None:
+        """Note that the lines of these records are in their file."""
+        self._records.update(dict.fromkeys(rows))
+        self.due.set()
+
+    def holds(self, rows: Iterable[int]) -> bool:
+        """Whether something is noted of these records that is not on disk yet."""
+        return any(row in self._records or row in self._writing_records for row in rows)
+
+    def _note_record(
+        self,
+        row: int,
+        record: str | None = None,
+        begin_result: str | None = None,
+        end_result: str | None = None,
+    ) -> None:
+        new = [record, begin_result, end_result]
+        self._records[row] = _newer(self._records.get(row), new)
+        if len(self._records) > MAX_RECORDS_IN_MEMORY:
+            del self._records[next(iter(self._records))]
+            self.records_lost += 1
+        self.due.set()
 
     def _change(self, row: int, **values: Any) -> None:
         columns = self._pending.get(row)
@@ -5378,7 +5504,7 @@ class Journal:
         ``patience`` is how many seconds the disk may take. The default is JOURNAL_STALL. While the
         journal fails, the default is not to wait, and to try again each JOURNAL_RETRY.
         """
-        while self._job is not None or self._pending or self._rejected:
+        while self._job is not None or self._pending or self._rejected or self._records:
             if self._job is None:
                 if patience is None and self.failure and time.monotonic() < self._retry_at:
                     return False
@@ -5392,7 +5518,7 @@ class Journal:
             if error:
                 self._note_again()
                 return self._fail(error)
-            self._writing, self._rejecting = {}, {}
+            self._writing, self._rejecting, self._writing_records = {}, {}, {}
         return self._succeed()
 
     def _start_writing(self) -> None:
@@ -5410,12 +5536,16 @@ class Journal:
         ]
         rejected = [[serial, *packed] for serial, packed in self._rejecting.items() if packed]
         retried = [serial for serial, packed in self._rejecting.items() if packed is None]
+        self._writing_records, self._records = self._records, {}
+        records = [[row, *noted] for row, noted in self._writing_records.items() if noted]
+        filed = [row for row, noted in self._writing_records.items() if noted is None]
         self._started = time.monotonic()
-        self._job = self._pool.spawn(
-            self._write, values, json.dumps(done), json.dumps(rejected), json.dumps(retried)
-        )
+        lists = (done, rejected, retried, records, filed)
+        self._job = self._pool.spawn(self._write, values, *map(_compact_json, lists))
 
-    def _write(self, calls: list[Any], done: str, rejected: str, retried: str) -> str:
+    def _write(
+        self, calls: list[Any], done: str, rejected: str, retried: str, records: str, filed: str
+    ) -> str:
         """In the pool's thread: one transaction; returns what went wrong, "" for nothing."""
         db = self._db
         try:
@@ -5425,6 +5555,9 @@ class Journal:
             if rejected != "[]" or retried != "[]":
                 db.execute(_WRITE_REJECTED, (rejected,))
                 db.execute(_CLEAN_REJECTED, (retried, MAX_REJECTED))
+            if records != "[]" or filed != "[]":
+                db.execute(_WRITE_RECORDS, (records,))
+                db.execute(_CLEAN_RECORDS, (filed,))
             db.execute("COMMIT")
         except sqlite3.Error as error:
             with suppress(sqlite3.Error):
@@ -5440,6 +5573,9 @@ class Journal:
             ]
         self._pending, self._writing = self._writing, {}
         self._rejected, self._rejecting = {**self._rejecting, **self._rejected}, {}
+        for row, noted in self._records.items():
+            self._writing_records[row] = _newer(self._writing_records.get(row), noted)
+        self._records, self._writing_records = self._writing_records, {}
 
     def _fail(self, error: str) -> bool:
         now = time.monotonic()
@@ -5460,14 +5596,20 @@ class Journal:
 
     def _read(self, query: str, *values: Any) -> Any:
         """The first row of a query, read in the pool's thread. Raises StoreError."""
+        return self._in_thread(lambda: self._db.execute(query, values).fetchone())
 
-        def read() -> Any:
+    def _execute(self, query: str, *values: Any) -> int:
+        """How many rows a statement has changed, in the pool's thread. Raises StoreError."""
+        return int(self._in_thread(lambda: self._db.execute(query, values).rowcount))
+
+    def _in_thread(self, ask: Callable[[], Any]) -> Any:
+        def safely() -> Any:
             try:
-                return self._db.execute(query, values).fetchone()
+                return ask()
             except sqlite3.Error as error:
                 return StoreError(str(error))
 
-        result = self._pool.spawn(read).get()
+        result = self._pool.spawn(safely).get()
         if isinstance(result, StoreError):
             raise result
         return result
@@ -5490,10 +5632,138 @@ class Journal:
         """Rejected events that an operator wants to be sent again. Raises StoreError."""
         return _unpack_waiting(self._read(_REJECTED, 1, 0, MAX_LOADED)[0])
 
+    def load_records(self, limit: int) -> list[tuple[int, dict[str, Any]]]:
+        """Up to ``limit`` call records that are whole: row, and fields with those of delivery.
+
+        Raises StoreError.
+        """
+        whole = []
+        for row, record, begun, ended in json.loads(self._read(_DUE_RECORDS, limit)[0]):
+            begin_attempts, result = begun or (None, None)
+            end_attempts, end_result = ended
+            record["begin_attempts"], record["end_attempts"] = begin_attempts, end_attempts
+            record["delivery"] = end_result if result in (None, DELIVERED) else result
+            whole.append((row, record))
+        return whole
+
+    def trim_records(self) -> None:
+        """Forget the oldest whole call records over MAX_RECORDS. Raises StoreError."""
+        self.records_lost += self._execute(_TRIM_RECORDS, MAX_RECORDS)
+
     def close(self, patience: float) -> None:
         """Close the file and unlock the folder; ``patience`` is how many seconds that may take."""
         self._pool.spawn(self._db.close).wait(timeout=patience)
         self._lock.close()
+
+
+# Call records that are read from the journal and written to their file at once.
+MAX_RECORDS_AT_ONCE = 500
+# Octets that are read at once from the end of that file, to find the last lines.
+TAIL_READ = 1 << 20
+_RECORD_KEY = "call_record"
+_RECORD_START = f'{{"{_RECORD_KEY}":"'.encode()
+_RECORD_ID = re.compile(rb"^" + re.escape(_RECORD_START) + rb'(\w+)"', re.M)
+
+
+class RecordFile:
+    """Where the lines of call records go: a file, or the standard output for ``-``.
+
+    The ids of the lines that it wrote last, also those that it finds when it is opened, are not
+    written again. All is done in a thread of gevent's pool, but for the first opening, which raises
+    ConfigError.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.failure = ""
+        self._pool = gevent.threadpool.ThreadPool(1)
+        self._written: set[str] = set()
+        self._file = -1
+        self._stale = False
+        try:
+            self._open()
+        except OSError as error:
+            raise ConfigError(
+                printable(
+                    f"call_records: {path}: {error.strerror}; allowed: a file of call records that "
+                    "can be written, a path at which to make one, or -"
+                )
+            ) from None
+
+    def reopen(self) -> None:
+        """Open the path anew before the next line: the file there may have been moved away."""
+        self._stale = True
+
+    def write(self, lines: Sequence[tuple[str, bytes]]) -> str:
+        """Write lines by their ids, in the calling greenlet; returns what went wrong, or ""."""
+        self.failure = str(self._pool.spawn(self._write, lines).get())
+        return self.failure
+
+    def _write(self, lines: Sequence[tuple[str, bytes]]) -> str:
+        try:
+            if self._stale or self._file < 0:
+                self._close()
+                self._open()
+            fresh = [(name, line) for name, line in lines if name not in self._written]
+            if self.path == "-":
+                # One by one, so that what others write comes between whole lines.
+                for name, line in fresh:
+                    _write_all(self._file, line)
+                    self._written.add(name)
+            else:
+                _write_all(self._file, b"".join(line for _, line in fresh))
+                os.fsync(self._file)
+            self._written = {name for name, _ in lines}
+        except OSError as error:
+            # Opening it again finds out how much of that is there.
+            self._stale = True
+            return error.strerror or type(error).__name__
+        return ""
+
+    def _close(self) -> None:
+        if self._file > 2:
+            os.close(self._file)
+        self._file = -1
+
+    def _open(self) -> None:
+        self._stale = False
+        if self.path == "-":
+            self._file = 1
+            return
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        file = os.open(self.path, flags, 0o640)
+        try:
+            if not S_ISREG(os.fstat(file).st_mode):
+                raise OSError(errno.EINVAL, "not a file")
+            self._written |= _look_back(file)
+            # The name must outlive a power cut as well.
+            folder = os.open(os.path.dirname(os.path.abspath(self.path)), os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+        except BaseException:
+            os.close(file)
+            raise
+        self._file = file
+
+
+def _look_back(file: int) -> set[str]:
+    """The ids of the last lines; a line that was cut short is taken away. Raises OSError."""
+    end, tail = os.fstat(file).st_size, b""
+    if os.pread(file, len(_RECORD_START), 0) != _RECORD_START[:end]:
+        raise OSError(errno.EINVAL, "a file of something else, left untouched")
+    while len(tail) < end and tail.count(b"\n") <= MAX_RECORDS_AT_ONCE:
+        start = max(end - len(tail) - TAIL_READ, 0)
+        tail = os.pread(file, end - len(tail) - start, start) + tail
+    rest = len(tail) - tail.rfind(b"\n") - 1
+    if rest:
+        os.ftruncate(file, end - rest)
+    return {found.decode() for found in _RECORD_ID.findall(tail[: len(tail) - rest])}
+
+
+def _write_all(file: int, octets: bytes) -> None:
+    view = memoryview(octets)
+    while view:
+        view = view[os.write(file, view) :]
 
 
 # Room: rating API
@@ -5840,7 +6110,7 @@ class Delivery:
         lane.outbox.restrict(event)
         self._log_whole(event, "event_lost", "an event left memory undelivered: too many wait")
         if event.store:
-            event.store.drop_event(event)
+            event.store.drop_event(event, LOST)
 
     def _load(self, lane: _Lane) -> None:
         """Fill the outbox from the stores, in a greenlet of its own, for they take time."""
@@ -5973,6 +6243,9 @@ class Delivery:
 STORE_STEP = 300
 # Seconds between two looks for what an operator wants done with rejected events.
 JOURNAL_POLL = 1.0
+# Seconds between two looks for call records that are whole, and after a file that failed.
+RECORDS_POLL = 0.5
+RECORDS_RETRY = 5.0
 
 
 class Shard:
@@ -5984,9 +6257,17 @@ class Shard:
     """
 
     def __init__(
-        self, table: CallTable, delivery: Delivery, metrics: Metrics, store: Journal | None = None
+        self,
+        table: CallTable,
+        delivery: Delivery,
+        metrics: Metrics,
+        store: Journal | None = None,
+        records: RecordFile | None = None,
     ) -> None:
         self.table = table
+        self.records = records
+        # The rows whose lines were written last.
+        self._filed: list[int] = []
         self.store = store
         self.rejected = 0
         self.delivery = delivery
@@ -6049,6 +6330,10 @@ class Shard:
         events, self._fresh = self._fresh, []
         for event in events:
             store.put_event(event)
+        if isinstance(self.table, RecordedTable):
+            for record in self.table.take_records():
+                fields = {_RECORD_KEY: os.urandom(8).hex(), **record_fields(record)}
+                store.put_record(record.row, _compact_json(fields), record.charged)
         answered, store.answered = store.answered, []
         started = time.monotonic()
         written = False
@@ -6065,6 +6350,60 @@ class Shard:
         self._metrics.time("journal.time", time.monotonic() - started)
         return written
 
+    def write_records_forever(self) -> None:
+        """Write the call records that are whole, in a greenlet of its own."""
+        assert self.records is not None
+        while True:
+            gevent.sleep(RECORDS_RETRY if self.records.failure else RECORDS_POLL)
+            try:
+                while self.write_records():
+                    gevent.sleep(JOURNAL_INTERVAL)
+            except Exception:
+                self._metrics.count("packets.internal_error")
+                log.error("records not written", exc_info=True, extra={"event": "internal_error"})
+
+    def write_records(self) -> bool:
+        """Write some call records that are whole; whether there may be more of them.
+
+        The next ones are read only when it is on disk that these were written, so a start that
+        finds these in the journal finds them among the last lines of the file, too.
+        """
+        store, file = self.store, self.records
+        assert store is not None and file is not None
+        lost, store.records_lost = store.records_lost, 0
+        if lost:
+            self._metrics.count("records.lost", lost)
+            extra = {"event": "records_lost", "records": lost}
+            log.error("call records were lost: too many wait", extra=extra)
+        if store.failure:
+            return False
+        if store.holds(self._filed):
+            return True
+        failed = file.failure
+        try:
+            records = store.load_records(MAX_RECORDS_AT_ONCE)
+            lines = [
+                (fields[_RECORD_KEY], f"{_compact_json(fields)}\n".encode())
+                for _, fields in records
+            ]
+            # One that failed is tried without records as well, or it would seem to fail for ever.
+            if (records or failed) and file.write(lines):
+                self._metrics.count("records.errors")
+                extra = {"event": "records_failed", "file": file.path}
+                log.warning("call records cannot be written: %s", file.failure, extra=extra)
+                store.trim_records()
+                return False
+        except StoreError as error:
+            log.error("the journal cannot be read: %s", error, extra={"event": "journal_failed"})
+            return False
+        if failed:
+            log.warning("call records are written again", extra={"event": "records_back"})
+        if records:
+            self._metrics.count("records.written", len(records))
+            self._filed = [row for row, _ in records]
+            store.drop_records(self._filed)
+        return len(records) == MAX_RECORDS_AT_ONCE
+
     def _report(self, events: list[RatingEvent]) -> None:
         if self.store is None:
             for event in events:
@@ -6072,6 +6411,7 @@ class Shard:
             return
         self._fresh += events
         if self.table.changed:
+            # A call that is over has changed, so its record is seen to as well.
             self.store.due.set()
 
     def _put_calls(self, store: Journal) -> None:
@@ -6224,13 +6564,14 @@ class Agent:
         limiter: WarningLimiter,
         store: Journal | None = None,
         tls: ssl.SSLContext | None = None,
+        records: RecordFile | None = None,
     ) -> None:
         self.settings = settings
         self.tls = tls
         self.metrics = Metrics(settings)
         self.delivery = Delivery(settings, self.metrics)
-        table = CallTable(settings, rules)
-        self.shards = [Shard(table, self.delivery, self.metrics, store)]
+        table = (RecordedTable if records else CallTable)(settings, rules)
+        self.shards = [Shard(table, self.delivery, self.metrics, store, records)]
         self.senders = Senders(settings.hep_allow)
         self.connections = 0
         # What listens, as the log says it, for the status.
@@ -6510,10 +6851,13 @@ class Agent:
             self.flush(time.monotonic())
 
     def reload(self) -> None:
-        """Read the routes and certificates again, all or nothing.
+        """Read the routes and certificates again, all or nothing; open the call records anew.
 
         Calls keep the route they have, connections the certificate that they began with.
         """
+        for shard in self.shards:
+            if shard.records:
+                shard.records.reopen()
         try:
             rules, self.tls = load_rules(self.settings), load_tls(self.settings)
         except ConfigError as error:
@@ -7961,8 +8305,9 @@ def run(configuration: Configuration) -> int:
     limiter = set_up_logging(settings, sys.stdout)
     for warning in configuration.warnings:
         log.warning(warning, extra={"event": "former_option"})
-    journal = Journal(settings.state_dir) if settings.state_dir else None
-    agent = Agent(settings, configuration.rules, limiter, journal, configuration.tls)
+    records = RecordFile(settings.call_records) if settings.call_records else None
+    journal = Journal(settings.state_dir, bool(records)) if settings.state_dir else None
+    agent = Agent(settings, configuration.rules, limiter, journal, configuration.tls, records)
     # The soft limit is 1,024 on most systems, for programs that use select().
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
@@ -7978,6 +8323,7 @@ def run(configuration: Configuration) -> int:
     if journal:
         _tell_restored(agent, journal)
         background += [gevent.spawn(shard.commit_forever) for shard in agent.shards]
+        background += [gevent.spawn(x.write_records_forever) for x in agent.shards if x.records]
     notifier.say("READY=1")
     collector = Collector(time.monotonic())
     while not stop.wait(TICK):
@@ -8158,6 +8504,9 @@ def _shut_down(
     saved = not in_memory and agent.commit(max(deadline - time.monotonic(), 0.1))
     if not saved:
         agent.delivery.stop()
+    if saved:
+        with gevent.Timeout(max(deadline - time.monotonic(), 0.1), False):
+            _write_last_records(agent)
     with gevent.Timeout(max(min(deadline - time.monotonic(), STATSD_FLUSH), 0.1), False):
         agent.flush(time.monotonic())
     running = agent.sizes()[ANSWERED]
@@ -8168,6 +8517,14 @@ def _shut_down(
         if shard.store:
             shard.store.close(max(deadline - time.monotonic(), 0.1))
     log.info("stopped", extra={"event": "stopped"})
+
+
+def _write_last_records(agent: Agent) -> None:
+    """What is whole by now; the next start writes the rest."""
+    for shard in agent.shards:
+        while shard.records and shard.write_records() and agent.commit():
+            pass
+    agent.commit()
 
 
 # Seconds in which senders over TCP may close their connections when the agent stops. Those that
