@@ -2165,6 +2165,8 @@ class Told:
     destination: str = ""
     begun_by: str = ""
     invited: int = 0
+    cseq: int = 0
+    branch: str = ""
     hops: int = 0
     phrase: str = ""
     ringing: int = 0
@@ -3805,9 +3807,10 @@ class Heard:
     the last: it has the fewest ``hops``.
     """
 
-    __slots__ = ("hops", "phrase", "ringing", "status")
+    __slots__ = ("branch", "cseq", "hops", "phrase", "ringing", "status")
 
-    def __init__(self) -> None:
+    def __init__(self, cseq: int = 0, branch: str = "") -> None:
+        self.cseq, self.branch = cseq, branch
         self.ringing = self.status = 0
         self.hops = MAX_VIAS + 1
         self.phrase = ""
@@ -3907,9 +3910,7 @@ class RecordedTable(CallTable):
                 heard = Heard()
                 for name in Heard.__slots__:
                     setattr(heard, name, getattr(call.told, name))
-                attempts = [x for x in call.attempts if x.copies]
-                invite = call if call.begun_at or not attempts else attempts[-1]
-                key = (call.from_tag, invite.cseq, invite.branch)
+                key = (call.from_tag, heard.cseq, heard.branch)
                 self._heard.setdefault(call.call_id, {})[key] = heard
 
     def take_records(self) -> list[CallRecord]:
@@ -3938,7 +3939,7 @@ class RecordedTable(CallTable):
         if key not in replies:
             if len(replies) >= MAX_HEARD:
                 del replies[next(iter(replies))]
-            replies[key] = Heard()
+            replies[key] = Heard(reply.cseq, reply.branch)
         replies[key].note(reply)
 
     def _keep_heard(self, reply: SipMessage) -> None:
