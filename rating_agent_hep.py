@@ -3034,6 +3034,15 @@ CALLS_SLICE = 2_000
 CALLS_SECONDS = 5.0
 
 
+# Pairs of tenant and route that are counted by themselves, 1 kB each; further ones are "other". A
+# route that is no more keeps its place until the agent ends. And characters of each name.
+MAX_TENANT_ROUTES = 200
+MAX_LABEL = 64
+# A dot would be a part of its own, and statsd has a meaning for most other signs.
+_ODD_IN_LABEL = re.compile(r"[^A-Za-z0-9_-]")
+OTHER_LABELS = "other.other"
+
+
 class CallTable:
     """All calls that are being followed, by Call-ID, and one wheel of when to judge them again.
 
@@ -3051,6 +3060,9 @@ class CallTable:
         self.counts: dict[str, int] = {}
         self.notices: list[Notice] = []
         self.changed: dict[int, Call | None] | None = None
+        # Running calls by the labels of tenant and route.
+        self.running: dict[str, int] = {}
+        self._labels: dict[tuple[str, str], str] = {}
         self._serial = 0
         self._now = 0.0
         self._events: list[RatingEvent] = []
@@ -3142,6 +3154,22 @@ class CallTable:
         """Add to a counter."""
         self.counts[name] = self.counts.get(name, 0) + number
 
+    def _labels_of(self, route: Route) -> str:
+        """Tenant and route as the last two parts of a metric's name."""
+        key = route.tenant, route.name
+        labels = self._labels.get(key)
+        if labels is None:
+            if len(self._labels) >= MAX_TENANT_ROUTES:
+                return OTHER_LABELS
+            labels = ".".join(_ODD_IN_LABEL.sub("_", text[:MAX_LABEL]) or "_" for text in key)
+            self._labels[key] = labels
+        return labels
+
+    def _count_running(self, route: Route, step: int) -> str:
+        labels = self._labels_of(route)
+        self.running[labels] = self.running.get(labels, 0) + step
+        return labels
+
     def next_serial(self) -> int:
         """A number greater than all before, for a row or an event."""
         self._serial += 1
@@ -3172,6 +3200,7 @@ class CallTable:
             self._add(call)
             if call.begun_at and not call.ended_at:
                 self._index(call)
+                self._count_running(call.route, 1)
             if call.charged:
                 self._take_tag(call, call.transaction_tag)
             for tie in call.ties:
@@ -3279,6 +3308,7 @@ class CallTable:
         call.attempts = tuple(x for x in call.attempts if x not in attempts)
         call.dialogs = tuple(x for x in call.dialogs if x not in dialogs)
         other.row = self.next_serial()
+        self.count(f"tenants.attempts.{self._labels_of(call.route)}")
         self._add(other)
         if call.slot >= 0:
             self._touch(call)
@@ -3294,6 +3324,7 @@ class CallTable:
             return
         if not call.tenant:
             call.route, call.tenant = route, route.tenant
+            self.count(f"tenants.attempts.{self._labels_of(route)}")
             call.capture_id = sighting.packet.capture_id
             self._inherit(call)
         call.heard = self._now
@@ -3534,6 +3565,10 @@ class CallTable:
             dialog.answered = dialog.repeated = dialog.acked = begin.time
             dialog.cseq, dialog.arrived = call.cseq, self._now
             dialog.refreshed, dialog.refreshed_at = begin.time, self._now
+        labels = self._count_running(call.route, 1)
+        self.count(f"tenants.answered.{labels}")
+        rang = (begin.time - begin.attempt.time) // 1_000
+        self.count(f"tenants.ringing_ms.{labels}", max(rang, 0))
         self._settle(call)
         if not call.rated:
             ignored = call.route.action == "ignore"
@@ -3545,6 +3580,7 @@ class CallTable:
             return
         call.charged = True
         self.count("calls.begun")
+        self.count(f"tenants.charged.{labels}")
         body = {
             "source": identity.source,
             "source_ip": identity.source_ip,
@@ -3581,6 +3617,9 @@ class CallTable:
 
     def _end(self, call: Call, end: End) -> None:
         call.ended, call.ended_at, call.reason = end.time, self._now, end.reason
+        labels = self._count_running(call.route, -1)
+        self.count(f"tenants.ended.{labels}")
+        self.count(f"tenants.talk_ms.{labels}", max(end.time - call.begun, 0) // 1_000)
         self._touch(call)
         known = self._from_tags.pop(call.from_tag)
         if isinstance(known, int) and known > 1:
@@ -4871,8 +4910,8 @@ class _TextFormatter(logging.Formatter):
         return printable(f"{super().format(record)} {text}".rstrip())
 
 
-# Metrics whose last part is a label at Prometheus; conf/statsd/mapping.yaml says the same.
-LABELS = {
+# Metrics whose last parts are labels at Prometheus; conf/statsd/mapping.yaml says the same.
+LABELS: dict[str, tuple[str, ...]] = {
     "calls.end": ("calls_end", "reason"),
     "calls.evicted": ("calls_evicted", "state"),
     "calls.expired": ("calls_expired", "state"),
@@ -4883,17 +4922,27 @@ LABELS = {
     "packets.dropped": ("packets_dropped", "reason"),
     "packets.malformed": ("packets_malformed", "reason"),
     "packets.received": ("packets_received", "transport"),
+    **{
+        f"tenants.{name}": (f"tenants_{name}", "tenant", "route")
+        for name in "attempts answered charged running ringing_ms ended talk_ms".split()
+    },
 }
 
 
 def prometheus_name(name: str) -> tuple[str, str]:
     """The family of a metric at Prometheus, without prefix, and its labels in braces or ""."""
-    head, _, last = name.rpartition(".")
-    family, label = LABELS.get(head, ("", ""))
-    if not family:
+    for count in (1, 2):
+        head, *values = name.rsplit(".", count)
+        family, *labels = LABELS.get(head, ("",))
+        if len(labels) == count:
+            break
+    else:
         return re.sub(r"\W", "_", name, flags=re.A), ""
-    value = last.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return family, f'{{{label}="{value}"}}'
+    texts = [
+        value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n") for value in values
+    ]
+    pairs = ",".join(f'{label}="{text}"' for label, text in zip(labels, texts, strict=True))
+    return family, f"{{{pairs}}}"
 
 
 def prometheus_text(
@@ -6768,7 +6817,45 @@ class Agent:
             gauges["events.rejected_kept"] = self.rejected
             gauges["journal.failing"] = int(bool(failure))
         gauges["connections"] = self.connections
+        for shard in self.shards:
+            for labels, running in shard.table.running.items():
+                others = gauges.get(f"tenants.running.{labels}", 0)
+                gauges[f"tenants.running.{labels}"] = others + running
         return gauges
+
+    def tenants(self, number: int) -> list[dict[str, Any]]:
+        """So many tenants and routes at most, those with the most calls first, since the start.
+
+        ``answered_%`` is the answer-seizure ratio, ``average_s`` the average duration of the calls
+        that have ended, ``ringing_s`` how long those rang that were answered; None for no call.
+        """
+        rows: dict[tuple[str, str], dict[str, int]] = {}
+        for name, value in (*self.metrics.totals.items(), *self.gauges().items()):
+            if name.startswith("tenants."):
+                _, kind, tenant, route = name.split(".")
+                rows.setdefault((tenant, route), {})[kind] = value
+
+        def share(row: dict[str, int], part: str, of: str, scale: float) -> float | None:
+            whole = row.get(of, 0)
+            return round(row.get(part, 0) / whole * scale, 1) if whole else None
+
+        def size(item: tuple[tuple[str, str], dict[str, int]]) -> tuple[int, int]:
+            return item[1].get("attempts", 0), item[1].get("running", 0)
+
+        return [
+            {
+                "tenant": tenant,
+                "route": route,
+                "running": row.get("running", 0),
+                "attempts": row.get("attempts", 0),
+                "answered": row.get("answered", 0),
+                "charged": row.get("charged", 0),
+                "answered_%": share(row, "answered", "attempts", 100),
+                "average_s": share(row, "talk_ms", "ended", 1 / 1000),
+                "ringing_s": share(row, "ringing_ms", "answered", 1 / 1000),
+            }
+            for (tenant, route), row in heapq.nlargest(number, rows.items(), key=size)
+        ]
 
     def _count_taken_in(self) -> int:
         """Packets so far that were SIP over HEP of somebody who may send: a port scan is none."""
@@ -6795,7 +6882,7 @@ class Agent:
         return faults
 
     def status(self, now: float, senders: int, errors: int) -> dict[str, Any]:
-        """What ``/status`` shows, with so many senders and last errors at most.
+        """What ``/status`` shows, with so many senders, tenants and last errors at most.
 
         Times are UNIX time in seconds; ``now`` is on the monotonic clock.
         """
@@ -6831,6 +6918,7 @@ class Agent:
             "rejected_kept": self.rejected,
             "journal": None if self.store_failure is None else self.store_failure or "ok",
             "apis": [api_status(api) for api in self.delivery.apis()],
+            "tenants": self.tenants(senders),
             "known_senders": len(self.senders),
             "senders": [
                 sender_status(sender)
@@ -7153,6 +7241,8 @@ input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px }
 <section><h2>Rating APIs</h2><table id="apis"></table></section>
 <section><h2>Last warnings and errors <span>the last of each kind</span></h2>
 <table id="errors"></table></section>
+<section><h2>Tenants and routes <span>calls since the start</span></h2>
+<table id="tenants"></table></section>
 <section><h2>Senders <span id="known"></span></h2><table id="senders"></table></section>
 <section><h2>Dropped and failed <span>since the start</span></h2>
 <table id="drops"></table></section>
@@ -7244,11 +7334,14 @@ function show() {
     events_rejected: total("events.rejected"), events_lost: total("events.lost") }]);
   draw("apis", shown.apis, "url state since waiting last_error last_error_at");
   draw("errors", shown.last_errors.slice(0, 12), "time event count text");
+  draw("tenants", shown.tenants.slice(0, 50), "tenant route running attempts answered charged "
+    + "answered_% average_s ringing_s");
   $("known").textContent = count(shown.known_senders) + " known";
   draw("senders", shown.senders.slice(0, 50),
     "address last_seen packets dropped clock_skew_ms last_fault");
   draw("drops", Object.entries(shown.counters).map(([name, times]) => ({ name, times })).filter(
-    x => /dropped|malformed|evicted|orphan|lost|rejected|errors|failed$/.test(x.name)));
+    x => !x.name.startsWith("tenants.")
+      && /dropped|malformed|evicted|orphan|lost|rejected|errors|failed$/.test(x.name)));
 }
 
 async function load(path) {

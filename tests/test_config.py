@@ -68,6 +68,7 @@ DEFAULTS: dict[str, Any] = {
     "unanswered_bye": "end",
     "reorder_window": 2.0,
     "state_dir": "",
+    "call_records": "",
     "statsd_host": "",
     "statsd_port": 8125,
     "statsd_prefix": "rating_agent_hep",
@@ -130,6 +131,7 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "log_format": ("text", "text"),
     "debug": ("yes", True),
     "state_dir": ("/var/lib/rating-agent-hep", "/var/lib/rating-agent-hep"),
+    "call_records": ("/var/log/calls.jsonl", "/var/log/calls.jsonl"),
     "shutdown_timeout": ("0.5", 0.5),
 }
 
@@ -213,6 +215,7 @@ ANY_TEXT = {
     "statsd_host",
     "statsd_prefix",
     "state_dir",
+    "call_records",
 }
 
 
@@ -269,7 +272,8 @@ def sample(name: str, folder: Path) -> tuple[str, Any]:
 
 def needed(name: str, folder: Path) -> dict[str, str]:
     """Options that one option can't go without."""
-    names = ("tls_cert", "tls_key") if name == "listen_tls" else ()
+    groups = {"listen_tls": ("tls_cert", "tls_key"), "call_records": ("state_dir",)}
+    names = groups.get(name, ())
     return {other: sample(other, folder)[0] for other in names}
 
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from test_agent import LOCAL, call
-from test_calls import ack, bye, bye_reply, invite, numbered, reply
+from test_calls import FORWARDED, Scene, ack, bye, bye_reply, invite, numbered, reply
 
 import browser
 import harness
@@ -157,9 +157,92 @@ def test_labels_are_those_of_the_statsd_mapping() -> None:
         entry["match"]: (entry["name"], *entry["labels"].items()) for entry in mapping["mappings"]
     }
     assert shown == {
-        f"rating_agent_hep.{head}.*": (f"rating_agent_hep_{family}", (label, "$1"))
-        for head, (family, label) in agent.LABELS.items()
+        f"rating_agent_hep.{head}{'.*' * len(labels)}": (
+            f"rating_agent_hep_{family}",
+            *((label, f"${place}") for place, label in enumerate(labels, 1)),
+        )
+        for head, (family, *labels) in agent.LABELS.items()
     }
+
+
+ROUTES = """
+- {name: a.b, tenant: "Tele Com:1", match: {capture_id: 7}}
+- {name: "é", tenant: silent, match: {capture_id: 8}, action: ignore}
+"""
+
+
+def test_calls_are_counted_by_tenant_and_route() -> None:
+    scene = Scene(routes=ROUTES)
+    for number, capture_id in ((1, 7), (2, 7), (3, 8), (4, 1), (5, 7)):
+        scene.now = 1000.0 + number * 100
+        scene.see(numbered(invite(), number), capture_id=capture_id)
+        scene.see(numbered(invite(vias=FORWARDED), number), capture_id=capture_id)
+        scene.now += 2.5
+        scene.see(numbered(reply(486 if number == 5 else 200), number), capture_id=capture_id)
+        scene.see(numbered(ack(), number), capture_id=capture_id)
+    scene.now += 10
+    scene.see(numbered(bye(), 2), capture_id=7)
+    scene.see(numbered(bye_reply(), 2), capture_id=7)
+    scene.wait(5)
+    tenants = {k: v for k, v in scene.table.counts.items() if k.startswith("tenants.")}
+    first, second, third = "Tele_Com_1.a_b", "silent._", "default.main"
+    assert tenants == {
+        f"tenants.attempts.{first}": 3,
+        f"tenants.attempts.{second}": 1,
+        f"tenants.attempts.{third}": 1,
+        f"tenants.answered.{first}": 2,
+        f"tenants.answered.{second}": 1,
+        f"tenants.answered.{third}": 1,
+        f"tenants.ringing_ms.{first}": 5_000,
+        f"tenants.ringing_ms.{second}": 2_500,
+        f"tenants.ringing_ms.{third}": 2_500,
+        f"tenants.charged.{first}": 2,
+        f"tenants.charged.{third}": 1,
+        f"tenants.ended.{first}": 1,
+        f"tenants.talk_ms.{first}": 310_000,
+    }
+    assert scene.table.running == {first: 1, second: 1, third: 1}
+    kept = [(x.row, agent.pack_call(x, 0.0)) for part in scene.table.slices() for x in part]
+    again = agent.CallTable(scene.settings, scene.table.rules)
+    again.restore(kept, 99, scene.now, 0.0)
+    assert again.running == scene.table.running and again.counts == {}
+
+
+def test_tenants_and_routes_over_the_limit_are_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "MAX_TENANT_ROUTES", 1)
+    scene = Scene(routes=ROUTES)
+    for number, capture_id in enumerate((7, 8, 1)):
+        scene.see(numbered(invite(), number), capture_id=capture_id)
+        scene.see(numbered(reply(200), number), capture_id=capture_id)
+    assert scene.table.running == {"Tele_Com_1.a_b": 1, agent.OTHER_LABELS: 2}
+    assert scene.table.counts[f"tenants.attempts.{agent.OTHER_LABELS}"] == 2
+    name = "x" * 200
+    route = agent.main_route(agent.Settings(tenant=name))
+    monkeypatch.setattr(agent, "MAX_TENANT_ROUTES", 2)
+    assert scene.table._labels_of(route) == f"{'x' * agent.MAX_LABEL}.main"
+
+
+def test_the_status_has_ratio_and_duration_by_tenant() -> None:
+    whole = agent.Agent(agent.Settings(), [], agent.WarningLimiter())
+    for name, number in {
+        "tenants.attempts.a.main": 8,
+        "tenants.answered.a.main": 2,
+        "tenants.charged.a.main": 1,
+        "tenants.ringing_ms.a.main": 5_000,
+        "tenants.ended.a.main": 2,
+        "tenants.talk_ms.a.main": 61_000,
+        "tenants.attempts.b.x": 9,
+    }.items():
+        whole.metrics.count(name, number)
+    whole.shards[0].table.running["a.main"] = 3
+    b, a = whole.tenants(9)
+    assert list(a.values()) == ["a", "main", 3, 8, 2, 1, 25.0, 30.5, 2.5]
+    assert list(b.values()) == ["b", "x", 0, 9, 0, 0, 0.0, None, None]
+    assert whole.tenants(1) == [b]
+    assert whole.status(0.0, 9, 9)["tenants"] == [b, a]
+    text = agent.prometheus_text({"tenants.attempts.a.main": 8}, whole.gauges(), {})
+    assert 'rating_agent_hep_tenants_attempts_total{tenant="a",route="main"} 8' in text
+    assert 'rating_agent_hep_tenants_running{tenant="a",route="main"} 3' in text
 
 
 def test_odd_names_become_metrics_that_the_parser_takes() -> None:
