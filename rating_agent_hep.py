@@ -3043,6 +3043,27 @@ _ODD_IN_LABEL = re.compile(r"[^A-Za-z0-9_-]")
 OTHER_LABELS = "other.other"
 
 
+class Traffic:
+    """Counts of the calls of one tenant and route, taken to the metrics now and then.
+
+    ``running`` is how many there are; all others are what came about since they were last taken.
+    """
+
+    __slots__ = ("answered", "attempts", "charged", "ended", "ringing_ms", "running", "talk_ms")
+
+    def __init__(self) -> None:
+        self.attempts = self.answered = self.charged = self.ended = self.running = 0
+        self.ringing_ms = self.talk_ms = 0
+
+    def take(self) -> Iterator[tuple[str, int]]:
+        """What came about since the last time, by name."""
+        for name in self.__slots__:
+            number = getattr(self, name)
+            if number and name != "running":
+                yield name, number
+                setattr(self, name, 0)
+
+
 class CallTable:
     """All calls that are being followed, by Call-ID, and one wheel of when to judge them again.
 
@@ -3060,9 +3081,9 @@ class CallTable:
         self.counts: dict[str, int] = {}
         self.notices: list[Notice] = []
         self.changed: dict[int, Call | None] | None = None
-        # Running calls by the labels of tenant and route.
-        self.running: dict[str, int] = {}
-        self._labels: dict[tuple[str, str], str] = {}
+        # By the labels of tenant and route, and by tenant and route themselves.
+        self.traffic: dict[str, Traffic] = {}
+        self._traffic: dict[tuple[str, str], Traffic] = {}
         self._serial = 0
         self._now = 0.0
         self._events: list[RatingEvent] = []
@@ -3154,21 +3175,17 @@ class CallTable:
         """Add to a counter."""
         self.counts[name] = self.counts.get(name, 0) + number
 
-    def _labels_of(self, route: Route) -> str:
-        """Tenant and route as the last two parts of a metric's name."""
+    def _traffic_of(self, route: Route) -> Traffic:
         key = route.tenant, route.name
-        labels = self._labels.get(key)
-        if labels is None:
-            if len(self._labels) >= MAX_TENANT_ROUTES:
-                return OTHER_LABELS
-            labels = ".".join(_ODD_IN_LABEL.sub("_", text[:MAX_LABEL]) or "_" for text in key)
-            self._labels[key] = labels
-        return labels
-
-    def _count_running(self, route: Route, step: int) -> str:
-        labels = self._labels_of(route)
-        self.running[labels] = self.running.get(labels, 0) + step
-        return labels
+        found = self._traffic.get(key)
+        if found is None:
+            labels = OTHER_LABELS
+            if len(self._traffic) < MAX_TENANT_ROUTES:
+                labels = ".".join(_ODD_IN_LABEL.sub("_", text[:MAX_LABEL]) or "_" for text in key)
+            found = self.traffic.setdefault(labels, Traffic())
+            if labels != OTHER_LABELS:
+                self._traffic[key] = found
+        return found
 
     def next_serial(self) -> int:
         """A number greater than all before, for a row or an event."""
@@ -3200,7 +3217,7 @@ class CallTable:
             self._add(call)
             if call.begun_at and not call.ended_at:
                 self._index(call)
-                self._count_running(call.route, 1)
+                self._traffic_of(call.route).running += 1
             if call.charged:
                 self._take_tag(call, call.transaction_tag)
             for tie in call.ties:
@@ -3308,7 +3325,7 @@ class CallTable:
         call.attempts = tuple(x for x in call.attempts if x not in attempts)
         call.dialogs = tuple(x for x in call.dialogs if x not in dialogs)
         other.row = self.next_serial()
-        self.count(f"tenants.attempts.{self._labels_of(call.route)}")
+        self._traffic_of(call.route).attempts += 1
         self._add(other)
         if call.slot >= 0:
             self._touch(call)
@@ -3324,7 +3341,7 @@ class CallTable:
             return
         if not call.tenant:
             call.route, call.tenant = route, route.tenant
-            self.count(f"tenants.attempts.{self._labels_of(route)}")
+            self._traffic_of(route).attempts += 1
             call.capture_id = sighting.packet.capture_id
             self._inherit(call)
         call.heard = self._now
@@ -3565,10 +3582,10 @@ class CallTable:
             dialog.answered = dialog.repeated = dialog.acked = begin.time
             dialog.cseq, dialog.arrived = call.cseq, self._now
             dialog.refreshed, dialog.refreshed_at = begin.time, self._now
-        labels = self._count_running(call.route, 1)
-        self.count(f"tenants.answered.{labels}")
-        rang = (begin.time - begin.attempt.time) // 1_000
-        self.count(f"tenants.ringing_ms.{labels}", max(rang, 0))
+        traffic = self._traffic_of(call.route)
+        traffic.running += 1
+        traffic.answered += 1
+        traffic.ringing_ms += max(begin.time - begin.attempt.time, 0) // 1_000
         self._settle(call)
         if not call.rated:
             ignored = call.route.action == "ignore"
@@ -3580,7 +3597,7 @@ class CallTable:
             return
         call.charged = True
         self.count("calls.begun")
-        self.count(f"tenants.charged.{labels}")
+        traffic.charged += 1
         body = {
             "source": identity.source,
             "source_ip": identity.source_ip,
@@ -3617,9 +3634,10 @@ class CallTable:
 
     def _end(self, call: Call, end: End) -> None:
         call.ended, call.ended_at, call.reason = end.time, self._now, end.reason
-        labels = self._count_running(call.route, -1)
-        self.count(f"tenants.ended.{labels}")
-        self.count(f"tenants.talk_ms.{labels}", max(end.time - call.begun, 0) // 1_000)
+        traffic = self._traffic_of(call.route)
+        traffic.running -= 1
+        traffic.ended += 1
+        traffic.talk_ms += max(end.time - call.begun, 0) // 1_000
         self._touch(call)
         known = self._from_tags.pop(call.from_tag)
         if isinstance(known, int) and known > 1:
@@ -6796,6 +6814,9 @@ class Agent:
             counts, shard.table.counts = shard.table.counts, {}
             for name, number in counts.items():
                 self.metrics.count(name, number)
+            for labels, traffic in shard.table.traffic.items():
+                for name, number in traffic.take():
+                    self.metrics.count(f"tenants.{name}.{labels}", number)
         taken_in = self._count_taken_in()
         if taken_in > self._taken_in:
             self._heard = now
@@ -6818,9 +6839,9 @@ class Agent:
             gauges["journal.failing"] = int(bool(failure))
         gauges["connections"] = self.connections
         for shard in self.shards:
-            for labels, running in shard.table.running.items():
+            for labels, traffic in shard.table.traffic.items():
                 others = gauges.get(f"tenants.running.{labels}", 0)
-                gauges[f"tenants.running.{labels}"] = others + running
+                gauges[f"tenants.running.{labels}"] = others + traffic.running
         return gauges
 
     def tenants(self, number: int) -> list[dict[str, Any]]:

@@ -184,7 +184,12 @@ def test_calls_are_counted_by_tenant_and_route() -> None:
     scene.see(numbered(bye(), 2), capture_id=7)
     scene.see(numbered(bye_reply(), 2), capture_id=7)
     scene.wait(5)
-    tenants = {k: v for k, v in scene.table.counts.items() if k.startswith("tenants.")}
+    running = {labels: traffic.running for labels, traffic in scene.table.traffic.items()}
+    tenants = {
+        f"tenants.{name}.{labels}": number
+        for labels, traffic in scene.table.traffic.items()
+        for name, number in traffic.take()
+    }
     first, second, third = "Tele_Com_1.a_b", "silent._", "default.main"
     assert tenants == {
         f"tenants.attempts.{first}": 3,
@@ -201,11 +206,13 @@ def test_calls_are_counted_by_tenant_and_route() -> None:
         f"tenants.ended.{first}": 1,
         f"tenants.talk_ms.{first}": 310_000,
     }
-    assert scene.table.running == {first: 1, second: 1, third: 1}
+    assert running == {first: 1, second: 1, third: 1}
+    assert not any([*traffic.take()] for traffic in scene.table.traffic.values())
     kept = [(x.row, agent.pack_call(x, 0.0)) for part in scene.table.slices() for x in part]
     again = agent.CallTable(scene.settings, scene.table.rules)
     again.restore(kept, 99, scene.now, 0.0)
-    assert again.running == scene.table.running and again.counts == {}
+    assert {labels: traffic.running for labels, traffic in again.traffic.items()} == running
+    assert not any([*traffic.take()] for traffic in again.traffic.values())
 
 
 def test_tenants_and_routes_over_the_limit_are_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,12 +221,14 @@ def test_tenants_and_routes_over_the_limit_are_other(monkeypatch: pytest.MonkeyP
     for number, capture_id in enumerate((7, 8, 1)):
         scene.see(numbered(invite(), number), capture_id=capture_id)
         scene.see(numbered(reply(200), number), capture_id=capture_id)
-    assert scene.table.running == {"Tele_Com_1.a_b": 1, agent.OTHER_LABELS: 2}
-    assert scene.table.counts[f"tenants.attempts.{agent.OTHER_LABELS}"] == 2
+    running = {labels: traffic.running for labels, traffic in scene.table.traffic.items()}
+    assert running == {"Tele_Com_1.a_b": 1, agent.OTHER_LABELS: 2}
+    assert dict(scene.table.traffic[agent.OTHER_LABELS].take())["attempts"] == 2
     name = "x" * 200
     route = agent.main_route(agent.Settings(tenant=name))
     monkeypatch.setattr(agent, "MAX_TENANT_ROUTES", 2)
-    assert scene.table._labels_of(route) == f"{'x' * agent.MAX_LABEL}.main"
+    scene.table._traffic_of(route)
+    assert f"{'x' * agent.MAX_LABEL}.main" in scene.table.traffic
 
 
 def test_the_status_has_ratio_and_duration_by_tenant() -> None:
@@ -227,14 +236,15 @@ def test_the_status_has_ratio_and_duration_by_tenant() -> None:
     for name, number in {
         "tenants.attempts.a.main": 8,
         "tenants.answered.a.main": 2,
-        "tenants.charged.a.main": 1,
         "tenants.ringing_ms.a.main": 5_000,
         "tenants.ended.a.main": 2,
         "tenants.talk_ms.a.main": 61_000,
         "tenants.attempts.b.x": 9,
     }.items():
         whole.metrics.count(name, number)
-    whole.shards[0].table.running["a.main"] = 3
+    traffic = whole.shards[0].table.traffic["a.main"] = agent.Traffic()
+    traffic.running, traffic.charged = 3, 1
+    whole.flush(0.0)
     b, a = whole.tenants(9)
     assert list(a.values()) == ["a", "main", 3, 8, 2, 1, 25.0, 30.5, 2.5]
     assert list(b.values()) == ["b", "x", 0, 9, 0, 0, 0.0, None, None]
