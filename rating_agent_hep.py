@@ -25,8 +25,8 @@ was taken in is lost; nothing grows without bound; one bad packet costs only its
 dropped is counted and says why.
 
 The rooms: imports; limits; errors and types; HEP; SIP; routes; the call: facts and a judge; call
-table; outbox; configuration; logs and metrics; store; rating API; delivery; agent; servers;
-command line.
+table; outbox; configuration; logs and metrics; store; rating API; delivery; forwarding; agent;
+servers; command line.
 """
 
 # Room: imports
@@ -202,6 +202,8 @@ class Settings:
     hep_auth_key_file: str = ""
     hep_rate_limit: int = 0
     hep_idle_timeout: float = 0.0
+    hep_forward: tuple[str, ...] = ()
+    hep_forward_ca_file: str = ""
     listen_status: str = ""
     status_max_silence: float = 0.0
     rating_api_url: str = "http://localhost:8080"
@@ -3776,6 +3778,11 @@ MAX_UNKNOWN_PARTIES = 10_000
 MAX_ONE_SIDED = 1_000_000
 
 
+def retry_delay(failures: int) -> float:
+    """Seconds to wait after so many failures in a row, one or more; a caller adds its jitter."""
+    return min(RETRY_FIRST * 2.0 ** min(failures - 1, 16), RETRY_LAST)
+
+
 class Outbox:
     """The events that wait for one API: which may be sent when, in order for each call.
 
@@ -4035,7 +4042,7 @@ class Outbox:
             self._probe = None
 
     def _backoff(self, failures: int) -> float:
-        return min(RETRY_FIRST * 2.0 ** min(failures - 1, 16), RETRY_LAST) * self._jitter()
+        return retry_delay(failures) * self._jitter()
 
     def _delay(self, event: RatingEvent, now: float, failures: int) -> None:
         self._sequence += 1
@@ -4149,8 +4156,30 @@ def keys(text: str) -> tuple[str, ...]:
     raise ConfigError("not a list of keys; allowed: words, or a JSON list of texts on one line")
 
 
+# Targets of hep_forward: each costs a system call a packet, and a queue when it is down.
+MAX_FORWARD_TARGETS = 8
+
+
+def forward_targets(text: str) -> tuple[str, ...]:
+    """A list of udp://HOST:PORT, tcp://HOST:PORT and tls://HOST:PORT. Raises ConfigError."""
+    found = words(text)
+    for word in found:
+        valid = re.fullmatch(r"(?:udp|tcp|tls)://([\w.-]+|\[[\w:.%]+\]):([0-9]{1,5})", word)
+        try:
+            if valid:
+                valid[1].encode("idna")
+        except UnicodeError:
+            valid = None
+        if not valid or not 1 <= int(valid[2]) <= 65_535:
+            allowed = "udp://HOST:PORT, tcp://HOST:PORT, tls://HOST:PORT"
+            raise ConfigError(f"{word!r} is no target; allowed: {allowed}")
+    if len(found) > MAX_FORWARD_TARGETS or len(found) > len(set(found)):
+        raise ConfigError(f"too many; allowed: {MAX_FORWARD_TARGETS} targets, each once")
+    return found
+
+
 # Options that the file may give as a YAML list.
-_LISTS = (words, domains, networks, keys)
+_LISTS = (words, domains, networks, keys, forward_targets)
 
 
 def _regexp(text: str) -> str:
@@ -4203,6 +4232,18 @@ OPTIONS = (
         "Listening",
         number(0, 604_800),
         "seconds after which a silent connection is closed; 0: never",
+    ),
+    Option(
+        "hep_forward",
+        "Forwarding",
+        forward_targets,
+        "list of udp://HOST:PORT, tcp://... and tls://... to which packets go on",
+    ),
+    Option(
+        "hep_forward_ca_file",
+        "Forwarding",
+        str,
+        "PEM file of CAs to trust at tls:// targets; empty: the system's",
     ),
     Option("listen_status", "Status", listener, "address for the status over HTTP; empty: off"),
     Option(
@@ -4446,8 +4487,9 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
         raise ConfigError(
             "listen_udp, listen_tcp, listen_tls: all empty; allowed: at least one address"
         )
-    if settings.rating_api_ca_file:
-        api_tls(settings.rating_api_ca_file)
+    for name in ("rating_api_ca_file", "hep_forward_ca_file"):
+        if ca_file := getattr(settings, name):
+            client_tls(name, ca_file)
     former += [name for name in _FORMER if _PREFIX + name.upper() in environ]
     warnings = []
     if former:
@@ -4578,18 +4620,17 @@ def load_tls(settings: Settings) -> ssl.SSLContext | None:
 
 
 @cache
-def api_tls(ca_file: str) -> ssl.SSLContext:
-    """How rating APIs are spoken to: by certificates of the CAs in a file, else of the system's.
+def client_tls(option: str, ca_file: str) -> ssl.SSLContext:
+    """How a server is spoken to: by certificates of the CAs in a file, else of the system's.
 
-    One for all, for loading takes some 20 ms. Raises ConfigError.
+    ``option`` names the file. One context for all, for loading takes some 20 ms. Raises
+    ConfigError.
     """
     if not ca_file:
         return ssl.create_default_context()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     allowed = "certificates of CAs, PEM"
-    _load_pem(
-        "rating_api_ca_file", ca_file, lambda: context.load_verify_locations(ca_file), allowed
-    )
+    _load_pem(option, ca_file, lambda: context.load_verify_locations(ca_file), allowed)
     return context
 
 
@@ -4777,6 +4818,10 @@ LABELS = {
     "calls.unrated": ("calls_unrated", "reason"),
     "api.answers": ("api_answers", "answer"),
     "api.errors": ("api_errors", "error"),
+    "forward.connected": ("forward_connected", "target"),
+    "forward.dropped": ("forward_dropped", "target"),
+    "forward.errors": ("forward_errors", "target"),
+    "forward.sent": ("forward_sent", "target"),
     "packets.dropped": ("packets_dropped", "reason"),
     "packets.malformed": ("packets_malformed", "reason"),
     "packets.received": ("packets_received", "transport"),
@@ -5443,7 +5488,8 @@ class RatingApi:
         self._class: Any = urllib3.connection.HTTPConnection
         if parts.scheme == "https":
             self._class = _TlsConnection
-            self._address["ssl_context"] = api_tls(settings.rating_api_ca_file)
+            ca_file = settings.rating_api_ca_file
+            self._address["ssl_context"] = client_tls("rating_api_ca_file", ca_file)
         # Connections that are open and have nothing to do; a worker uses one at a time.
         self._idle: list[Any] = []
 
@@ -5866,6 +5912,262 @@ class Delivery:
         log.error(text, extra=extra)
 
 
+# Room: forwarding
+
+# Octets of packets that wait for one target, with what each takes in memory besides its own: the
+# head of a bytes object, the allocator's rounding and a place in the queue. 30 s of 500 packets a
+# second, 1 kB each: the time in which Homer restarts.
+FORWARD_QUEUE = 16 * 1024 * 1024
+_PACKET_OVERHEAD = 64
+# Packets of UDP, and octets of TCP, that go to one target before others have their turn.
+FORWARD_PACKETS = 256
+FORWARD_OCTETS = 65_536
+# Seconds for a connection to one address, and for its TLS handshake.
+FORWARD_CONNECT = 10.0
+# Seconds for which a target over TCP may take no octets, or its host be gone without a word. Without
+# this the kernel would wait for some 15 minutes.
+FORWARD_STALLED = 30.0
+# Seconds after which the name of a UDP target is resolved anew; others are at each connection.
+FORWARD_RESOLVE = 60.0
+# Seconds between two warnings of one kind about one target.
+FORWARD_WARN = 60.0
+# Seconds at most for what waits when the agent stops.
+FORWARD_LAST = 1.0
+
+
+class Forwarder:
+    """Sends the packets that were let in on to one target of hep_forward, octet by octet.
+
+    `put` only queues; a greenlet of its own resolves, connects and sends. What finds the queue full
+    is dropped and counted, and so is what a broken connection may have lost: to send it again would
+    keep the target at a packet that it refuses. A stream has no frames but HEP3's, so HEP1 and HEP2
+    go on over UDP only. ``listeners`` is what this agent listens on, as the status has it.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        settings: Settings,
+        metrics: Metrics,
+        listeners: Sequence[Mapping[str, str]],
+    ) -> None:
+        self.target = target
+        self._scheme, _, address = target.partition("://")
+        self._host, self._port = split_address(address)
+        ca_file = settings.hep_forward_ca_file
+        self._tls = client_tls("hep_forward_ca_file", ca_file) if self._scheme == "tls" else None
+        self._stream = self._scheme != "udp"
+        # Dots would divide a metric's name.
+        self._name = re.sub(r"\W+", "_", target, flags=re.A).strip("_")
+        self._metrics = metrics
+        self._listeners = listeners
+        self.counts = dict.fromkeys(("sent", "dropped", "connected", "errors"), 0)
+        self.last_error, self._failed_at = "", 0.0
+        self._warned: dict[str, float] = {}
+        self._queue: deque[bytes] = deque()
+        self._octets = 0
+        self._due, self._stopping = gevent.event.Event(), gevent.event.Event()
+        self.greenlet = gevent.Greenlet(self._run)
+
+    def __len__(self) -> int:
+        """How many packets wait."""
+        return len(self._queue)
+
+    def put(self, data: bytes) -> None:
+        """Queue a packet, or drop it; never waits."""
+        size = len(data) + _PACKET_OVERHEAD
+        if self._octets + size > FORWARD_QUEUE:
+            self._drop(1, "its queue is full")
+        elif self._stream and data[:4] not in _MAGIC:
+            self._drop(1, "HEP1 and HEP2 go over UDP only")
+        else:
+            self._queue.append(data)
+            self._octets += size
+            if not self._due.is_set():
+                self._due.set()
+
+    def status(self, offset: float) -> dict[str, Any]:
+        """What the status shows; ``offset`` makes UNIX time of the monotonic clock's."""
+        return {
+            "target": self.target,
+            "waiting": len(self),
+            **self.counts,
+            "last_error": self.last_error,
+            "last_error_at": round(self._failed_at + offset, 3) if self._failed_at else None,
+        }
+
+    def stop(self) -> None:
+        """Let the greenlet end once it has sent what waits, or can't."""
+        self._stopping.set()
+        self._due.set()
+
+    def close(self) -> None:
+        """End the greenlet; what waits still is dropped."""
+        self.greenlet.kill()
+        if self._queue:
+            self._drop(len(self._queue), "the agent stops")
+            self._queue.clear()
+            self._octets = 0
+
+    def _run(self) -> None:
+        failures = 0
+        while self._wait():
+            started = time.monotonic()
+            try:
+                with closing(self._open()) as sock:
+                    (self._send_stream if self._stream else self._send_datagrams)(sock)
+            except Exception as error:
+                self._note(error)
+                if self._stopping.is_set():
+                    return
+                # A target that takes connections only to close them is no better than one that
+                # refuses them.
+                failures = 1 if time.monotonic() - started > RETRY_LAST else failures + 1
+                self._stopping.wait(retry_delay(failures) * random.uniform(0.75, 1.25))
+
+    def _wait(self, reader: gevent.Greenlet | None = None) -> bool:
+        """Wait for a packet; False at the end of the agent, or of a connection with its reader."""
+        while not self._queue:
+            if self._stopping.is_set() or (reader is not None and reader.ready()):
+                return False
+            self._due.clear()
+            self._due.wait()
+        return reader is None or not reader.ready()
+
+    def _take(self) -> bytes:
+        data = self._queue.popleft()
+        self._octets -= len(data) + _PACKET_OVERHEAD
+        return data
+
+    def _yield(self) -> None:
+        # As TcpServer does, and why, says the room of the servers.
+        if self._queue:
+            gevent.idle(gevent.get_hub().loop.MAXPRI)
+
+    def _send_datagrams(self, sock: Any) -> None:
+        """Send what waits and what comes until the agent stops."""
+        until = time.monotonic() + FORWARD_RESOLVE
+        try:
+            while self._wait():
+                if time.monotonic() >= until:
+                    until = time.monotonic() + FORWARD_RESOLVE
+                    sock = self._renewed(sock)
+                sent = 0
+                for _ in range(min(len(self._queue), FORWARD_PACKETS)):
+                    try:
+                        sock.send(self._take())
+                        sent += 1
+                    except OSError as error:
+                        # Such as an ICMP error that an earlier packet brought about.
+                        self._note(error)
+                        self._drop(1, str(error))
+                self._count("sent", sent)
+                self._yield()
+        finally:
+            sock.close()
+
+    def _renewed(self, sock: Any) -> Any:
+        """A socket to the address that the name has now; the old one if it can't be told."""
+        try:
+            fresh = self._open()
+        except OSError as error:
+            self._note(error)
+            return sock
+        sock.close()
+        return fresh
+
+    def _send_stream(self, sock: Any) -> None:
+        """Send what waits and what comes until the agent stops. Raises OSError at a broken end."""
+        self._count("connected", 1)
+        self._warned.clear()
+        extra = {"event": "forward_connected", "target": self.target}
+        log.info("connected to a target of hep_forward", extra=extra)
+        reader = gevent.spawn(self._read, sock)
+        reader.link(lambda _: self._due.set())
+        try:
+            while self._wait(reader):
+                batch = [self._take()]
+                size = len(batch[0])
+                while self._queue and size + len(self._queue[0]) <= FORWARD_OCTETS:
+                    batch.append(self._take())
+                    size += len(batch[-1])
+                try:
+                    sock.sendall(b"".join(batch))
+                except BaseException as error:
+                    self._drop(len(batch), str(error))
+                    raise
+                self._count("sent", len(batch))
+                self._yield()
+            if reader.ready():
+                raise ConnectionError("the target closed the connection")
+            # The end of its side says that it has read all. Not SSLSocket's own, which would end
+            # the reading, too.
+            socket.socket.shutdown(sock, socket.SHUT_WR)
+            reader.join()
+        finally:
+            reader.kill()
+
+    @staticmethod
+    def _read(sock: Any) -> None:
+        # Targets say nothing; an end is to be seen before a packet is written to it in vain.
+        with suppress(OSError):
+            while sock.recv(4096):
+                pass
+
+    def _open(self) -> Any:
+        """A connected socket. Raises OSError."""
+        failure = OSError("the name has no address")
+        kind = socket.SOCK_STREAM if self._stream else socket.SOCK_DGRAM
+        for family, _, _, _, address in socket.getaddrinfo(self._host, self._port, 0, kind):
+            sock: Any = socket.socket(family, kind)
+            try:
+                sock.settimeout(FORWARD_CONNECT)
+                sock.connect(address)
+                if self._is_self(sock):
+                    raise OSError("the target is this agent itself")
+                if self._tls:
+                    sock = self._tls.wrap_socket(sock, server_hostname=self._host)
+                if self._stream:
+                    limit = int(FORWARD_STALLED * 1000)
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit)
+                sock.settimeout(None)
+                return sock
+            except OSError as error:
+                failure = error
+                sock.close()
+            except BaseException:
+                sock.close()
+                raise
+        raise failure
+
+    def _is_self(self, sock: Any) -> bool:
+        """Whether a listener of this agent is at the other end: packets would go round for ever."""
+        host, port = sock.getpeername()[:2]
+        if sock.getsockname()[0] != host:
+            return False
+        own = [x["address"] for x in self._listeners if x["transport"] == self._scheme]
+        return any(split_address(x) in [(y, port) for y in (host, "0.0.0.0", "::")] for x in own)
+
+    def _note(self, error: Exception) -> None:
+        self.last_error, self._failed_at = str(error)[:MAX_ERROR_TEXT], time.monotonic()
+        self._count("errors", 1)
+        self._warn(f"a target of hep_forward fails: {self.last_error}", "forward_failed")
+
+    def _drop(self, number: int, reason: str) -> None:
+        self._count("dropped", number)
+        self._warn(f"packets are not forwarded: {reason}", "forward_dropped")
+
+    def _warn(self, text: str, event: str) -> None:
+        now = time.monotonic()
+        if now >= self._warned.get(event, 0.0):
+            self._warned[event] = now + FORWARD_WARN
+            log.warning(text, extra={"event": event, "target": self.target})
+
+    def _count(self, kind: str, number: int) -> None:
+        self.counts[kind] += number
+        self._metrics.count(f"forward.{kind}.{self._name}", number)
+
+
 # Room: agent
 
 # What some senders send to keep a path through a firewall open.
@@ -6008,6 +6310,10 @@ class Agent:
         self.rejected = 0
         # What listens, as the log says it, for the status.
         self.listeners: list[dict[str, Any]] = []
+        self.forwarders = tuple(
+            Forwarder(target, settings, self.metrics, self.listeners)
+            for target in settings.hep_forward
+        )
         self.started = self._heard = time.monotonic()
         self._taken_in = 0
         self._limiter = limiter
@@ -6075,6 +6381,8 @@ class Agent:
                 self._drop("rate_limit", sender)
                 self._warn("more packets than hep_rate_limit", "dropped_rate_limit", sender)
                 return
+            for forwarder in self.forwarders:
+                forwarder.put(data)
             # Without a time stamp the packet has the arrival's.
             if packet.time != arrival:
                 sender.note_skew((arrival - packet.time) / 1000)
@@ -6242,6 +6550,7 @@ class Agent:
             "rejected_kept": self.rejected,
             "journal": None if self.journal is None else self.journal.failure or "ok",
             "apis": [api_status(api) for api in self.delivery.apis()],
+            "forward": [forwarder.status(offset) for forwarder in self.forwarders],
             "known_senders": len(self.senders),
             "senders": [
                 sender_status(sender)
@@ -6655,6 +6964,7 @@ input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px; color:
 </header>
 <div id="tiles"></div>
 <section><h2>Rating APIs</h2><table id="apis"></table></section>
+<section id="forwarding" hidden><h2>Forwarding</h2><table id="targets"></table></section>
 <section><h2>Last warnings and errors <span>the last of each kind</span></h2>
 <table id="errors"></table></section>
 <section><h2>Senders <span id="known"></span></h2><table id="senders"></table></section>
@@ -6741,6 +7051,10 @@ function show() {
   fill("apis", ["URL", "state", "since", "waiting", "last error"], shown.apis.map(api => [
     api.url, [api.state, api.state === "up" ? "good" : "bad"], ago(api.since), count(api.waiting),
     api.last_error ? api.last_error + " (" + ago(api.last_error_at) + ")" : ""]));
+  $("forwarding").hidden = !shown.forward.length;
+  fill("targets", ["target", "sent", "waiting", "dropped", "last error"], shown.forward.map(x => [
+    x.target, count(x.sent), count(x.waiting), [count(x.dropped), x.dropped ? "warn" : ""],
+    x.last_error ? x.last_error + " (" + ago(x.last_error_at) + ")" : ""]));
   fill("errors", ["last", "event", "times", "text"], shown.last_errors.slice(0, 12).map(x => [
     ago(x.time), [x.event, x.level === "error" ? "bad" : "warn"], count(x.count), x.text]));
   $("known").textContent = count(shown.known_senders) + " known";
@@ -7044,6 +7358,8 @@ def run(configuration: Configuration) -> int:
         agent.listeners.append({name: extra[name] for name in ("transport", "address")})
         log.info("listening", extra=extra)
     background = [gevent.spawn(agent.flush_forever)]
+    for forwarder in agent.forwarders:
+        forwarder.greenlet.start()
     if journal:
         _tell_restored(agent, journal)
         background.append(gevent.spawn(agent.journal_forever))
@@ -7181,6 +7497,12 @@ def _shut_down(
     kept = journal is not None and agent.commit(max(deadline - time.monotonic(), 0.1))
     if not kept:
         agent.delivery.stop()
+    for forwarder in agent.forwarders:
+        forwarder.stop()
+    sending = [forwarder.greenlet for forwarder in agent.forwarders]
+    gevent.joinall(sending, timeout=max(min(deadline - time.monotonic(), FORWARD_LAST), 0.1))
+    for forwarder in agent.forwarders:
+        forwarder.close()
     with gevent.Timeout(max(min(deadline - time.monotonic(), STATSD_FLUSH), 0.1), False):
         agent.flush(time.monotonic())
     running = agent.table.sizes()[ANSWERED]

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import logging
 import signal
 import socket
 import ssl
@@ -34,17 +33,6 @@ def make_agent(**options: Any) -> agent.Agent:
     return agent.Agent(
         settings, agent.load_rules(settings), agent.WarningLimiter(), tls=agent.load_tls(settings)
     )
-
-
-@pytest.fixture
-def lines() -> Iterator[list[logging.LogRecord]]:
-    """What is logged meanwhile, before any limit of lines a second."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    agent.log.addHandler(handler)
-    yield records
-    agent.log.removeHandler(handler)
 
 
 def send_from(source: str, address: tuple[str, int], datagrams: Iterable[bytes]) -> None:

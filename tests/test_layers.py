@@ -24,6 +24,7 @@ NAMES = (
     "store",
     "rating API",
     "delivery",
+    "forwarding",
     "agent",
     "servers",
     "command line",
