@@ -5919,13 +5919,15 @@ class Delivery:
 # second, 1 kB each: the time in which Homer restarts.
 FORWARD_QUEUE = 16 * 1024 * 1024
 _PACKET_OVERHEAD = 64
-# Packets of UDP, and octets of TCP, that go to one target before others have their turn.
+# Packets of UDP, and octets of TCP, that go to one target in one go, and seconds between two. To wake
+# the greenlet takes as long as to send a packet, so it is woken for many; 128,000 a second may go.
 FORWARD_PACKETS = 256
 FORWARD_OCTETS = 65_536
+FORWARD_PAUSE = 0.002
 # Seconds for a connection to one address, and for its TLS handshake.
 FORWARD_CONNECT = 10.0
-# Seconds for which a target over TCP may take no octets, or its host be gone without a word. Without
-# this the kernel would wait for some 15 minutes.
+# Seconds for which a target over TCP may take no octets, or its host be gone without a word: the
+# kernel itself would wait for some 15 minutes.
 FORWARD_STALLED = 30.0
 # Seconds after which the name of a UDP target is resolved anew; others are at each connection.
 FORWARD_RESOLVE = 60.0
@@ -5958,10 +5960,9 @@ class Forwarder:
         self._tls = client_tls("hep_forward_ca_file", ca_file) if self._scheme == "tls" else None
         self._stream = self._scheme != "udp"
         # Dots would divide a metric's name.
-        self._name = re.sub(r"\W+", "_", target, flags=re.A).strip("_")
+        self._name = re.sub("[^A-Za-z0-9-]+", "_", target)
         self._metrics = metrics
         self._listeners = listeners
-        self.counts = dict.fromkeys(("sent", "dropped", "connected", "errors"), 0)
         self.last_error, self._failed_at = "", 0.0
         self._warned: dict[str, float] = {}
         self._queue: deque[bytes] = deque()
@@ -5986,12 +5987,18 @@ class Forwarder:
             if not self._due.is_set():
                 self._due.set()
 
+    def counts(self) -> dict[str, int]:
+        """The totals of the metrics ``forward.*`` for this target."""
+        totals = self._metrics.totals
+        kinds = ("sent", "dropped", "connected", "errors")
+        return {kind: totals.get(f"forward.{kind}.{self._name}", 0) for kind in kinds}
+
     def status(self, offset: float) -> dict[str, Any]:
         """What the status shows; ``offset`` makes UNIX time of the monotonic clock's."""
         return {
             "target": self.target,
             "waiting": len(self),
-            **self.counts,
+            **self.counts(),
             "last_error": self.last_error,
             "last_error_at": round(self._failed_at + offset, 3) if self._failed_at else None,
         }
@@ -6039,11 +6046,6 @@ class Forwarder:
         self._octets -= len(data) + _PACKET_OVERHEAD
         return data
 
-    def _yield(self) -> None:
-        # As TcpServer does, and why, says the room of the servers.
-        if self._queue:
-            gevent.idle(gevent.get_hub().loop.MAXPRI)
-
     def _send_datagrams(self, sock: Any) -> None:
         """Send what waits and what comes until the agent stops."""
         until = time.monotonic() + FORWARD_RESOLVE
@@ -6061,8 +6063,8 @@ class Forwarder:
                         # Such as an ICMP error that an earlier packet brought about.
                         self._note(error)
                         self._drop(1, str(error))
-                self._count("sent", sent)
-                self._yield()
+                self._metrics.count(f"forward.sent.{self._name}", sent)
+                gevent.sleep(FORWARD_PAUSE)
         finally:
             sock.close()
 
@@ -6078,7 +6080,7 @@ class Forwarder:
 
     def _send_stream(self, sock: Any) -> None:
         """Send what waits and what comes until the agent stops. Raises OSError at a broken end."""
-        self._count("connected", 1)
+        self._metrics.count(f"forward.connected.{self._name}")
         self._warned.clear()
         extra = {"event": "forward_connected", "target": self.target}
         log.info("connected to a target of hep_forward", extra=extra)
@@ -6096,8 +6098,8 @@ class Forwarder:
                 except BaseException as error:
                     self._drop(len(batch), str(error))
                     raise
-                self._count("sent", len(batch))
-                self._yield()
+                self._metrics.count(f"forward.sent.{self._name}", len(batch))
+                gevent.sleep(FORWARD_PAUSE)
             if reader.ready():
                 raise ConnectionError("the target closed the connection")
             # The end of its side says that it has read all. Not SSLSocket's own, which would end
@@ -6150,11 +6152,11 @@ class Forwarder:
 
     def _note(self, error: Exception) -> None:
         self.last_error, self._failed_at = str(error)[:MAX_ERROR_TEXT], time.monotonic()
-        self._count("errors", 1)
+        self._metrics.count(f"forward.errors.{self._name}")
         self._warn(f"a target of hep_forward fails: {self.last_error}", "forward_failed")
 
     def _drop(self, number: int, reason: str) -> None:
-        self._count("dropped", number)
+        self._metrics.count(f"forward.dropped.{self._name}", number)
         self._warn(f"packets are not forwarded: {reason}", "forward_dropped")
 
     def _warn(self, text: str, event: str) -> None:
@@ -6162,10 +6164,6 @@ class Forwarder:
         if now >= self._warned.get(event, 0.0):
             self._warned[event] = now + FORWARD_WARN
             log.warning(text, extra={"event": event, "target": self.target})
-
-    def _count(self, kind: str, number: int) -> None:
-        self.counts[kind] += number
-        self._metrics.count(f"forward.{kind}.{self._name}", number)
 
 
 # Room: agent

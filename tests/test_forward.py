@@ -107,7 +107,7 @@ def free_port() -> int:
 def metric(on: agent.Agent, kind: str) -> int:
     (forwarder,) = on.forwarders
     total = sum(n for name, n in on.metrics.totals.items() if name.startswith(f"forward.{kind}."))
-    assert total == forwarder.counts[kind]
+    assert total == forwarder.counts()[kind]
     return total
 
 
@@ -140,7 +140,7 @@ def test_packets_go_on_octet_by_octet_over_udp_tcp_and_tls(tmp_path: Path) -> No
                 harness.wait_until(
                     lambda s=sink: len(b"".join(s.streams)) == len(b"".join(NEW)), "all"
                 )
-            counts = [forwarder.counts for forwarder in on.forwarders]
+            counts = [forwarder.counts() for forwarder in on.forwarders]
     assert udp.packets == OLD + NEW
     # A stream has no frames of HEP1 and HEP2: they would cut the others to pieces.
     assert tcp.streams == tls.streams == [b"".join(NEW)]
@@ -498,8 +498,8 @@ def test_what_waits_is_sent_at_the_end(api: harness.RatingServer) -> None:
 def test_status_and_metrics_show_each_target() -> None:
     with UdpSink() as sink, forwarding(sink.target, "tcp://127.0.0.1:1") as on:
         receive(on, *frames(invite()))
-        harness.wait_until(lambda: on.forwarders[0].counts["sent"], "it is sent")
-        harness.wait_until(lambda: on.forwarders[1].counts["errors"], "the other fails")
+        harness.wait_until(lambda: on.forwarders[0].counts()["sent"], "it is sent")
+        harness.wait_until(lambda: on.forwarders[1].counts()["errors"], "the other fails")
         good, bad = on.status(time.monotonic(), 1, 1)["forward"]
         text = agent.prometheus_text(on.metrics.totals, {}, {})
     assert good == {

@@ -118,11 +118,10 @@ def metrics_of_the_code() -> dict[str, str]:
             for kind in first_texts(f"{layer}Error")
         }
     kinds |= {f"packets.malformed.{kind}" for kind in first_texts("malformed")}
-    kinds |= {f"forward.{kind}.*" for kind in first_texts("_count")}
     found |= dict.fromkeys(kinds, "counter")
     # These stand for what was just found.
     malformed = [f"packets.malformed.{layer}*" for layer in ("", "hep_", "sip_")]
-    for pattern in ("packets.dropped.*", "forward.*.*", *malformed):
+    for pattern in ("packets.dropped.*", *malformed):
         del found[pattern]
     return found
 
