@@ -68,7 +68,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import cache, cached_property
 from itertools import islice
@@ -4411,20 +4411,18 @@ class Configuration(NamedTuple):
     warnings: list[str]
     tls: ssl.SSLContext | None
     sockets: dict[str, socket.socket]
+    # Where all of this was read, and is read again.
+    argv: Sequence[str]
+    environ: dict[str, str]
 
 
 def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configuration:
     """Read and check everything before a socket opens. Raises ConfigError with one line."""
-    if _PREFIX + "LISTEN" in environ:
-        environ = {_PREFIX + "LISTEN_UDP": environ[_PREFIX + "LISTEN"], **environ}
     former: list[str] = []
-    known, unknown = _option_parser(former).parse_known_args(list(argv), env_vars=environ)
-    texts = vars(known)
-    command, arguments = _command(texts["words"], unknown)
-    values = {option.name: _convert(option, texts) for option in OPTIONS}
+    settings, command, arguments = _read_options(argv, environ, former)
     sockets = passed_sockets(environ)
-    values.update((option, bound_to(sock)) for option, sock in sockets.items())
-    settings = Settings(**values)
+    bound: dict[str, Any] = {option: bound_to(sock) for option, sock in sockets.items()}
+    settings = replace(settings, **bound)
     if not any((settings.listen_udp, settings.listen_tcp, settings.listen_tls)):
         raise ConfigError(
             "listen_udp, listen_tcp, listen_tls: all empty; allowed: at least one address"
@@ -4436,7 +4434,48 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
     names = ", ".join(sorted(set(former)))
     warnings = [f"options of the former agent that have no effect: {names}"] if former else []
     rules, tls = load_rules(settings), load_tls(settings)
-    return Configuration(command, arguments, settings, rules, warnings, tls, sockets)
+    return Configuration(command, arguments, settings, rules, warnings, tls, sockets, argv, environ)
+
+
+# The options that SIGHUP reads again: who may send, and what the rating API asks for.
+RELOADED = (
+    "hep_allow",
+    "hep_auth_key",
+    "hep_auth_key_file",
+    "rating_api_token",
+    "rating_api_token_file",
+    "rating_api_username",
+    "rating_api_password",
+    "rating_api_password_file",
+)
+
+
+def read_again(configuration: Configuration, running: Settings) -> tuple[Settings, list[str]]:
+    """The running settings with the options of RELOADED as they are set now.
+
+    With it come the names of all options whose value has changed. Raises ConfigError.
+    """
+    fresh, _, _ = _read_options(configuration.argv, configuration.environ, [])
+    changed = [
+        option.name
+        for option in OPTIONS
+        if getattr(fresh, option.name) != getattr(running, option.name)
+        # The place of these was taken by sockets.
+        and option.name not in configuration.sockets
+    ]
+    return replace(running, **{name: getattr(fresh, name) for name in RELOADED}), changed
+
+
+def _read_options(
+    argv: Sequence[str], environ: dict[str, str], former: list[str]
+) -> tuple[Settings, str, list[str]]:
+    """The options, the command and its arguments; ``former`` is as for `_option_parser`."""
+    if _PREFIX + "LISTEN" in environ:
+        environ = {_PREFIX + "LISTEN_UDP": environ[_PREFIX + "LISTEN"], **environ}
+    known, unknown = _option_parser(former).parse_known_args(list(argv), env_vars=environ)
+    texts = vars(known)
+    settings = Settings(**{option.name: _convert(option, texts) for option in OPTIONS})
+    return settings, *_command(texts["words"], unknown)
 
 
 def _option_parser(former: list[str]) -> _Parser:
@@ -5405,7 +5444,21 @@ class RatingApi:
         self._timeout = settings.rating_api_timeout
         parts = urllib3.util.parse_url(url)
         self._prefix = parts.path or ""
+        self._netloc = parts.netloc
+        self.authorize(settings)
+        self._address: dict[str, Any] = {"host": str(parts.host), "port": parts.port}
+        self._class: Any = urllib3.connection.HTTPConnection
+        if parts.scheme == "https":
+            self._class = _TlsConnection
+            ca_file = settings.rating_api_ca_file
+            self._address["ssl_context"] = client_tls("rating_api_ca_file", ca_file)
+        # Connections that are open and have nothing to do; a worker uses one at a time.
+        self._idle: list[Any] = []
+
+    def authorize(self, settings: Settings) -> None:
+        """Send the token, or the user and password, of these settings from now on."""
         headers = {
+            "Host": self._netloc,
             "Content-Type": "application/json",
             "Accept": "application/json",
             "Accept-Encoding": "identity",
@@ -5417,15 +5470,7 @@ class RatingApi:
             pair = f"{settings.rating_api_username}:{settings.rating_api_password}"
             headers["Authorization"] = "Basic " + b64encode(pair.encode()).decode()
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        self._head = f"HTTP/1.1\r\nHost: {parts.netloc}\r\n{head}Content-Length: "
-        self._address: dict[str, Any] = {"host": str(parts.host), "port": parts.port}
-        self._class: Any = urllib3.connection.HTTPConnection
-        if parts.scheme == "https":
-            self._class = _TlsConnection
-            ca_file = settings.rating_api_ca_file
-            self._address["ssl_context"] = client_tls("rating_api_ca_file", ca_file)
-        # Connections that are open and have nothing to do; a worker uses one at a time.
-        self._idle: list[Any] = []
+        self._head = f"HTTP/1.1\r\n{head}Content-Length: "
 
     def send(self, event: RatingEvent) -> str:
         """Tell the API one event: DELIVERED, REFUSED_BY_API (``ok: false``) or REJECTED (4xx).
@@ -5683,6 +5728,12 @@ class Delivery:
         if on_disk:
             for lane in self._lanes.values():
                 lane.unwritten.clear()
+
+    def authorize(self, settings: Settings) -> None:
+        """Send the token, or the user and password, of these settings with each later request."""
+        self._settings = settings
+        for lane in self._lanes.values():
+            lane.api.authorize(settings)
 
     def kill(self) -> None:
         """End the workers, wherever they are."""
@@ -6182,8 +6233,14 @@ class Senders:
     """
 
     def __init__(self, networks: Sequence[str] = ()) -> None:
-        self._networks = [_network(text) for text in networks]
         self._known: OrderedDict[str, Sender] = OrderedDict()
+        self.allow(networks)
+
+    def allow(self, networks: Sequence[str]) -> None:
+        """From now on those in these networks may send; all, if there is none."""
+        self._networks = [_network(text) for text in networks]
+        for sender in self:
+            sender.allowed = self._may_send(sender.address)
 
     def __iter__(self) -> Iterator[Sender]:
         return iter(self._known.values())
@@ -6213,9 +6270,11 @@ class Senders:
             oldest, sender = self._known.popitem(last=False)
             if sender.connections:
                 self._known[oldest] = sender
-        allowed = not self._networks or _in_networks(address, self._networks)
-        sender = self._known[address] = Sender(address, allowed)
+        sender = self._known[address] = Sender(address, self._may_send(address))
         return sender
+
+    def _may_send(self, address: str) -> bool:
+        return not self._networks or _in_networks(address, self._networks)
 
 
 # Characters of the last fault of a sender that are kept.
@@ -6509,18 +6568,29 @@ class Agent:
             gevent.sleep(STATSD_FLUSH)
             self.flush(time.monotonic())
 
-    def reload(self) -> None:
-        """Read the routes and certificates again, all or nothing.
+    def reload(self, configuration: Configuration) -> None:
+        """Read routes, certificates and the options of RELOADED again, all or nothing.
 
-        Calls keep the route they have, connections the certificate that they began with.
+        Calls keep the route they have, connections the certificate that they began with. A sender
+        that may not send any more keeps its connections, but its packets are dropped.
         """
         try:
-            self.table.rules, self.tls = load_rules(self.settings), load_tls(self.settings)
+            settings, changed = read_again(configuration, self.settings)
+            rules, tls = load_rules(settings), load_tls(settings)
         except ConfigError as error:
             log.error("not reloaded: %s", error, extra={"event": "reload_failed"})
-        else:
-            extra = {"event": "reloaded", "rules": len(self.table.rules) - 1}
-            log.info("routes and certificates reloaded", extra=extra)
+            return
+        self.settings, self.table.rules, self.tls = settings, rules, tls
+        self.senders.allow(settings.hep_allow)
+        self._keys = [key.encode() for key in settings.hep_auth_key]
+        self.delivery.authorize(settings)
+        extra = {
+            "event": "reloaded",
+            "rules": len(rules) - 1,
+            "changed": [name for name in changed if name in RELOADED],
+            "needs_restart": [name for name in changed if name not in RELOADED],
+        }
+        log.info("routes, certificates, hep_allow, keys and secrets reloaded", extra=extra)
 
     def _report(self, events: list[RatingEvent]) -> None:
         if self.journal is None:
@@ -7316,10 +7386,10 @@ class Notifier:
         text = printable(f"{faults or 'healthy'}: {running} calls, {agent.waiting} events wait")
         self.say(*["WATCHDOG=1"] * self._watched, f"STATUS={text[:MAX_ERROR_TEXT]}")
 
-    def reload(self, agent: Agent) -> None:
+    def reload(self, agent: Agent, configuration: Configuration) -> None:
         """Reload what the agent reads again, and say so before and after."""
         self.say("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        agent.reload()
+        agent.reload(configuration)
         self.say("READY=1")
 
 
@@ -7344,7 +7414,7 @@ def run(configuration: Configuration) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     servers = _open_servers(configuration, agent)
     notifier = Notifier(os.environ)
-    stop = _watch_signals(agent, notifier)
+    stop = _watch_signals(agent, notifier, configuration)
     for server in servers:
         server.start()
         _tell_listening(agent, server, f"listen_{server.transport}" in configuration.sockets)
@@ -7388,7 +7458,9 @@ def _open_servers(configuration: Configuration, agent: Agent) -> list[Server]:
     return servers
 
 
-def _watch_signals(agent: Agent, notifier: Notifier) -> gevent.event.Event:
+def _watch_signals(
+    agent: Agent, notifier: Notifier, configuration: Configuration
+) -> gevent.event.Event:
     """The event that SIGTERM and SIGINT set; a second one of them ends the process at once."""
     stop = gevent.event.Event()
 
@@ -7399,7 +7471,7 @@ def _watch_signals(agent: Agent, notifier: Notifier) -> gevent.event.Event:
 
     gevent.signal_handler(signal.SIGTERM, on_signal)
     gevent.signal_handler(signal.SIGINT, on_signal)
-    gevent.signal_handler(signal.SIGHUP, notifier.reload, agent)
+    gevent.signal_handler(signal.SIGHUP, notifier.reload, agent, configuration)
     gevent.signal_handler(signal.SIGUSR1, agent.log_status)
     return stop
 

@@ -130,7 +130,7 @@ class AgentProcess:
     """The agent on ports of its own choice; `lines` are its JSON log lines, parsed.
 
     With `--listen-tls=...` among the options it has an address `tls`, too. `files` is how many it
-    may open at one time, `sockets` are passed to it as systemd does.
+    may open at one time, `sockets` are passed to it as systemd does; `flags` say where it listens.
     """
 
     def __init__(
@@ -139,6 +139,7 @@ class AgentProcess:
         env: dict[str, str] | None = None,
         files: int | None = None,
         sockets: Mapping[str, socket.socket] | None = None,
+        flags: Sequence[str] = ("--listen-udp=127.0.0.1:0", "--listen-tcp=127.0.0.1:0"),
     ) -> None:
         self.lines: list[dict[str, Any]] = []
         before = ["prlimit", f"--nofile={files}"] if files else []
@@ -148,8 +149,7 @@ class AgentProcess:
                 *before,
                 sys.executable,
                 str(ROOT / "rating_agent_hep.py"),
-                "--listen-udp=127.0.0.1:0",
-                "--listen-tcp=127.0.0.1:0",
+                *flags,
                 *options,
             ],
             stdout=subprocess.PIPE,
