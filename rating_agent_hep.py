@@ -4402,6 +4402,7 @@ class Configuration(NamedTuple):
     """What the command line, environment and files say together.
 
     ``sockets`` are those that were passed, by option; such an option is its socket's address.
+    ``reread`` reads the options once more; it raises ConfigError.
     """
 
     command: str
@@ -4411,9 +4412,7 @@ class Configuration(NamedTuple):
     warnings: list[str]
     tls: ssl.SSLContext | None
     sockets: dict[str, socket.socket]
-    # Where all of this was read, and is read again.
-    argv: Sequence[str]
-    environ: dict[str, str]
+    reread: Callable[[], Settings]
 
 
 def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configuration:
@@ -4434,7 +4433,11 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
     names = ", ".join(sorted(set(former)))
     warnings = [f"options of the former agent that have no effect: {names}"] if former else []
     rules, tls = load_rules(settings), load_tls(settings)
-    return Configuration(command, arguments, settings, rules, warnings, tls, sockets, argv, environ)
+
+    def reread() -> Settings:
+        return _read_options(argv, environ, [])[0]
+
+    return Configuration(command, arguments, settings, rules, warnings, tls, sockets, reread)
 
 
 # The options that SIGHUP reads again: who may send, and what the rating API asks for.
@@ -4455,7 +4458,7 @@ def read_again(configuration: Configuration, running: Settings) -> tuple[Setting
 
     With it come the names of all options whose value has changed. Raises ConfigError.
     """
-    fresh, _, _ = _read_options(configuration.argv, configuration.environ, [])
+    fresh = configuration.reread()
     changed = [
         option.name
         for option in OPTIONS
