@@ -217,7 +217,7 @@ def test_a_queue_is_bounded_in_octets(monkeypatch: pytest.MonkeyPatch, lines: li
     (forwarder,) = on.forwarders
     assert len(forwarder) == 10 and metric(on, "dropped") == 15
     # Each was taken in all the same.
-    assert sum(on.table.sizes().values()) == 1 and on.metrics.totals["packets.received.udp"] == 25
+    assert sum(on.sizes().values()) == 1 and on.metrics.totals["packets.received.udp"] == 25
     (line,) = [line for line in lines if line.__dict__["event"] == "forward_dropped"]
     assert line.__dict__["target"] == "udp://127.0.0.1:9" and "queue is full" in line.getMessage()
 
