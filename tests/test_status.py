@@ -485,6 +485,32 @@ def test_page_asks_nobody_else_and_pastes_nothing() -> None:
     assert 'src="' not in agent.PAGE and agent.PAGE.count("<script>") == 1
 
 
+def test_page_shows_targets_of_hep_forward_and_nothing_of_them_without(
+    api: harness.RatingServer, running: harness.AgentProcess
+) -> None:
+    options = ("--rating-api-url", api.url, "--listen-status=127.0.0.1:0")
+    shown = "getComputedStyle(document.getElementById('forwarding')).display"
+    rows = "[...document.querySelectorAll('#targets tbody td')].map(x => x.innerText)"
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink,
+        browser.Browser() as page,
+    ):
+        sink.bind(("127.0.0.1", 0))
+        target = f"udp://127.0.0.1:{sink.getsockname()[1]}"
+        with harness.AgentProcess(*options, f"--hep-forward={target}") as process:
+            harness.send_udp(process.udp, live(invite(), reply(200), number=1))
+            page.open(process.status)
+            harness.wait_until(
+                lambda: page.run(rows)[:4] == [target, "2", "0", "0"], "the target is shown"
+            )
+            assert page.run(shown) == "block"
+        page.open(running.status)
+        harness.wait_until(
+            lambda: page.run("document.getElementById('word')?.innerText") == "Healthy", "filled"
+        )
+        assert page.run(shown) == "none"
+
+
 def test_page_in_a_browser(api: harness.RatingServer, running: harness.AgentProcess) -> None:
     hostile = numbered(invite(), 7).replace(b"call-7@host", HOSTILE.encode())
     hostile = hostile.replace(b"sip:2000@", b"sip:%3Cscript%3Ex@")
