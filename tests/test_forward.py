@@ -492,6 +492,27 @@ def test_what_waits_is_sent_at_the_end(api: harness.RatingServer) -> None:
     assert received == b"".join(packets)
 
 
+@pytest.mark.parametrize("sink", [UdpSink, StreamSink])
+def test_the_end_waits_for_what_waits(sink: Any) -> None:
+    packets = [packet for number in range(1, 201) for packet in call(number)]
+    with sink() as target, forwarding(target.target) as on:
+        receive(on, *packets)
+        agent.finish_forwarding(on.forwarders, harness.DEADLINE)
+        assert metric(on, "sent") == len(packets) and metric(on, "dropped") == 0
+        if sink is StreamSink:
+            # The other side has read all before the end.
+            assert target.streams == [b"".join(packets)]
+
+
+def test_nothing_is_written_to_a_connection_that_has_ended() -> None:
+    on = make_agent(hep_forward=("tcp://127.0.0.1:9",))
+    (forwarder,) = on.forwarders
+    reader = gevent.spawn(lambda: None)
+    reader.join()
+    receive(on, *frames(invite()))
+    assert forwarder._wait(reader) is False and forwarder._wait() is True
+
+
 # Status, metrics, options
 
 
