@@ -5,8 +5,9 @@ The agent is a process, the sockets are real, the rating API is a server that th
 
 A mirror does not send again what it sent to a dead agent. What the agent had read in its last
 10 ms, and what still lay in the socket's buffer, is gone with a kill -9; so that the ledger must be
-exact all the same, the generator sends once more what it had sent in the last RESENT seconds before
-the kill. Whatever was older has to be on disk, and what is sent twice must not count twice.
+exact all the same, the generator sends once more what it had sent before the kill: from RESENT
+seconds before the agent had last read all on. Whatever was older has to be on disk, and what is
+sent twice must not count twice.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ import rating_agent_hep as agent
 
 LOCAL = "--sip-local-domains=sip.canyan.io"
 TIMES = int(os.environ.get("CHAOS", "1"))
-# Calls a second, and seconds before a kill of which everything is sent again.
+# Calls a second.
 RATE = 120
+# Seconds before the agent was seen to have read all: what was sent in them is sent again.
 RESENT = 0.2
 
 
@@ -114,11 +116,23 @@ class RatingApi(Server):
         return True
 
 
+def unread(of: harness.AgentProcess) -> int:
+    """Octets and connections that wait for the agent in its sockets, as Linux counts them."""
+    count = 0
+    for kind, (_, port) in (("udp", of.udp), ("tcp", of.tcp)):
+        for line in Path(f"/proc/net/{kind}").read_text(encoding="ascii").splitlines()[1:]:
+            fields = line.split()
+            if int(fields[1].rpartition(":")[2], 16) == port:
+                count += int(fields[4].rpartition(":")[2], 16)
+    return count
+
+
 class Traffic:
     """Calls at a rate a second over UDP and TCP; some ring for long, some are refused.
 
-    Each call keeps to one of the two: spread over both, its ACK may be read before all its replies,
-    and then the call begins with the ACK, some ms late, as in a mirror without replies.
+    Each call keeps to one of the two, and TCP is one connection for as long as the agent lives:
+    spread over several, its ACK may be read before all its replies, and then the call begins with
+    the ACK, some ms late, as in a mirror without replies.
     """
 
     def __init__(self, seed: int, rate: float = RATE) -> None:
@@ -128,6 +142,8 @@ class Traffic:
         self._sent: deque[tuple[float, int, bytes]] = deque()
         self._base = time.time()
         self._clock = 0.0
+        # The generator's clock when the agent had read all that was sent until then.
+        self._read = 0.0
         self.number = 0
         self.packets = 0
         self.calling = True
@@ -135,17 +151,24 @@ class Traffic:
         self.refused: set[str] = set()
         self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._tcp: socket.socket | None = None
+        self._connected_to: harness.AgentProcess | None = None
 
     def run(self, to: harness.AgentProcess, seconds: float) -> None:
         """Send for some seconds of the generator's own clock, which stands still between runs."""
-        self._tcp = socket.create_connection(to.tcp)
-        again = [kept for kept in self._sent if kept[0] > self._clock - RESENT]
+        if self._connected_to is not to:
+            if self._tcp is not None:
+                self._tcp.close()
+            self._tcp, self._connected_to = socket.create_connection(to.tcp), to
+        again = [kept for kept in self._sent if kept[0] > self._read - RESENT]
+        self._sent.clear()
         for _, number, data in again:
             self._sent.append((self._clock, number, data))
             self._send(to, number, data)
         started, begun = time.monotonic(), self._clock
         while self._clock < begun + seconds:
             gevent.sleep(0.004)
+            if not unread(to):
+                self._read = self._clock
             self._clock = begun + time.monotonic() - started
             while self.calling and self.number < self._clock * self._rate:
                 self._call()
@@ -154,9 +177,8 @@ class Traffic:
                 _, number, data = self._due.pop(0)
                 self._sent.append((self._clock, number, data))
                 self._send(to, number, data)
-            while self._sent and self._sent[0][0] < self._clock - 2 * RESENT:
+            while self._sent and self._sent[0][0] < self._read - RESENT:
                 self._sent.popleft()
-        self._tcp.close()
 
     @property
     def over(self) -> bool:
