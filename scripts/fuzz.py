@@ -579,7 +579,7 @@ def all_calls(table: agent.CallTable) -> list[agent.Call]:
 
 
 def check_sizes(table: agent.CallTable, settings: agent.Settings) -> None:
-    """The limits of rooms 8 and 9, and that what is counted is there."""
+    """The limits of the call and of the call table, and that what is counted is there."""
     calls = all_calls(table)
     require(len(table) == len(calls), "the number of calls")
     # An attempt that outlives its call may be one too many until the next call comes.

@@ -1,4 +1,4 @@
-"""Room 5: HEP packets of the three versions, and the cutting of streams into frames."""
+"""HEP packets of the three versions, and the cutting of streams into frames."""
 
 from __future__ import annotations
 

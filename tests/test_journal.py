@@ -881,9 +881,3 @@ def test_outbox_without_a_journal(tmp_path: Path) -> None:
         outbox(tmp_path)
     with pytest.raises(agent.ConfigError, match="state_dir: empty"):
         agent.outbox("", [], io.StringIO())
-
-
-def test_memory_limits_are_what_the_documents_say() -> None:
-    assert agent.JOURNAL_INTERVAL == 0.01
-    readme = (harness.ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{agent.MAX_EVENTS_IN_MEMORY:,}" in readme

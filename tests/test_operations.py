@@ -209,6 +209,7 @@ def test_dashboard_is_of_metrics_that_statsd_exporter_has() -> None:
     assert used and used <= prometheus_names("")
     mapping = yaml.safe_load((harness.ROOT / "conf" / "statsd" / "mapping.yaml").read_text())
     labels = {entry["name"]: set(entry["labels"]) for entry in mapping["mappings"]}
+    assert set(labels) <= used, "what has parts is shown by its parts"
     for query in queries:
         assert query.count("(") == query.count(")") and query.count("{") == query.count("}")
         (name, *_) = re.findall(r"rating_agent_hep_\w+", query)

@@ -1,4 +1,4 @@
-"""Room 7: which route a call takes, who is charged, and what is said of a bad routes.yaml."""
+"""Which route a call takes, who is charged, and what is said of a bad routes.yaml."""
 
 from __future__ import annotations
 

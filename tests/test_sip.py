@@ -1,4 +1,4 @@
-"""Room 6: SIP messages, addresses and URIs, and the texts made of them."""
+"""SIP messages, addresses and URIs, and the texts made of them."""
 
 from __future__ import annotations
 
