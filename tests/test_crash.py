@@ -19,6 +19,7 @@ import signal
 import socket
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,17 @@ class Traffic:
             self._due.append((when, number, data))
 
 
+STARTED: list[harness.AgentProcess] = []
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    """A test that fails leaves no agent behind."""
+    yield
+    while STARTED:
+        STARTED.pop().__exit__()
+
+
 class Chaos:
     """The three together; `finish` judges."""
 
@@ -230,7 +242,8 @@ class Chaos:
         self.lines: list[dict[str, Any]] = []
 
     def start(self) -> harness.AgentProcess:
-        return harness.AgentProcess(*self.options)
+        STARTED.append(harness.AgentProcess(*self.options))
+        return STARTED[-1]
 
     def stop(self, process: harness.AgentProcess, number: int) -> int:
         status = process.stop(number)
