@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,17 +23,19 @@ import harness
 # one that is begun last would be waited for alone.
 LONGEST = "crash scenarios captures agent sockets unknown_party access config status soak".split()
 
+# What a worker keeps for its whole life.
+KEEPERS: list[Any] = []
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keep gevent's loop from ending in a worker, which has nothing to wait for between tests.
 
-    Its next test comes from a thread of execnet's, of which the loop does not know; that thread
-    wakes it all the same.
+    Its next test, and its end, come from a thread of execnet's, of which the loop does not know;
+    that thread wakes it all the same.
     """
     if hasattr(config, "workerinput"):
-        watcher = gevent.get_hub().loop.async_()
-        watcher.start(lambda: None)
-        config.add_cleanup(watcher.close)
+        KEEPERS.append(gevent.get_hub().loop.async_())
+        KEEPERS[0].start(lambda: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
