@@ -171,11 +171,8 @@ class Traffic:
         while self._clock < begun + seconds:
             gevent.sleep(0.004)
             if self._clock >= looked + LOOK:
-                looked, late = self._clock, time.monotonic() + LOOK / 2
-                # On a busy machine it takes a while until the agent has its turn.
-                while (behind := unread(to)) and time.monotonic() < late:
-                    gevent.sleep(0.004)
-                self._read = self._read if behind else looked
+                looked = self._clock
+                self._look(to)
             self._clock = begun + time.monotonic() - started
             while self.calling and self.number < self._clock * self._rate:
                 self._call()
@@ -186,6 +183,15 @@ class Traffic:
                 self._send(to, number, data)
             while self._sent and self._sent[0][0] < self._read - RESENT:
                 self._sent.popleft()
+
+    def _look(self, at: harness.AgentProcess) -> None:
+        """Has it read all? On a busy machine it takes a while until the agent has its turn."""
+        late = time.monotonic() + LOOK / 2
+        while behind := unread(at):
+            if time.monotonic() > late:
+                break
+            gevent.sleep(0.004)
+        self._read = self._read if behind else self._clock
 
     @property
     def over(self) -> bool:
