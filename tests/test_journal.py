@@ -108,6 +108,15 @@ def test_no_restart_makes_a_refused_call_begin(name: str) -> None:
         assert play(messages, set(range(len(messages)))).events == []
 
 
+def test_an_earlier_ack_is_kept_over_a_restart() -> None:
+    """It is no evidence by itself, and yet begins the call once the INVITE comes."""
+    messages = [(6, reply(200)), (7, ack()), (5, ack()), (0, invite())]
+    for restarts in (set(), {0, 1, 2}):
+        scene = play(messages, restarts, begin_on="ack")
+        assert [event.kind for event in scene.events] == ["begin"]
+        assert scene.seconds() == 0.05
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_with_restarts_whatever_comes_is_what_came_without(data: st.DataObject) -> None:
@@ -263,8 +272,8 @@ def fill(journal: agent.Journal, number: int, url: str = "http://127.0.0.1:1") -
     for index in range(number):
         for offset, kind in enumerate(("begin", "end"), 2):
             serial = index * 3 + offset
-            journal.add(event(kind, f"c{index}", url, row=index * 3 + 1, serial=serial))
-        journal.change(index * 3 + 1, call=agent._LEFT)
+            journal.put_event(event(kind, f"c{index}", url, row=index * 3 + 1, serial=serial))
+        journal.drop_call(index * 3 + 1)
 
 
 def rows(folder: Path, table: str = "calls") -> list[tuple[Any, ...]]:
@@ -281,29 +290,29 @@ def test_events_come_back_in_order_and_leave_when_answered(journals: Any, tmp_pa
     assert journal.commit()
     journal.close(9)
     journal = journals()
-    assert journal.waiting() == {"http://127.0.0.1:1": 6} and journal.last_serial == 9
+    assert journal.count_events() == {"http://127.0.0.1:1": 6} and journal.last_serial == 9
     url = "http://127.0.0.1:1"
-    loaded = journal.load(url, 0, 100)
+    loaded = journal.load_events(url, 0, 100)
     assert [x.serial for x in loaded] == [2, 3, 5, 6, 8, 9]
-    assert [x.serial for x in journal.load(url, 3, 2)] == [5, 6]
-    assert journal.load("http://127.0.0.1:2", 0, 100) == []
+    assert [x.serial for x in journal.load_events(url, 3, 2)] == [5, 6]
+    assert journal.load_events("http://127.0.0.1:2", 0, 100) == []
     assert loaded[1].body == event("end", "c0").body and loaded[1].unknown
     loaded[0].attempts, loaded[0].answer = 3, "status 503"
-    journal.attempted(loaded[0])
+    journal.put_attempt(loaded[0])
     assert journal.commit()
-    begin, end = journal.load(url, 0, 2)
+    begin, end = journal.load_events(url, 0, 2)
     assert (begin.attempts, begin.answer) == (3, "status 503")
     assert (end.attempts, end.answer) == (0, ""), "attempts are of the event that goes next"
     for each in loaded:
-        journal.went(each)
+        journal.drop_event(each)
     assert journal.commit()
     assert rows(tmp_path / "state") == []
 
 
 def test_a_call_that_came_and_went_is_not_written(journals: Any) -> None:
     journal = journals()
-    journal.change(1, call='{"a":1}')
-    journal.change(1, call=agent._LEFT)
+    journal.put_call(1, '{"a":1}')
+    journal.drop_call(1)
     assert journal._pending == {}
     assert journal.commit()
 
@@ -313,34 +322,34 @@ def test_rejected_events_are_kept_until_they_are_taken_up(journals: Any, tmp_pat
     fill(journal, 1)
     begin, end = event("begin", "c0", row=1, serial=2), event("end", "c0", row=1, serial=3)
     begin.answer = "status 422"
-    journal.change(1, call='{"running":true}')
-    journal.reject(begin)
+    journal.put_call(1, '{"running":true}')
+    journal.reject_event(begin)
     assert journal.commit()
-    assert journal.given_up() == [begin.key]
-    journal.reject(end)
+    assert journal.load_given_up() == [begin.key]
+    journal.reject_event(end)
     assert journal.commit()
-    assert journal.rejected_count() == 2 and journal.to_retry() == []
+    assert journal.count_rejected() == 2 and journal.load_retries() == []
     db = sqlite3.connect(tmp_path / "state" / agent.JOURNAL_FILE, isolation_level=None)
     db.execute("UPDATE rejected SET retry = 1")
     db.close()
-    again = journal.to_retry()
+    again = journal.load_retries()
     assert [(x.kind, x.answer) for x in again] == [("begin", "status 422"), ("end", "")]
     for serial, each in enumerate(again, 10):
-        journal.take_up(each, serial)
+        journal.retry_event(each, serial)
     assert journal.commit()
-    assert journal.to_retry() == [] and journal.given_up() == []
-    assert [x.serial for x in journal.load(begin.api_url, 0, 9)] == [10, 11]
+    assert journal.load_retries() == [] and journal.load_given_up() == []
+    assert [x.serial for x in journal.load_events(begin.api_url, 0, 9)] == [10, 11]
 
 
 def test_rejected_events_are_bounded(journals: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent, "MAX_REJECTED", 10)
     journal = journals()
     for serial in range(1, 101):
-        journal.reject(event("end", str(serial), row=serial, serial=serial))
+        journal.reject_event(event("end", str(serial), row=serial, serial=serial))
         if serial % 7 == 0:
             assert journal.commit()
     assert journal.commit()
-    assert journal.rejected_count() == 10
+    assert journal.count_rejected() == 10
 
 
 def test_large_groups_are_written_in_pieces(journals: Any, tmp_path: Path) -> None:
@@ -455,18 +464,18 @@ def test_a_half_made_file_is_none(tmp_path: Path) -> None:
 # Versions
 
 
-@pytest.mark.parametrize(("version", "writer"), [(1, "an earlier tree"), (3, "a newer agent")])
+@pytest.mark.parametrize(("version", "writer"), [(2, "an earlier tree"), (4, "a newer agent")])
 def test_a_file_of_another_version_is_left_untouched(
     version: int, writer: str, tmp_path: Path, journals: Any
 ) -> None:
-    """Version 1 was of trees before the first release: it holds states, not facts."""
+    """Versions 1 and 2 were of trees before the first release."""
     journals().close(9)
     path = tmp_path / "state" / agent.JOURNAL_FILE
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA journal_mode = DELETE")
         db.execute(f"PRAGMA user_version = {version}")
     before = path.read_bytes()
-    expected = f"version {version}, written by {writer}, left untouched; allowed: version 2"
+    expected = f"version {version}, written by {writer}, left untouched; allowed: version 3"
     assert expected in refused(tmp_path / "state")
     assert path.read_bytes() == before
 
@@ -480,7 +489,7 @@ def torn_journal(folder: Path) -> tuple[bytes, bytes, list[int]]:
     path = folder / agent.JOURNAL_FILE
     ends = []
     for number in range(40):
-        journal.add(event("begin", f"c{number}", row=number + 1, serial=number + 1))
+        journal.put_event(event("begin", f"c{number}", row=number + 1, serial=number + 1))
         assert journal.commit()
         ends.append((folder / (agent.JOURNAL_FILE + "-wal")).stat().st_size)
     found = path.read_bytes(), (folder / (agent.JOURNAL_FILE + "-wal")).read_bytes(), ends
@@ -502,13 +511,13 @@ def test_a_torn_log_loses_nothing_that_was_committed_before_the_tear(tmp_path: P
             torn = torn[:-4096] + bytes(4096)
         (folder / (agent.JOURNAL_FILE + "-wal")).write_bytes(torn)
         journal = agent.Journal(str(folder))
-        left = [x.serial for x in journal.load("http://127.0.0.1:1", 0, 1000)]
+        left = [x.serial for x in journal.load_events("http://127.0.0.1:1", 0, 1000)]
         expected = sum(end <= length for end in ends)
         if zero:
             expected -= 1
         assert left == list(range(1, expected + 1)), (length, zero)
         whole = length in ends and not zero
-        assert bool(journal.found) is not whole, (length, zero, journal.found)
+        assert bool(journal.torn) is not whole, (length, zero, journal.torn)
         journal.close(9)
 
 
@@ -533,7 +542,7 @@ def agents(journals: Any) -> Iterator[Callable[..., agent.Agent]]:
 
         jobs = [gevent.spawn(tick)]
         if journal:
-            jobs.append(gevent.spawn(new.journal_forever))
+            jobs.append(gevent.spawn(new.shards[0].commit_forever))
         made.append((new, jobs))
         return new
 
@@ -587,7 +596,7 @@ def test_what_is_put_down_in_steps_is_never_newer_than_its_events(
     journals: Any, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Calls go on while they are put down: none may be over on disk without its end."""
-    monkeypatch.setattr(agent, "JOURNAL_STEP", 3)
+    monkeypatch.setattr(agent, "STORE_STEP", 3)
     chosen = agent.Settings(
         sip_local_domains=("sip.canyan.io",), rating_api_url=server.url, reorder_window=0
     )
@@ -730,12 +739,12 @@ def test_a_failing_journal_keeps_nothing_of_calls_that_are_over(journals: Any) -
     journal = journals()
     journal._write = lambda *_: "disk I/O error"
     for number in range(1, 5_000):
-        journal.change(number, call='{"x":1}')
+        journal.put_call(number, '{"x":1}')
         each = event("begin", str(number), row=number, serial=number)
-        journal.add(each)
+        journal.put_event(each)
         assert journal.commit() is False
-        journal.went(each)
-        journal.change(number, call=agent._LEFT)
+        journal.drop_event(each)
+        journal.drop_call(number)
     assert len(journal._pending) <= agent.JOURNAL_GROUP + 1
 
 
@@ -764,9 +773,9 @@ def test_events_beyond_the_limit_wait_on_disk_and_go_in_order(
     for number in range(1, 101):
         feed(on, number)
         gevent.sleep(0.001)
-    harness.wait_until(lambda: on.waiting == 200 and not on._fresh, "all wait")
+    harness.wait_until(lambda: on.waiting == 200 and not on.shards[0].fresh, "all wait")
     (lane,) = on.delivery._lanes.values()
-    assert len(lane.outbox) <= 20 and lane.behind >= 180
+    assert len(lane.outbox) <= 20 and lane.stored >= 180
     down.clear()
     harness.wait_until(lambda: len(ended) == 100, "all are delivered")
     # The first is the probe that found the API up again.
@@ -801,10 +810,14 @@ def test_overflow_while_the_journal_fails_is_delivered_in_order(
         )
         on = agents(journal, server.url)
         feed(on, *range(1, 21))
-        harness.wait_until(lambda on=on: not on._fresh and on.waiting == 40, "they wait on disk")
+        harness.wait_until(
+            lambda on=on: not on.shards[0].fresh and on.waiting == 40, "they wait on disk"
+        )
         state["full"] = True
         feed(on, *range(21, 41))
-        harness.wait_until(lambda on=on: not on._fresh and on.waiting == 80, "these in memory")
+        harness.wait_until(
+            lambda on=on: not on.shards[0].fresh and on.waiting == 80, "these in memory"
+        )
         if returns:
             state["full"] = False
             harness.wait_until(lambda journal=journal: not journal.failure, "the disk is back")
@@ -817,6 +830,55 @@ def test_overflow_while_the_journal_fails_is_delivered_in_order(
             assert ledger.index(("beg", tag)) < ledger.index(("end", tag))
         on.delivery.kill()
         state["full"] = False
+
+
+# Several shards
+
+
+def test_shards_share_delivery_and_have_stores_of_their_own(
+    journals: Any, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one store alone has is loaded from it, and a store that fails holds up its own only."""
+    monkeypatch.setattr(agent, "MAX_EVENTS_IN_MEMORY", 4)
+    monkeypatch.setattr(agent, "MAX_LOADED", 3)
+    stores = [journals(tmp_path / name) for name in "ab"]
+    chosen = agent.Settings(
+        sip_local_domains=("sip.canyan.io",), rating_api_url=server.url, reorder_window=0
+    )
+    rules = agent.load_rules(chosen)
+    on = agent.Agent(chosen, rules, agent.WarningLimiter(), stores[0])
+    table = agent.CallTable(chosen, rules)
+    on.shards.append(agent.Shard(table, on.delivery, on.metrics, stores[1]))
+    for number in range(1, 41):
+        for data in packets(number):
+            packet = agent.decode_hep(data, 0)
+            message = agent.parse_sip(packet.payload, packet.time)
+            assert message is not None
+            on.shards[number % 2].handle(agent.Sighting(packet, message), time.monotonic())
+    assert on.sizes()[agent.ENDED] == 40 and on.waiting == 80
+    write, stores[1]._write = stores[1]._write, lambda *_: "disk I/O error"
+    assert [shard.commit() for shard in on.shards] == [True, False]
+    assert on.store_failure == "disk I/O error" and on.commit(0.1) is False
+    (lane,) = on.delivery._lanes.values()
+    assert [lane.backlogs[store].count > 0 for store in stores] == [True, False]
+    stores[1]._write = write
+
+    def done() -> bool:
+        on.tick()
+        on.commit(harness.DEADLINE)
+        return len(server.requests) >= 80
+
+    harness.wait_until(done, "all are delivered")
+    assert on.commit(harness.DEADLINE) and on.store_failure == "" and on.waiting == 0
+    told = [(x.path[4:7], json.loads(x.body)["transaction_tag"]) for x in server.requests]
+    assert len(told) == len(set(told)) == 80
+    for number in range(1, 41):
+        tag = f"call-{number}@host"
+        assert told.index(("beg", tag)) < told.index(("end", tag))
+    for name in "ab":
+        kept = rows(tmp_path / name)
+        assert len(kept) == 20 and not any(row[4] or row[6] for row in kept)
+    on.delivery.kill()
 
 
 # The command
@@ -832,7 +894,7 @@ def test_outbox_lists_what_waits_and_what_was_rejected(journals: Any, tmp_path: 
     fill(journal, agent.MAX_LOADED)
     bad = event("end", "bad@\x1bhost", row=90_000, serial=90_000, answer="status 404")
     bad.attempts = 1
-    journal.reject(bad)
+    journal.reject_event(bad)
     assert journal.commit()
     status, lines = outbox(tmp_path / "state")
     assert (status, len(lines)) == (0, 1 + 2 * agent.MAX_LOADED + 1)

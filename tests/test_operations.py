@@ -93,7 +93,7 @@ def events_of_the_code() -> set[str]:
                         found |= texts(value, names)
     kinds = first_texts("_notice") | {"begin", "end"}
     found |= {f"call_{kind}" for kind in kinds}
-    found |= {f"dropped_{kind}" for kind in first_texts("_refuse")}
+    found |= {f"dropped_{kind}" for kind in first_texts("_shut_out")}
     # These stand for what was just found.
     return found - {"call_*", "dropped_*"}
 
@@ -103,7 +103,6 @@ def metrics_of_the_code() -> dict[str, str]:
     found = dict.fromkeys(first_texts("count"), "counter")
     # The module's own clock is called time as well, without a name.
     found |= {name: "timer" for name in first_texts("time") if "." in name}
-    found |= dict.fromkeys(agent.CallTable._GONE.values(), "counter")
     whole = agent.Agent(agent.Settings(), [], agent.WarningLimiter())
     found |= {re.sub(r"^(calls\.state\.).*", r"\1*", name): "gauge" for name in whole.gauges()}
     for node in ast.walk(TREE):
@@ -111,7 +110,7 @@ def metrics_of_the_code() -> dict[str, str]:
             target = node.targets[0]
             assert isinstance(target, ast.Subscript)
             found |= dict.fromkeys(texts(target.slice, {}), "gauge")
-    kinds = {f"packets.dropped.{kind}" for kind in first_texts("_drop", "_refuse")}
+    kinds = {f"packets.dropped.{kind}" for kind in first_texts("_drop", "_shut_out")}
     for layer in ("Hep", "Sip"):
         kinds |= {
             f"packets.malformed.{layer.lower()}_{kind.replace('-', '_')}"

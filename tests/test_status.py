@@ -248,7 +248,7 @@ def test_calls_that_change_while_they_are_looked_through(monkeypatch: pytest.Mon
 
     for number in range(1, 31):
         take(invite(), number)
-    looking = table.look()
+    looking = table.slices()
     rows = [call.row for call in next(looking)]
     assert rows == list(range(30, 20, -1))
     # The oldest go, and others come.
@@ -272,9 +272,9 @@ def test_calls_are_newest_first_after_a_restart_too() -> None:
         message = agent.parse_sip(packet.payload, packet.time)
         assert message is not None
         tables[0].handle(agent.Sighting(packet, message), now)
-    kept = [(call.row, agent.pack_call(call, 0.0)) for part in tables[0].look() for call in part]
+    kept = [(call.row, agent.pack_call(call, 0.0)) for part in tables[0].slices() for call in part]
     tables[1].restore(sorted(kept), 100, 4.0, 0.0)
-    seen = [[call.call_id for part in table.look() for call in part] for table in tables]
+    seen = [[call.call_id for part in table.slices() for call in part] for table in tables]
     assert seen[0] == seen[1] == ["call-3@host", "call-2@host", "call-1@host"]
 
 
@@ -292,6 +292,40 @@ def test_methods_paths_and_headers(running: harness.AgentProcess) -> None:
         assert (code, headers["Allow"]) == (405, "GET, HEAD")
     assert get(f"{running.status}/nothing")[0] == 404
     assert get(f"{running.status}/status?x=1")[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "code"),
+    [
+        *((host, 200) for host in ("127.0.0.1", "127.0.0.1:9061", "[::1]:9061", "192.0.2.1:80")),
+        *((host, 200) for host in ("localhost", "LocalHost:9061", "localhost.")),
+        *((host, 200) for host in ("this-host", "This-Host:9061", "this-host.example:9061")),
+        *((host, 421) for host in ("evil.example", "evil.example:9061", "127.0.0.1.evil.example")),
+        *((host, 421) for host in ("localhost.evil.example", "this-host.evil.example", "", "[::1")),
+    ],
+)
+def test_a_name_that_is_not_of_this_machine_is_refused(
+    host: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a web page could let its own name point here, and read what the browser reaches."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "This-Host")
+    monkeypatch.setattr(socket, "getfqdn", lambda name: f"{name}.example")
+    with socket.socket() as sock:
+        server = agent.StatusServer(sock, a_whole_agent())
+        for path in ("/", "/status", "/calls", "/metrics", "/healthz"):
+            request = f"GET {path} HTTP/1.1\r\nA: b\r\nHOST: {host}\r\n\r\n".encode()
+            answer = server._answer(request)
+            assert answer.startswith(f"HTTP/1.1 {code} ".encode()), path
+            assert code == 200 or answer.endswith(
+                b"\r\n\r\nallowed as Host: an address, or a name of this machine\n"
+            )
+
+
+def test_the_name_that_the_status_listens_on_is_allowed() -> None:
+    with socket.socket() as sock:
+        server = agent.StatusServer(sock, a_whole_agent(listen_status="Agent.example:9061"))
+        answer = server._answer(b"GET /healthz HTTP/1.1\r\nHost: agent.example:9061\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize(
@@ -343,10 +377,9 @@ def test_half_a_million_calls_do_not_hold_the_loop() -> None:
     message = agent.parse_sip(numbered(invite(), 1))
     assert message is not None
     for row in range(1, 500_001):
-        one = agent.Call.__new__(agent.Call)
+        one = agent.Call()
         one.call_id, one.row, one.state, one.entered = f"call-{row}@host", row, agent.TRYING, 0.0
-        one.identity, one.attempts = None, ()
-        whole.table._calls[one.call_id] = (one,)
+        whole.shards[0].table._calls[one.call_id] = (one,)
     pauses = []
 
     def watch() -> None:
@@ -385,14 +418,14 @@ def test_last_errors_are_bounded_and_a_storm_pushes_nothing_out() -> None:
         limiter.filter(record("malformed_hep_magic", text="y" * 5_000, sender="192.0.2.1"))
     now = float(limiter._second)
     assert limiter.holds("malformed_hep_magic", now)
-    storm, first = limiter.last.newest_first()
+    storm, first = limiter.last_errors()
     assert (storm["event"], storm["count"]) == ("malformed_hep_magic", 10_001)
     assert len(storm["text"]) == agent.MAX_ERROR_TEXT
     assert (first["event"], first["level"]) == ("journal_failed", "error")
     assert first["text"] == "disk full api=http://a"
     for number in range(1_000):
         limiter.filter(record(f"kind_{number}"))
-    assert len(limiter.last.newest_first()) == agent.MAX_LAST_ERRORS
+    assert len(limiter.last_errors()) == agent.MAX_LAST_ERRORS
 
 
 # Signals and systemd

@@ -490,11 +490,12 @@ class AgentMachine(RuleBasedStateMachine):
         chosen = agent.Settings(
             **options, rating_api_url=URL, max_call_duration=86_400.0, reorder_window=0
         )
+        self.store = agent.Journal(self.folder.name)
         self.agent = agent.Agent(
             chosen,
             agent.parse_routes("", "", chosen),
             agent.WarningLimiter(),
-            agent.Journal(self.folder.name),
+            self.store,
         )
 
     def send(self, each: agent.RatingEvent) -> str:
@@ -594,10 +595,8 @@ class AgentMachine(RuleBasedStateMachine):
 
     @rule()
     def kill(self) -> None:
-        journal = self.agent.journal
-        assert journal is not None
         self.agent.delivery.kill()
-        journal.close(harness.DEADLINE)
+        self.store.close(harness.DEADLINE)
         self.start()
 
     def teardown(self) -> None:
@@ -607,8 +606,7 @@ class AgentMachine(RuleBasedStateMachine):
         try:
             self.finish()
         finally:
-            assert self.agent.journal is not None
-            self.agent.journal.close(harness.DEADLINE)
+            self.store.close(harness.DEADLINE)
             self.folder.cleanup()
             self.patches.undo()
 
@@ -624,7 +622,6 @@ class AgentMachine(RuleBasedStateMachine):
             self.deliver("answered")
         assert self.agent.waiting == 0
         assert self.api.faults == []
-        assert self.agent.journal is not None
         rejected = {each[3] for each in self.rejected() if each[0] == "begin"}
         assert {each[3] for each in self.rejected()} <= rejected
         for tag, parties in self.calls.items():
@@ -720,7 +717,7 @@ def test_an_end_for_replay_names_whom_its_begin_was_taken_with(
     """Behind events that are on disk only, while the journal fails."""
     delivery = deliveries()
     lane = delivery._lane(URL)
-    lane.behind = 1
+    lane.backlogs[None].count = 1
     monkeypatch.setattr(agent, "MAX_WAITING_EVENTS", 1)
     for call in "ab":
         each = event("end", call)
