@@ -28,15 +28,15 @@ import gevent
 import gevent.pool
 import gevent.server
 import pytest
-from test_calls import ack, bye, bye_reply, invite, negative_ack, numbered, reply
 from test_delivery import Request, Server, answer
 from test_journal import fill
 
 import harness
 import hepbuild
 import rating_agent_hep as agent
+from dialog import ack, bye, bye_reply, invite, negative_ack, numbered, reply
+from harness import LOCAL
 
-LOCAL = "--sip-local-domains=sip.canyan.io"
 TIMES = int(os.environ.get("CHAOS", "1"))
 # Calls a second.
 RATE = 120

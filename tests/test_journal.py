@@ -20,7 +20,12 @@ import gevent.monkey
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_calls import (
+from test_delivery import Server, event, log, server
+
+import harness
+import hepbuild
+import rating_agent_hep as agent
+from dialog import (
     REFUSED_CALLS,
     WHOLE_CALLS,
     Scene,
@@ -32,11 +37,6 @@ from test_calls import (
     numbered,
     reply,
 )
-from test_delivery import Server, event, log, server
-
-import harness
-import hepbuild
-import rating_agent_hep as agent
 from hep_replay import frames, read_capture
 
 assert server and log  # fixtures

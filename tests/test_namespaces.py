@@ -117,7 +117,7 @@ def folder(network: Network, tmp_path_factory: Any) -> Iterator[Path]:
     programs = {
         "api": [sys.executable, str(scripts / "rating_sandbox.py"), "--listen", "0.0.0.0:8000"],
         "agent": [
-            *(sys.executable, str(harness.ROOT / "rating_agent_hep.py"), sipservers.LOCAL),
+            *(sys.executable, str(harness.ROOT / "rating_agent_hep.py"), harness.LOCAL),
             # Nobody but the proxy, by the address that its mirror comes from.
             *(f"--rating-api-url=http://{API}:8000", f"--hep-allow={PROXY}"),
         ],

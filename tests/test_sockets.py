@@ -20,11 +20,12 @@ from urllib.request import urlopen
 
 import gevent
 import pytest
-from test_agent import LOCAL, call, kinds, whole
 from test_crash import RatingApi, Traffic
 
 import harness
 import rating_agent_hep as agent
+from dialog import call
+from harness import LOCAL, kinds, whole
 
 CHAOS = int(os.environ.get("CHAOS", "1"))
 # Calls a second; a kill costs what arrives in some ms.
