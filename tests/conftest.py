@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
 
-import rating_agent_hep  # noqa: F401
+import rating_agent_hep as agent
 
 # isort: split
 import gevent
 
 import harness
+import ratings
 
 # The files that take longest, in this order: `make test` gives each worker a file at a time, and
 # one that is begun last would be waited for alone.
@@ -49,3 +52,42 @@ def api() -> Iterator[harness.RatingServer]:
     """A rating API that answers ok and keeps each request."""
     with harness.RatingServer() as server:
         yield server
+
+
+@pytest.fixture
+def server() -> Iterator[ratings.Server]:
+    """A rating API that may be rude; it answers ok until it is told otherwise."""
+    made = ratings.Server()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def log() -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """A function that returns the JSON lines logged so far, as they would be on stdout."""
+    logger = agent.log
+    before = (logger.handlers[:], logger.propagate, logger.level)
+    stream = io.StringIO()
+    agent.set_up_logging(agent.Settings(), stream)
+    # These tests count warnings, so none may be held back.
+    for handler in logger.handlers:
+        handler.filters.clear()
+    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    logger.handlers[:], logger.propagate = before[:2]
+    logger.setLevel(before[2])
+
+
+@pytest.fixture
+def deliveries(log: Any) -> Iterator[Callable[..., agent.Delivery]]:
+    """Makes deliveries and ends their workers when the test is over."""
+    made: list[agent.Delivery] = []
+
+    def make(**more: Any) -> agent.Delivery:
+        more = {"rating_api_timeout": 0.3, "rating_api_concurrency": 4} | more
+        chosen = agent.Settings(**more)
+        made.append(agent.Delivery(chosen, agent.Metrics(chosen)))
+        return made[-1]
+
+    yield make
+    for delivery in made:
+        delivery.stop()

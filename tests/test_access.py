@@ -18,13 +18,13 @@ from typing import Any
 import gevent
 import gevent.server
 import pytest
-from test_delivery import event
 
 import harness
 import hepbuild
 import rating_agent_hep as agent
 from dialog import ack, bye, bye_reply, call, frames, invite, reply
 from harness import LOCAL, kinds, whole
+from ratings import event
 
 KEY = "first key"
 

@@ -28,14 +28,13 @@ import gevent
 import gevent.pool
 import gevent.server
 import pytest
-from test_delivery import Request, Server, answer
-from test_journal import fill
 
 import harness
 import hepbuild
 import rating_agent_hep as agent
 from dialog import ack, bye, bye_reply, invite, negative_ack, numbered, reply
 from harness import LOCAL
+from ratings import Request, Server, answer, fill
 
 TIMES = int(os.environ.get("CHAOS", "1"))
 # Calls a second.

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import random
-import re
 import socket
 import time
 from base64 import b64encode
 from collections import deque
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Sized
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import gevent
 import gevent.event
-import gevent.pool
-import gevent.server
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -28,56 +24,26 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import harness
 import rating_agent_hep as agent
 from rating_agent_hep import DELIVERED, REFUSED_BY_API, REJECTED, DeliveryError, Outbox
+from ratings import (
+    URL,
+    Behaviour,
+    Request,
+    Server,
+    answer,
+    client,
+    event,
+    failure,
+    outbox,
+    put,
+    taken,
+    work,
+)
 
-URL = "http://127.0.0.1:1"
 FIRST, LAST = agent.RETRY_FIRST, agent.RETRY_LAST
-
-
-def event(kind: str, call: str = "a", url: str = URL, **more: Any) -> agent.RatingEvent:
-    body = {
-        "tenant": "default",
-        "transaction_tag": call,
-        "account_tag": "2000",
-        f"timestamp_{kind}": "2026-11-24T00:00:00.000Z",
-    }
-    return agent.RatingEvent(
-        kind=kind,
-        call_id=call,
-        tenant="default",
-        transaction_tag=call,
-        account_tag="2000",
-        destination_account_tag="",
-        time=1_790_000_000_000_000,
-        reason="answer" if kind == "begin" else "bye",
-        api_url=url,
-        body=json.dumps(body).encode(),
-        **more,
-    )
-
-
-def outbox(limit: int = 1000) -> Outbox:
-    """One without jitter, so that delays are exact."""
-    return Outbox(limit, jitter=lambda: 1.0)
-
-
-def put(box: Outbox, *events: agent.RatingEvent) -> None:
-    """Put events that must be accepted without any loss."""
-    for each in events:
-        assert box.put(each) == (True, [])
 
 
 def take_all(box: Outbox, now: float = 0.0) -> list[agent.RatingEvent]:
     return list(iter(lambda: box.take(now), None))
-
-
-def taken(box: Outbox, now: float = 0.0) -> agent.RatingEvent:
-    found = box.take(now)
-    assert found is not None
-    return found
-
-
-def failure(unknown: bool = False, wait: float = 0.0) -> DeliveryError:
-    return DeliveryError("test", "no answer that counts", unknown, wait)
 
 
 def held(box: Outbox) -> int:
@@ -777,81 +743,6 @@ TestOutboxMachine.settings = settings(
 # A server that can be rude
 
 
-class Request(NamedTuple):
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-
-def answer(status: int = 200, body: Any = None, **headers: str) -> bytes:
-    """The octets of a response; `body` is octets, or becomes JSON."""
-    octets = body if isinstance(body, bytes) else json.dumps(body or {"ok": True}).encode()
-    lines = [f"HTTP/1.1 {status} Whatever", "Content-Type: application/json"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    lines.append(f"Content-Length: {len(octets)}")
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + octets
-
-
-Behaviour = Callable[[gevent.socket.socket, Request], Any]
-
-
-class Server:
-    """HTTP on loopback; `behave` gets the socket and a request, and returns the octets to send.
-
-    It may send by itself and return None, which closes the connection.
-    """
-
-    def __init__(self, behave: Behaviour | bytes = b"") -> None:
-        self.behave: Behaviour | bytes = behave or answer()
-        self.connections = 0
-        self.requests: list[Request] = []
-        self._pool = gevent.pool.Pool()
-        self._server = gevent.server.StreamServer(("127.0.0.1", 0), self._serve, spawn=self._pool)
-        self._server.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def _serve(self, sock: Any, _: Any) -> None:
-        self.connections += 1
-        try:
-            with sock.makefile("rb") as file:
-                while (request := self._read(file)) is not None:
-                    self.requests.append(request)
-                    behave = self.behave
-                    octets = behave if isinstance(behave, bytes) else behave(sock, request)
-                    if octets is None:
-                        return
-                    sock.sendall(octets)
-        except OSError:
-            return
-
-    @staticmethod
-    def _read(file: Any) -> Request | None:
-        start = file.readline(65_536)
-        if not re.match(rb"POST \S+ HTTP/1\.1\r\n", start):
-            return None
-        headers = {}
-        while (line := file.readline(65_536)) not in (b"\r\n", b""):
-            name, _, value = line.decode("latin-1").partition(":")
-            headers[name.lower()] = value.strip()
-        body = file.read(int(headers.get("content-length", 0)))
-        return Request(start.split()[1].decode(), headers, body)
-
-    def close(self) -> None:
-        self._server.stop(timeout=0)
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    made = Server()
-    yield made
-    made.close()
-
-
-def client(url: str, **more: Any) -> agent.RatingApi:
-    more.setdefault("rating_api_timeout", 0.3)
-    return agent.RatingApi(url, agent.Settings(**more))
-
-
 def failed(api: agent.RatingApi, each: agent.RatingEvent | None = None) -> DeliveryError:
     with pytest.raises(DeliveryError) as caught:
         api.send(each or event("begin"))
@@ -1216,51 +1107,10 @@ def test_requests_side_by_side_have_connections_side_by_side(server: Server) -> 
 
 
 @pytest.fixture
-def log() -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """A function that returns the JSON lines logged so far, as they would be on stdout."""
-    logger = agent.log
-    before = (logger.handlers[:], logger.propagate, logger.level)
-    stream = io.StringIO()
-    agent.set_up_logging(agent.Settings(), stream)
-    # These tests count warnings, so none may be held back.
-    for handler in logger.handlers:
-        handler.filters.clear()
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
-    logger.handlers[:], logger.propagate = before[:2]
-    logger.setLevel(before[2])
-
-
-@pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries after hundredths of a second."""
     monkeypatch.setattr(agent, "RETRY_FIRST", 0.01)
     monkeypatch.setattr(agent, "RETRY_LAST", 0.04)
-
-
-@pytest.fixture
-def deliveries(log: Any) -> Iterator[Callable[..., agent.Delivery]]:
-    """Makes deliveries and ends their workers when the test is over."""
-    made: list[agent.Delivery] = []
-
-    def make(**more: Any) -> agent.Delivery:
-        more = {"rating_api_timeout": 0.3, "rating_api_concurrency": 4} | more
-        chosen = agent.Settings(**more)
-        made.append(agent.Delivery(chosen, agent.Metrics(chosen)))
-        return made[-1]
-
-    yield make
-    for delivery in made:
-        delivery.stop()
-
-
-def work(delivery: agent.Delivery, done: Callable[[], Any], what: str) -> None:
-    """Tick as the agent does until it is done."""
-
-    def check() -> Any:
-        delivery.tick()
-        return done()
-
-    harness.wait_until(check, what)
 
 
 def tags(lines: list[dict[str, Any]], name: str) -> list[str]:
