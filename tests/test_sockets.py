@@ -20,10 +20,10 @@ from urllib.request import urlopen
 
 import gevent
 import pytest
-from test_crash import RatingApi, Traffic
 
 import harness
 import rating_agent_hep as agent
+from chaos import RatingApi, Traffic
 from dialog import call
 from harness import LOCAL, kinds, whole
 
