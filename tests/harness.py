@@ -27,6 +27,7 @@ SELECTION = ROOT / "tests" / "captures"
 ALL = ROOT.parent / "shared" / "captures"
 # Seconds for anything that has to happen; far more than it takes on a busy machine.
 DEADLINE = 30.0
+LOCAL = "--sip-local-domains=sip.canyan.io"
 TOLERANCE = 0.050  # seconds between a message and its forwarded copy
 
 
@@ -103,6 +104,19 @@ class RatingServer:
 
     def __exit__(self, *_: object) -> None:
         self._server.stop(timeout=1)
+
+
+def kinds(api: RatingServer) -> list[tuple[str, str]]:
+    """(begin or end, Call-ID) of each request."""
+    return [
+        (path.removeprefix("/v1/").partition("_")[0], body["transaction_tag"])
+        for path, body in api.requests
+    ]
+
+
+def whole(number: int) -> list[tuple[str, str]]:
+    """What `kinds` says of a call that was reported once, as `dialog.call` numbers it."""
+    return [("begin", f"call-{number}@host"), ("end", f"call-{number}@host")]
 
 
 # Becomes the command that it is given, with sockets as systemd passes them: from descriptor 3 on,

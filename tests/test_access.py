@@ -17,13 +17,13 @@ from typing import Any
 import gevent
 import gevent.server
 import pytest
-from test_agent import LOCAL, call, frames, kinds, whole
-from test_calls import ack, bye, bye_reply, invite, reply
-from test_delivery import event
 
 import harness
 import hepbuild
 import rating_agent_hep as agent
+from dialog import ack, bye, bye_reply, call, frames, invite, reply
+from harness import LOCAL, kinds, whole
+from ratings import event
 
 KEY = "first key"
 

@@ -17,12 +17,12 @@ import gevent.event
 import gevent.server
 import pytest
 from test_access import make_agent, server_context, tls_options
-from test_agent import LOCAL, call, frames, kinds, whole
-from test_calls import ack, invite, reply
 
 import harness
 import hepbuild
 import rating_agent_hep as agent
+from dialog import ack, call, frames, invite, reply
+from harness import LOCAL, kinds, whole
 
 
 class UdpSink:

@@ -17,13 +17,13 @@ import gevent
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from test_agent import LOCAL, call
-from test_calls import ack, bye, bye_reply, invite, numbered, reply
 
 import browser
 import harness
 import hepbuild
 import rating_agent_hep as agent
+from dialog import ack, bye, bye_reply, call, invite, numbered, reply
+from harness import LOCAL
 
 HOSTILE = """<script>document.title="owned"</script></script>'"&<img/src=x/onerror=owned()>"""
 
