@@ -3758,8 +3758,7 @@ class Heard:
                 self.ringing = min(self.ringing or reply.time, reply.time)
             return
         # Near enough where a quoted comma stands in a Via.
-        lines = reply.headers.get("via", ())
-        hops = len(lines) + sum(line.count(",") for line in lines)
+        hops = len(",".join(reply.headers.get("via", ())).split(","))
         if hops <= self.hops:
             self.hops, self.status = hops, reply.status
             phrase = _PHRASE.match(reply.head)
