@@ -3754,8 +3754,7 @@ class Heard:
     def note(self, reply: SipMessage) -> None:
         """Take in a reply to an INVITE."""
         if reply.status < 200:
-            if reply.status > 100:
-                self.ringing = min(self.ringing or reply.time, reply.time)
+            self.ringing = min(self.ringing or reply.time, reply.time)
             return
         # Near enough where a quoted comma stands in a Via.
         hops = len(",".join(reply.headers.get("via", ())).split(","))
@@ -3834,7 +3833,8 @@ class RecordedTable(CallTable):
     def handle(self, sighting: Sighting, now: float) -> list[RatingEvent]:
         """Take in one message; return the events that it brings about."""
         message = sighting.message
-        if message.status and message.cseq_method == "INVITE":
+        # A 100 says nothing of the call (RFC 3261 8.2.6.1).
+        if message.status > 100 and message.cseq_method == "INVITE":
             self._hear(message)
         events = super().handle(sighting, now)
         if message.call_id not in self._calls:
@@ -3873,6 +3873,10 @@ class RecordedTable(CallTable):
     def _heard_of(self, call: Call) -> Heard:
         """What the replies to the answered attempt said, or to the last one of all."""
         replies = self._heard.get(call.call_id, {})
+        if call.begun_at:
+            usual = replies.get((call.from_tag, call.cseq, call.branch))
+            if usual is not None and usual.status:
+                return usual
         tried = [(x.cseq, x.branch) for x in call.attempts if x.copies]
         tried = [(call.cseq, call.branch)] if call.begun_at else tried[::-1]
         ours = {key[1:]: heard for key, heard in replies.items() if key[0] == call.from_tag}
@@ -7752,7 +7756,8 @@ class Recordings:
     def __iter__(self) -> Iterator[Recorded]:
         network, unit = None, None
         readers = [self._guarded(name, file) for name, file in self._files]
-        for unit in heapq.merge(*readers, key=attrgetter("time")):
+        units: Iterable[Unit] = readers[0] if len(readers) == 1 else ()
+        for unit in units or heapq.merge(*readers, key=attrgetter("time")):
             if isinstance(unit.content, (HepPacket, HepError)):
                 yield Recorded(unit.time, unit.name, unit.where, "", unit.content)
                 continue
@@ -8268,8 +8273,9 @@ def _write_table(row: Mapping[str, Any], out: Any) -> None:
 
 
 def _write_csv(row: Mapping[str, Any], out: Any) -> None:
-    texts = map(str, row.values())
-    cells = [text if text.isprintable() else printable(text) for text in texts]
+    cells = [str(value) for value in row.values()]
+    if not "".join(cells).isprintable():
+        cells = [printable(cell) for cell in cells]
     csv.writer(out, lineterminator="\n").writerow(cells)
 
 
