@@ -26,6 +26,7 @@ NAMES = (
     "store",
     "rating API",
     "delivery",
+    "forwarding",
     "agent",
     "servers",
     "recordings",

@@ -16,7 +16,11 @@ from typing import Any
 import gevent
 import gevent.monkey
 import pytest
-from test_calls import (
+
+import harness
+import hepbuild
+import rating_agent_hep as agent
+from dialog import (
     FORWARDED,
     REFUSED_CALLS,
     START,
@@ -31,13 +35,8 @@ from test_calls import (
     numbered,
     reply,
 )
-from test_delivery import Server, answer, log, server
+from ratings import Server, answer
 
-import harness
-import hepbuild
-import rating_agent_hep as agent
-
-assert server and log  # fixtures
 LOCAL = "sip.canyan.io"
 OFFSET = 1_700_000_000.0  # UNIX time less the monotonic clock
 REFUSED = [invite(), reply(180), reply(486), negative_ack()]
