@@ -116,6 +116,17 @@ def test_what_is_known_before_a_restart_is_in_the_record(
         assert record.seconds == 1.0
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_call_without_replies_has_its_parties(restarts: bool) -> None:
+    (record,) = played([invite(), ack(), bye()], restarts)
+    assert (record.source, record.destination) == (
+        "sip:2000@sip.canyan.io",
+        "sip:2001@sip.canyan.io",
+    )
+    assert (record.invited, record.ringing, record.status) == (START, 0, 0)
+    assert (record.begun_by, record.outcome) == ("ack", agent.CHARGED)
+
+
 def test_a_nearer_reply_is_kept_although_it_is_no_new_fact() -> None:
     """A proxy turns the callee's 480 into a 486 for the caller; the table needs one of them."""
     messages = [invite(), invite(vias=FORWARDED), reply(480, vias=FORWARDED), reply(486)]
@@ -520,6 +531,7 @@ def test_the_next_records_wait_until_the_journal_knows_of_the_last(
         assert len(rig.lines()) == count
         rig.commit()
     assert len({x["call_id"] for x in rig.lines()}) == 5
+    assert rig.agent.metrics.totals["records.written"] == 5
 
 
 def test_a_file_that_fails_is_told_counted_and_written_later(
