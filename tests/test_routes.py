@@ -1178,6 +1178,24 @@ def test_the_proxy_looks_up_the_routing_number():
     )
 
 
+def test_the_examples_of_the_documentation():
+    page = (harness.ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    texts = re.findall(r"```yaml\n(- .*?)```", page, re.S)
+    named = {agent.parse_routes(text, "routes.yaml", PLAIN)[0].route.ties for text in texts}
+    assert len(texts) == 4 and named == {True, False}
+    sems, ims, session = [rule.route for rule in rules(texts[1])[:-1]]
+    headers = [(PCV, 'icid-value="x";a=b'), ("Session-ID", f"{SESSION};remote={'0' * 32}")]
+    tags = [agent.transaction_tag(route, seen(headers)) for route in (sems, ims, session)]
+    assert tags == ["1@h", "x", SESSION]
+    numbers = first(texts[3])
+    told = ["sip:00391@h", "sip:0391@h", "sip:391@h"]
+    assert [agent.rewritten_party(numbers, "destination", text) for text in told] == [
+        "sip:+391@h",
+        "sip:+39391@h",
+        "sip:391@h",
+    ]
+
+
 # Errors: one line that begins NAME:LINE
 
 
