@@ -10,7 +10,7 @@ COMPOSE := docker compose
 ALL_PROFILES := --profile opensips --profile kamailio --profile tester --profile canyan --profile statsd
 SCENARIO := /scenarios/test_
 
-.PHONY: demo run test chaos bench fuzz soak lint format docs clean sip-servers browser test-opensips \
+.PHONY: demo run test test-fast chaos bench fuzz soak lint format docs clean sip-servers browser test-opensips \
   test-kamailio test-images \
   docker-build docker-pull docker-start docker-start-opensips docker-start-kamailio \
   docker-start-canyan docker-start-statsd docker-test-opensips docker-test-kamailio docker-test \
@@ -22,8 +22,15 @@ demo: $(VENV)/.runs
 run: $(VENV)/.runs
 	@$(BIN)/python scripts/demo.py --stay
 
+# Files side by side, on more workers than a small machine has cores: the long ones mostly wait.
+WORKERS := 4
 test: lint sip-servers browser
-	$(BIN)/python -m pytest --durations=5
+	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=5
+
+# While editing: the pure rooms, which are HEP, SIP, routes, calls, call table and outbox; some 20 s.
+PURE := hep sip torture routes calls rules outbox layers
+test-fast: $(VENV)/.tests
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PURE:%=tests/test_%.py)
 
 # This runs ten times as many kills and restarts of tests/test_crash.py and tests/test_sockets.py. It
 # takes some ten minutes.

@@ -53,6 +53,8 @@ setup(
             "hypothesis>=6.100",
             "mypy>=1.10",
             "pytest>=8",
+            # Several tests at one time: most of the long ones wait.
+            "pytest-xdist>=3.6",
             # Formatting differs between versions, so that this one is the same for all.
             "ruff==0.17.6",
             # Certificates for the tests of TLS, made anew in each run.

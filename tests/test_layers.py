@@ -25,6 +25,7 @@ NAMES = (
     "store",
     "rating API",
     "delivery",
+    "forwarding",
     "agent",
     "servers",
     "command line",
