@@ -2516,12 +2516,7 @@ def note(call: Call, message: SipMessage, now: float) -> int:
 
 
 def note_invite(
-    call: Call,
-    sighting: Sighting,
-    route: Route,
-    settings: Settings,
-    keep: bool,
-    targets: bool = False,
+    call: Call, sighting: Sighting, route: Route, settings: Settings, keep: bool, targets: bool
 ) -> bool:
     """Add an initial INVITE or a copy of it, and say whether it was new: rules 1 and 3.
 
