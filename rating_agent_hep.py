@@ -2105,11 +2105,13 @@ class Identity(Charge):
     account_hops: int = 0
     destination_hops: int = 0
     number_hops: int = MAX_VIAS + 1
+    # The URI of From as it was sent, which tells apart those who use one branch.
+    caller: str = ""
 
     def add(self, message: SipMessage, hops: int, settings: Settings) -> None:
         """Take what is missing, or what a copy further on gave, from this copy."""
         if self.route.destination == "rn" and hops < self.number_hops and _portability(message):
-            self.destination, self.number_hops = party_text("rn", message), hops
+            self.destination, self.number_hops = _destination(self.route, message), hops
         if not self.account_tag or self.account_hops > hops:
             tag = resolve_account(self.route, settings, message, callee=False)
             if tag:
@@ -2123,16 +2125,22 @@ class Identity(Charge):
 def identify(sighting: Sighting, route: Route, hops: int, settings: Settings) -> Identity:
     """The identity that an INVITE copy gives by itself."""
     message = sighting.message
+    caller = party_text("from", message)
     identity = Identity(
         route,
         transaction_tag(route, sighting),
         hops=hops,
-        source=party_text("from", message),
+        source=rewritten_party(route, "source", caller),
         source_ip=sighting.packet.source_ip,
-        destination=party_text(route.destination, message),
+        destination=_destination(route, message),
+        caller=caller,
     )
     identity.add(message, hops, settings)
     return identity
+
+
+def _destination(route: Route, message: SipMessage) -> str:
+    return rewritten_party(route, "destination", party_text(route.destination, message))
 
 
 @dataclass(slots=True)
@@ -2241,10 +2249,10 @@ class Attempt:
         self.caller = self.caller or invite.vias[-1].sent_by
         return True
 
-    def choose(self, source: str) -> None:
+    def choose(self, caller: str) -> None:
         """The From of a 2xx is that of the INVITE which was answered (RFC 3261 8.2.6.2)."""
-        same = next((x for x in self.named if x.source == source), None)
-        if same is not None and self.identity is not None and self.identity.source != source:
+        same = next((x for x in self.named if x.caller == caller), None)
+        if same is not None and self.identity is not None and self.identity.caller != caller:
             self.named = (*(x for x in self.named if x is not same), self.identity)
             self.identity = same
 
@@ -2537,8 +2545,8 @@ def note_invite(
         attempt.time, new = message.time, True
     identity = attempt.identity
     if identity is not None and sender[0] == attempt.sender[0]:
-        source = party_text("from", message)
-        if source != identity.source and all(x.source != source for x in attempt.named):
+        caller = party_text("from", message)
+        if caller != identity.caller and all(x.caller != caller for x in attempt.named):
             named = identify(sighting, route, hops, settings)
             attempt.named = (*attempt.named[1 - MAX_NAMED :], named)
             return True
@@ -3743,9 +3751,9 @@ class CallTable:
         call.charged = True
         self.count("calls.begun")
         body = {
-            "source": rewritten_party(call.route, "source", identity.source),
+            "source": identity.source,
             "source_ip": identity.source_ip,
-            "destination": rewritten_party(call.route, "destination", identity.destination),
+            "destination": identity.destination,
             "carrier_ip": begin.attempt.carrier_ip if call.route.carrier_ip else "",
             "product_tag": call.route.product_tag,
             "tags": list(call.route.tags),

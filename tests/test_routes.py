@@ -1023,9 +1023,9 @@ def sent(
     if hops > 1:
         vias[-1] = ("10.0.0.1:5060", f"z9hG4bK-1-{EDGE[0]}")
     common: dict[str, Any] = {"call_id": "1@h", "from_tag": "a", "cseq": 1, "branch": ""}
-    common |= {"from_uri": "sip:002000@sip.canyan.io", "vias": vias}
+    common |= {"from_uri": more.pop("from_uri", "sip:002000@sip.canyan.io"), "vias": vias}
     if status:
-        payload = hepbuild.sip_reply(status, to_tag="b", **common)
+        payload = hepbuild.sip_reply(status, to_tag="b", **common, **more)
     else:
         payload = sip_request("INVITE", more.pop("request", "sip:0039@h"), **common, **more)
     # All within the reorder window.
@@ -1156,6 +1156,28 @@ def test_rewritten_numbers_are_reported(restart):
     assert {key: body[key] for key in body.keys() - changed} == {
         key: plain[key] for key in plain.keys() - changed
     }
+
+
+def test_two_callers_of_one_branch_are_told_apart_though_rewritten_alike():
+    """The answer says who pays, by the From as it was sent."""
+    routes = REWRITE + "  - {field: source, match: '^.*$', replace: all}\n"
+    invites = [sent(PHONE, EDGE), sent(PHONE, EDGE, from_uri="sip:7@sip.canyan.io")]
+    answers = [ANSWERS[1], sent(EDGE, PHONE, 1, 200, from_uri="sip:7@sip.canyan.io")]
+    for answer, account in zip(answers, ("2000", "7"), strict=True):
+        for restart in (0, 1):
+            body = begun(routes, [*invites, answer], restart)
+            assert (body["account_tag"], body["source"]) == (account, "sip:all@sip.canyan.io")
+
+
+def test_a_record_of_a_call_has_what_the_api_gets():
+    table = agent.RecordedTable(pure.settings(), agent.parse_routes(REWRITE, "r", pure.settings()))
+    for arrival in (IN, ANSWERS[1]):
+        packet = agent.decode_hep(arrival.frame, 0)
+        parsed = agent.parse_sip(packet.payload, packet.time)
+        assert parsed is not None
+        table.handle(agent.Sighting(packet, parsed), 1.0)
+    (record,) = table.unfinished()
+    assert (record.source, record.account_tag) == ("sip:+2000@sip.canyan.io", "2000")
 
 
 def test_the_proxy_looks_up_the_routing_number():
