@@ -1536,10 +1536,14 @@ _Condition = Callable[[Sighting], bool]
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """One entry of ``routes.yaml``: conditions that must all hold, and the route they lead to."""
+    """One entry of ``routes.yaml``: conditions that must all hold, and the route they lead to.
+
+    ``keys`` names the conditions: the key of ``match``, or "header NAME".
+    """
 
     route: Route
     conditions: tuple[_Condition, ...]
+    keys: tuple[str, ...] = ()
 
 
 def in_domains(host: str, domains: Sequence[str]) -> bool:
@@ -1560,13 +1564,23 @@ def choose_route(rules: Sequence[Rule], sighting: Sighting) -> Route:
 
 def resolve_account(route: Route, settings: Settings, message: SipMessage, callee: bool) -> str:
     """The account tag of the caller or the callee of an INVITE, "" where there is none."""
+    sources = _sources(route, settings, callee)
+    tags = (_source_tag(source, domains, settings, message) for source, domains in sources)
+    return _finished_account(route, next(filter(None, tags), ""), callee)
+
+
+def _sources(
+    route: Route, settings: Settings, callee: bool
+) -> list[tuple[str, Sequence[str] | None]]:
+    """The sources of an account in order, each with the domains that it is limited to."""
     named = route.destination_account if callee else route.account
     if named is None:
-        sources = _former_sources(route, settings, callee)
-    else:
-        sources = [(source, route.local_domains) for source in named]
-    tags = (_source_tag(source, domains, settings, message) for source, domains in sources)
-    tag = next(filter(None, tags), "")
+        return _former_sources(route, settings, callee)
+    return [(source, route.local_domains) for source in named]
+
+
+def _finished_account(route: Route, tag: str, callee: bool) -> str:
+    """What ``account_match`` and ``rewrite`` make of what a source gave."""
     found = route.account_match.search(tag) if route.account_match and tag else None
     tag = (found[1] or "") if found else tag
     if not tag or not route.rewrite:
@@ -1712,6 +1726,79 @@ def _portability(message: SipMessage) -> list[str]:
     return _PORTABILITY.findall(message.request_uri.partition("?")[0])
 
 
+def explain_route(
+    rules: Sequence[Rule], settings: Settings, copies: Sequence[Sighting]
+) -> Iterator[str]:
+    """Say which rule takes an INVITE, and where each account comes from, line by line.
+
+    ``copies`` are those of one INVITE, the nearest to the caller first.
+    """
+    route = choose_route(rules, copies[0])
+    for rule in rules:
+        pairs = zip(rule.keys, rule.conditions, strict=True)
+        failed = [key for key, condition in pairs if not condition(copies[0])]
+        if rule.route is route:
+            yield f"rule {route.name}: taken"
+            break
+        seen = ", ".join(f"{key} is {_seen_value(key, copies[0])}" for key in failed)
+        yield f"rule {rule.route.name}: not taken: {seen}"
+    for callee, name in enumerate(("account", "destination_account")):
+        yield from _explain_account(route, settings, copies, bool(callee), name)
+
+
+def _seen_value(key: str, sighting: Sighting) -> str:
+    """What an INVITE has where a condition of ``match`` looks."""
+    if key.startswith("header "):
+        values = sighting.message.header(key[7:])
+        return repr(values[0]) if values else "not there"
+    if key in _NETWORK_KEYS:
+        address = _NETWORK_KEYS[key](sighting)
+        return (_ip_text(address) if isinstance(address, bytes) else address) or "unknown"
+    if key in _DOMAIN_KEYS:
+        return repr(sighting.message.party(_DOMAIN_KEYS[key]).host)
+    return repr(getattr(sighting.packet, key))
+
+
+def _explain_account(
+    route: Route, settings: Settings, copies: Sequence[Sighting], callee: bool, name: str
+) -> Iterator[str]:
+    lines = []
+    for place, copy in enumerate(copies):
+        where = f" in copy {place + 1}" if place else ""
+        for source, domains in _sources(route, settings, callee):
+            tag = _source_tag(source, domains, settings, copy.message)
+            if not tag:
+                line = f"    {source}: {_why_none(source, domains, settings, copy.message)}"
+                lines += [line] if line not in lines else []
+                continue
+            account = _finished_account(route, tag, callee)
+            changed = f", by account_match and rewrite {account!r}" if account != tag else ""
+            yield f"{name}: {account or 'none'}"
+            yield from [*lines, f"    {source}{where}: gives {tag!r}{changed}"]
+            return
+    yield f"{name}: none"
+    yield from lines or ["    no source is named"]
+
+
+def _why_none(
+    source: str, domains: Sequence[str] | None, settings: Settings, message: SipMessage
+) -> str:
+    """Why a source gives no account."""
+    if source.startswith("header:"):
+        values = message.header(source[7:])
+        return f"{values[0]!r} is no account" if values else "not there"
+    uris = _source_uris(source, settings, message)
+    if not uris:
+        return "not there"
+    outside = [uri for uri in uris if domains is not None and not in_domains(uri.host, domains)]
+    told = ", ".join(uri_text(uri) if uri.scheme else "no URI" for uri in outside or uris)
+    if not outside:
+        return f"{told} has no user"
+    return (
+        f"{told} is of none of the local domains ({', '.join(domains or ()) or 'there are none'})"
+    )
+
+
 def main_route(settings: Settings) -> Route:
     """The main options as a route: the last rule. Raises ConfigError for a bad regexp."""
     return Route(
@@ -1815,7 +1902,7 @@ def yaml_error(name: str, node: yaml.Node, text: str) -> ConfigError:
 def _parse_rule(name: str, node: yaml.Node, main: Route) -> Rule:
     values = {item.name: getattr(main, item.name) for item in fields(Route)}
     values["name"] = f"line {node.start_mark.line + 1}"
-    conditions: list[_Condition] = []
+    conditions: list[tuple[str, _Condition]] = []
     entries = yaml_entries(name, node, "a rule: ", _choice("match", "rewrite", *_ROUTE_VALUES))
     for key, value in entries.items():
         if key == "match":
@@ -1827,7 +1914,8 @@ def _parse_rule(name: str, node: yaml.Node, main: Route) -> Rule:
             values |= {"transaction_tag": source, "transaction_match": match}
         else:
             values[key] = _convert(name, value, key, _ROUTE_VALUES[key])
-    return Rule(Route(**values), tuple(conditions))
+    names, tests = tuple(key for key, _ in conditions), tuple(test for _, test in conditions)
+    return Rule(Route(**values), tests, names)
 
 
 def _parse_rewrite(name: str, node: yaml.Node) -> tuple[Rewrite, ...]:
@@ -1856,18 +1944,19 @@ def _parse_keys(
     return [_convert(name, entries[key], f"{what}: {key}", keys[key]) for key in keys]
 
 
-def _parse_match(name: str, node: yaml.Node) -> list[_Condition]:
+def _parse_match(name: str, node: yaml.Node) -> list[tuple[str, _Condition]]:
     conditions = []
     for key, value in yaml_entries(name, node, "match: ", _choice(*_MATCH_KEYS)).items():
         what = f"match: {key}"
         if key != "header":
-            conditions.append(_convert(name, value, what, partial(_condition, key)))
+            conditions.append((key, _convert(name, value, what, partial(_condition, key))))
             continue
         headers = yaml_entries(name, value, f"{what}: ", _header_key)
         if not headers:
             raise yaml_error(name, value, f"{what}: empty; allowed: lines of HEADER: REGEXP")
         for header, regexp in headers.items():
-            conditions.append(_convert(name, regexp, what, partial(_header_condition, header)))
+            condition = _convert(name, regexp, what, partial(_header_condition, header))
+            conditions.append((f"header {header}", condition))
     return conditions
 
 
@@ -4926,7 +5015,7 @@ def _option_parser(former: list[str]) -> _Parser:
         default_config_files=[],
     )
     commands = (
-        "run (the default; also agent), check, decode FILE..., "
+        "run (the default; also agent), check, decode FILE..., explain FILE..., "
         "rate [--format table|csv|json] [--deliver --journal FOLDER] FILE..., "
         "outbox [list | retry [CALL...] | drop CALL...]"
     )
@@ -4962,9 +5051,10 @@ def _command(words: list[str], unknown: list[str]) -> tuple[str, list[str]]:
     command, *arguments = [*words, *unknown] or ["run"]
     # The former agent's command line.
     command = "run" if command == "agent" else command
-    if command not in ("run", "check", "decode", "rate", "outbox"):
+    if command not in ("run", "check", "decode", "rate", "explain", "outbox"):
         raise ConfigError(
-            "command: unknown; allowed: run, agent, check, decode FILE..., rate FILE..., outbox"
+            "command: unknown; allowed: run, agent, check, decode FILE..., rate FILE..., "
+            "explain FILE..., outbox"
         )
     if arguments and command in ("run", "check"):
         raise ConfigError(f"files: unexpected; allowed: {command} alone, decode FILE...")
@@ -9678,6 +9768,108 @@ def rate(
     return 1 if faults or waiting else 0
 
 
+# INVITE copies of one call that `explain` looks at: proxies in the path.
+MAX_EXPLAINED = 8
+
+
+class ExplainedTable(RecordedTable):
+    """A table that also says how the route of each call came about: ``lines`` by row."""
+
+    def __init__(self, settings: Settings, rules: Sequence[Rule]) -> None:
+        super().__init__(settings, rules)
+        self.lines: dict[int, list[str]] = {}
+        # By Call-ID and From tag, the copies of the latest INVITE, the nearest to the caller first.
+        self._invites: dict[str, dict[str, list[Sighting]]] = {}
+
+    def handle(self, sighting: Sighting, now: float) -> list[RatingEvent]:
+        """Take in one message; return the events that it brings about."""
+        message = sighting.message
+        if message.method == "INVITE" and not message.to_tag:
+            self._keep(sighting)
+        events = super().handle(sighting, now)
+        if message.call_id not in self._calls:
+            self._invites.pop(message.call_id, None)
+        return events
+
+    def _keep(self, sighting: Sighting) -> None:
+        message = sighting.message
+        callers = self._invites.setdefault(message.call_id, {})
+        copies = callers.get(message.from_tag, [])
+        latest = copies[0].message.cseq if copies else 0
+        new = (message.top_branch, sighting.packet.capture_id)
+        known = any((x.message.top_branch, x.packet.capture_id) == new for x in copies)
+        if message.cseq < latest or (message.cseq == latest and known):
+            return
+        if message.from_tag not in callers and len(callers) >= MAX_CALLS_PER_ID:
+            return
+        copies = [*(copies if message.cseq == latest else ()), sighting]
+        copies.sort(key=lambda copy: len(copy.message.hops))
+        callers[message.from_tag] = copies[:MAX_EXPLAINED]
+
+    def _leave(self, call: Call) -> None:
+        super()._leave(call)
+        if call.call_id not in self._calls:
+            self._invites.pop(call.call_id, None)
+
+    def _record(self, call: Call, end: End | None = None) -> CallRecord:
+        record = super()._record(call, end)
+        copies = [
+            copy
+            for copy in self._invites.get(call.call_id, {}).get(call.from_tag, ())
+            if copy.packet.capture_id == call.capture_id
+            or choose_route(self.rules, copy).tenant == call.tenant
+        ]
+        self.lines[record.row] = ["its INVITE was not seen"]
+        if copies:
+            self.lines[record.row] = list(explain_route(self.rules, self.settings, copies))
+        return record
+
+
+def explain_files(names: Sequence[str], settings: Settings, rules: Sequence[Rule], out: Any) -> int:
+    """Print of each call of recordings what became of it, its route and its accounts, and why.
+
+    Returns the exit status: 0, or 2 where a file could not be read. Raises ConfigError.
+    """
+    if not 0 < len(names) <= MAX_RECORDINGS:
+        raise ConfigError(
+            f"explain: {len(names)} files; allowed: explain FILE..., 1 to {MAX_RECORDINGS} files"
+        )
+    faults = []
+
+    def fault(name: str, text: str) -> None:
+        faults.append(_fail(printable(f"{name}: {text}")))
+
+    opened = []
+    for name in names:
+        try:
+            opened.append((name, open_recording(name)[0]))
+        except (OSError, EOFError, zlib.error) as error:
+            fault(name, getattr(error, "strerror", None) or str(error))
+    recordings = Recordings(opened, fault)
+    playback = Playback(settings, rules, recordings.counts)
+    table = playback.table = ExplainedTable(settings, rules)
+    try:
+        for recorded in recordings:
+            playback.take(recorded)
+            for record in table.take_records() if table.records else ():
+                _explain_call(record, table.lines.pop(record.row), out)
+        playback.finish()
+        for record in (*table.take_records(), *table.unfinished()):
+            _explain_call(record, table.lines.pop(record.row), out)
+    except BrokenPipeError:
+        return _reader_left(out)
+    return max(faults, default=0)
+
+
+def _explain_call(record: CallRecord, lines: Sequence[str], out: Any) -> None:
+    row = record_row(record)
+    print(printable(f"call {record.call_id}: {row['reason']}"), file=out)
+    for line in lines:
+        print(printable(f"  {line}"), file=out)
+    for name in ("tenant", "transaction_tag", "source", "destination", "begin", "end"):
+        print(printable(f"  {name}: {row[name] or 'none'}"), file=out)
+
+
 def _account(
     events: Sequence[RatingEvent],
     table: RecordedTable,
@@ -9799,6 +9991,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options = rate_options(configuration.arguments)
                 settings, rules = configuration.settings, configuration.rules
                 return rate(options, settings, rules, sys.stdout, sys.stderr)
+            case "explain":
+                settings, rules = configuration.settings, configuration.rules
+                return explain_files(configuration.arguments, settings, rules, sys.stdout)
             case "outbox":
                 folder = configuration.settings.state_dir
                 return outbox(folder, configuration.arguments, sys.stdout)

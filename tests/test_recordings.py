@@ -1097,3 +1097,146 @@ def test_what_tcpdump_wrote_of_a_live_kamailio(api: harness.RatingServer, tmp_pa
         drift = harness.seconds(ours.pop(stamp)) - harness.seconds(theirs.pop(stamp))
         assert abs(drift) <= harness.TOLERANCE
         assert ours == theirs
+
+
+# explain
+
+
+EXPLAINED = """\
+- name: wholesale
+  match: {capture_id: 9, capture_name: b, header: {X-A: "^x"}, to_domain: "*.example"}
+- name: networks
+  match: {sender: 10.0.0.1, source_network: 172.16.0.0/12}
+- name: ours
+  account: [header:X-Account, p-asserted-identity, from]
+  destination_account: [header:X-None, request-uri, to]
+  local_domains: [sip.canyan.io]
+  rewrite: [{field: account, match: ^, replace: a}]
+- name: never
+"""
+
+
+def explain(folder: Path, routes: str, *calls: str) -> subprocess.CompletedProcess[str]:
+    (folder / "routes.yaml").write_text(routes)
+    names = []
+    for number, text in enumerate(calls):
+        lines = [scenes.Line(line) for line in text.strip().splitlines()]
+        data = [hepbuild.hep3(x.payload(), time_us=x.stamp, capture_id=1) for x in lines]
+        (folder / f"{number}.hep").write_bytes(b"".join(data))
+        names.append(str(folder / f"{number}.hep"))
+    command = [sys.executable, PROGRAM, "explain", "--routes", str(folder / "routes.yaml"), *names]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_explain_says_which_rule_and_which_source(tmp_path: Path) -> None:
+    done = explain(
+        tmp_path,
+        EXPLAINED,
+        """
+        0    INVITE h="X-A: y" h="P-Asserted-Identity: <sip:7@else>" uri=sip:h@else
+        1    200
+        1.1  ACK
+        5    BYE
+        5.1  200:BYE
+    """,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.replace("    ", " ").splitlines() == [
+        "call call-1@host: charged",
+        "  rule wholesale: not taken: capture_id is 1, capture_name is '', header x-a is 'y', "
+        "to_domain is 'sip.canyan.io'",
+        f"  rule networks: not taken: sender is unknown, source_network is {hepbuild.SRC[0]}",
+        "  rule ours: taken",
+        "  account: a2000",
+        "   header:x-account: not there",
+        "   p-asserted-identity: sip:7@else is of none of the local domains (sip.canyan.io)",
+        "   from: gives '2000', by account_match and rewrite 'a2000'",
+        "  destination_account: 2001",
+        "   header:x-none: not there",
+        "   request-uri: sip:h@else is of none of the local domains (sip.canyan.io)",
+        "   to: gives '2001'",
+        "  tenant: default",
+        "  transaction_tag: call-1@host",
+        "  source: sip:2000@sip.canyan.io",
+        "  destination: sip:2001@sip.canyan.io",
+        "  begin: 2026-11-25T10:00:01.000Z",
+        "  end: 2026-11-25T10:00:05.000Z",
+    ]
+
+
+def test_explain_says_why_there_is_no_account(tmp_path: Path) -> None:
+    routes = "- {name: a, account: [header:X, diversion], destination_account: []}\n"
+    done = explain(
+        tmp_path,
+        routes,
+        """
+        0    INVITE id=one h="X: " h="Diversion: <sip:else>"
+        0.1  INVITE id=one hop=out h="Diversion: <sip:else>"
+        1    486 id=one
+        """,
+        "50 BYE id=two",
+        "60 INVITE id=three\n61 407 id=three\n62 INVITE id=three c=2 h='X: paid'",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    one, three, two = sorted(done.stdout.split("call ")[1:])
+    lines = one.splitlines()
+    assert lines[0].startswith("one: refused: 486")
+    account = lines.index("  account: none")
+    assert lines[account + 1 : account + 6] == [
+        "      header:x: '' is no account",
+        "      diversion: sip:else has no user",
+        "      header:x: not there",
+        "  destination_account: none",
+        "      no source is named",
+    ]
+    assert "header:x: gives 'paid'" in three
+    assert "its INVITE was not seen" in two
+
+
+def test_explain_of_an_account_that_a_copy_further_on_gives(tmp_path: Path) -> None:
+    done = explain(
+        tmp_path,
+        "- {name: a, account: header:X}\n",
+        """
+        0.1  INVITE hop=out h="X: late"
+        0.2  INVITE
+        1    200
+    """,
+    )
+    assert "      header:x: not there\n      header:x in copy 2: gives 'late'\n" in done.stdout
+
+
+def test_explain_keeps_a_bounded_number_of_copies() -> None:
+    table = agent.ExplainedTable(SETTINGS, agent.parse_routes("", "r", SETTINGS))
+    for number in range(200):
+        for text in (f"0 INVITE hop=h{number}", f"0 INVITE tag=t{number}"):
+            packet = agent.decode_hep(hepbuild.hep3(scenes.Line(text).payload(), time_us=1), 1)
+            parsed = agent.parse_sip(packet.payload, 1)
+            assert parsed is not None
+            table.handle(agent.Sighting(packet, parsed), 1.0)
+    (callers,) = table._invites.values()
+    assert len(callers) == agent.MAX_CALLS_PER_ID
+    assert max(map(len, callers.values())) == agent.MAX_EXPLAINED
+    for late in (1e4, 2e4):
+        table.expire(late)
+    assert not table._invites
+
+
+@pytest.mark.parametrize("words", [[], ["x"] * 501])
+def test_explain_of_no_or_too_many_files(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "explain", *words], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "explain FILE..., 1 to 500 files" in done.stderr
+
+
+def test_explain_of_a_file_that_is_not_there() -> None:
+    done = subprocess.run(
+        [sys.executable, PROGRAM, "explain", "/nonexistent"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "rating_agent_hep.py: /nonexistent: No such file or directory\n"
