@@ -68,12 +68,12 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from copy import deepcopy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import cache, cached_property
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from math import inf
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import parse_qsl, quote, urlsplit
 
@@ -245,6 +245,11 @@ class Settings:
     log_format: str = "json"
     debug: bool = False
     state_dir: str = ""
+    cluster_url: str = ""
+    cluster_password: str = field(default="", repr=False)
+    cluster_password_file: str = ""
+    cluster_name: str = "rating"
+    cluster_shards: int = 64
     shutdown_timeout: float = 10.0
 
 
@@ -3097,6 +3102,10 @@ class CallTable:
             groups = (self._calls.get(call_id, ()) for call_id in reversed(part))
             yield [call for group in groups for call in reversed(group)]
 
+    def knows(self, call_id: str) -> bool:
+        """Whether the INVITE of a call with this Call-ID was seen."""
+        return any(call.state != ORPHAN for call in self._calls.get(call_id, ()))
+
     def handle(self, sighting: Sighting, now: float) -> list[RatingEvent]:
         """Take in one message; return the events that it brings about."""
         self._now = now
@@ -3786,6 +3795,8 @@ class CallTable:
 # those that are on disk only. Over a limit the events that waited longest are lost, and logged.
 
 DELIVERED, REFUSED_BY_API, REJECTED = "delivered", "refused", "rejected"
+# The kind of DeliveryError of an event that its store did not let go.
+NOT_OURS = "not_ours"
 # The answer by which the API refuses, as `outbox` shows it.
 NOT_OK = "ok: false"
 
@@ -3833,12 +3844,13 @@ class Outbox:
         # Entries whose queue is no more that of the call are stale, and left out.
         self._ready: list[tuple[int, int, CallKey, deque[RatingEvent]]] = []
         self._delayed: list[tuple[float, int, CallKey, deque[RatingEvent]]] = []
-        # Calls of which an event is out, or one that was answered is not `release`d yet.
-        self._out: set[CallKey] = set()
+        # Calls of which an event is out, or one that was answered is not `release`d yet. These and
+        # the next two have the store of the call, for `forget`.
+        self._out: dict[CallKey, Any] = {}
         # Calls whose begin was given up: their end must not be sent alone.
-        self._given_up: OrderedDict[CallKey, None] = OrderedDict()
+        self._given_up: OrderedDict[CallKey, Any] = OrderedDict()
         # Whom alone the begins of running calls were taken with: their ends must name no other.
-        self._one_sided: dict[CallKey, str] = {}
+        self._one_sided: dict[CallKey, tuple[str, Any]] = {}
         # Tenants and tags that the API does not know, and until when they are left out.
         self._unknown: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._waiting = 0
@@ -3877,19 +3889,19 @@ class Outbox:
         self._waiting += 1
         return True, self._make_room()
 
-    def give_up(self, key: CallKey) -> None:
+    def give_up(self, key: CallKey, store: Any = None) -> None:
         """A begin will not be sent; its end is not accepted, then."""
-        self._given_up[key] = None
+        self._given_up[key] = store
         if len(self._given_up) > MAX_REFUSED_CALLS:
             self._given_up.popitem(last=False)
 
-    def begun(self, key: CallKey, party: str) -> None:
+    def begun(self, key: CallKey, party: str, store: Any = None) -> None:
         """A begin was taken with one party alone; its end will name no other."""
-        self._one_sided[key] = party
+        self._one_sided[key] = (party, store)
 
     def restrict(self, event: RatingEvent) -> None:
         """Leave in an end whom its begin was taken with."""
-        party = self._one_sided.pop(event.key, "")
+        party, _ = self._one_sided.pop(event.key, ("", None))
         if party and event.kind == "end":
             event.keep_only(party)
 
@@ -3919,7 +3931,7 @@ class Outbox:
         if queue is None:
             return None
         event = queue[0]
-        self._out.add(event.key)
+        self._out[event.key] = event.store
         event.party = self._party(event, now)
         event.attempts += 1
         if self.down:
@@ -3953,7 +3965,7 @@ class Outbox:
         queue = self._calls[event.key]
         gone = [queue.popleft()]
         if event.kind == "begin" and event.left_out:
-            self._one_sided[event.key] = event.party
+            self._one_sided[event.key] = (event.party, event.store)
             if queue:
                 self.restrict(queue[0])
         if outcome == REJECTED and event.kind == "begin":
@@ -3961,19 +3973,19 @@ class Outbox:
             while queue and queue[0].kind == "end":
                 gone.append(queue.popleft())
             if not queue and gone[-1].kind == "begin":
-                self.give_up(event.key)
+                self.give_up(event.key, event.store)
         self._waiting -= len(gone)
         if not queue:
             del self._calls[event.key]
         if hold:
-            self._out.add(event.key)
+            self._out[event.key] = event.store
         elif queue:
             self._make_ready(event.key, queue)
         return (REJECTED, gone) if outcome == REJECTED else (DELIVERED, [])
 
     def release(self, key: CallKey) -> None:
         """What was settled with ``hold`` is on disk: the call's next event may go."""
-        self._out.discard(key)
+        self._out.pop(key, None)
         queue = self._calls.get(key)
         if queue:
             self._make_ready(key, queue)
@@ -3997,6 +4009,36 @@ class Outbox:
         event.answer = str(error)
         event.failures += 1
         self._delay(event, now, event.failures)
+
+    def hold_back(self, event: RatingEvent, now: float) -> None:
+        """The event was not sent, for a reason that is not the API's: it goes later."""
+        self._back(event)
+        event.attempts -= 1
+        self._delay(event, now, 1)
+
+    def holds(self, event: RatingEvent) -> bool:
+        """Whether an event that was given out is still of this outbox."""
+        queue = self._calls.get(event.key)
+        return bool(queue) and queue[0] is event and event.key in self._out  # type: ignore[index]
+
+    def withdraw(self, store: Any) -> bool:
+        """Let go of the events of a store but for those that are out; whether there are any."""
+        for key, queue in list(self._calls.items()):
+            if queue[0].store is store and key not in self._out:
+                self._waiting -= len(self._calls.pop(key))
+        return any(other is store for other in self._out.values())
+
+    def forget(self, store: Any) -> None:
+        """Let go of all that is of a store; what comes of events that are out is not asked for."""
+        if self._probe is not None and self._probe.store is store:
+            self._probe = None
+        for key in [key for key, other in self._out.items() if other is store]:
+            del self._out[key]
+        self.withdraw(store)
+        for key in [key for key, other in self._given_up.items() if other is store]:
+            del self._given_up[key]
+        for key in [key for key, (_, other) in self._one_sided.items() if other is store]:
+            del self._one_sided[key]
 
     def undelivered(self) -> list[RatingEvent]:
         """All that still waits, the calls in order of their oldest event."""
@@ -4060,7 +4102,7 @@ class Outbox:
         return DELIVERED if done_before else REJECTED
 
     def _back(self, event: RatingEvent) -> None:
-        self._out.discard(event.key)
+        self._out.pop(event.key, None)
         if self._probe is event:
             self._probe = None
 
@@ -4098,7 +4140,7 @@ class Outbox:
             events = self._calls.pop(key)
             self._waiting -= len(events)
             if events[-1].kind == "begin":
-                self.give_up(key)
+                self.give_up(key, events[-1].store)
             gone += events
         heaps: tuple[list[Any], list[Any]] = (self._ready, self._delayed)
         for heap in heaps:
@@ -4191,6 +4233,35 @@ def _regexp(text: str) -> str:
 def _header(text: str) -> str:
     if text and not re.fullmatch(_TOKEN, text):
         raise ConfigError(f"{text!r}; allowed: a header name, or nothing")
+    return text
+
+
+# Shards of one cluster: each costs every owner a lease to renew and a stream to read.
+MAX_SHARDS = 4_096
+_REDIS_URLS = ("redis", "rediss", "unix", "sentinel")
+
+
+def cluster_url(text: str) -> str:
+    """Check the URL of a Redis, or "" for none. Raises ConfigError."""
+    try:
+        parts = urlsplit(text)
+        if parts.password is not None:
+            # What is in a URL is shown by `check`; the text is not, here.
+            raise ConfigError("a password in it; allowed: cluster_password_file")
+        if not text or (parts.scheme in _REDIS_URLS and (parts.netloc or parts.path)):
+            return text
+    except ValueError:
+        pass
+    raise ConfigError(
+        f"{text!r}; allowed: redis://HOST:PORT/DB, rediss://..., unix://PATH, "
+        "sentinel://HOST:PORT,.../MASTER/DB, or nothing"
+    )
+
+
+def cluster_name(text: str) -> str:
+    """Check what all keys of a cluster begin with. Raises ConfigError."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", text):
+        raise ConfigError(f"{text!r}; allowed: letters, digits, _ . -")
     return text
 
 
@@ -4290,6 +4361,11 @@ OPTIONS = (
     Option("log_format", "Metrics and logs", _choice("json", "text"), "json or text"),
     Option("debug", "Metrics and logs", flag, "the same as log_level debug"),
     Option("state_dir", "Running", str, "folder of the journal; empty: memory only"),
+    Option("cluster_url", "Cluster", cluster_url, "Redis that several agents share; empty: none"),
+    Option("cluster_password", "Cluster", str, "password of that Redis", secret=True),
+    Option("cluster_password_file", "Cluster", str, "file of that password"),
+    Option("cluster_name", "Cluster", cluster_name, "prefix of the keys in that Redis"),
+    Option("cluster_shards", "Cluster", number(1, MAX_SHARDS, int), "parts of the calls, for good"),
     Option("shutdown_timeout", "Running", number(0, 3_600), "seconds to deliver what waits"),
 )
 
@@ -5446,10 +5522,640 @@ class Journal:
         """Rejected events that an operator wants to be sent again. Raises StoreError."""
         return _unpack_waiting(self._read(_REJECTED, 1, 0, MAX_LOADED)[0])
 
+    @staticmethod
+    def may_send(_: float) -> bool:
+        """Whether a request that takes so many seconds may be sent: nobody else has this file."""
+        return True
+
     def close(self, patience: float) -> None:
         """Give the file back; ``patience`` in seconds is how long the disk may take."""
         self._pool.spawn(self._db.close).wait(timeout=patience)
         self._lock.close()
+
+
+# Room: Redis
+
+# Several agents, one set of calls. Any agent takes in any packet and appends it to the stream of
+# its shard in Redis; each shard has one owner, the agent that holds its lease. The owner reads the
+# stream, feeds a call table and commits what changed, what waits for delivery and how far it has
+# read in one atomic step, which Redis refuses to anybody else. So a new owner goes on exactly where
+# the last commit was, and what it reads again was never counted.
+#
+#   NAME:config      hash    version, number of shards, whether routes tie legs, salt of the hash
+#   NAME:agents      zset    agents by the time of their last beat; NAME:agent has their status
+#   NAME:lease:K     string  the token of the owner of shard K; expires
+#   NAME:stream:K    stream  frames that were taken in; f: the frame, s: a stray of another shard
+#   NAME:meta:K      hash    position in the stream, clock, lag, last row given
+#   NAME:calls:K     hash    ROW:c the facts of a call, ROW:b and ROW:e its events
+#   NAME:rejected:K  zset    rejected events by serial; NAME:retry:K those to be sent again
+#   NAME:tags        hash    From tags of running calls: the shard, or #N where N calls have it
+#
+# The clock of a shard is the time of its stream, so it never runs ahead of what is unread. Leases
+# go by CLOCK_BOOTTIME here, which goes on while the machine sleeps: who woke up owns nothing.
+
+# Seconds for one answer of Redis.
+REDIS_TIMEOUT = 2.0
+# Fields of a hash read at once.
+SCAN_GROUP = 500
+# What the keys hold.
+CLUSTER_VERSION = "1"
+# Bits of a row's number that count calls; those above say which shard.
+_ROW_BITS = 40
+
+BEAT_SCRIPT = """
+local p, t = ARGV[1], redis.call('TIME')
+local ms = t[1] * 1000 + math.floor(t[2] / 1000)
+-- A write that needs no memory first: then Redis refuses none of the others for want of it.
+redis.call('ZREM', p .. 'agents', '')
+redis.call('ZADD', p .. 'agents', ms, ARGV[2])
+redis.call('HSET', p .. 'agent', ARGV[2], ARGV[3])
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', p .. 'agents', '-inf', ms - ARGV[4])) do
+  redis.call('ZREM', p .. 'agents', id)
+  redis.call('HDEL', p .. 'agent', id)
+end
+local lost, retry, free, rejected, entries = {}, {}, {}, 0, 0
+for i = 7, #ARGV, 2 do
+  local lease = p .. 'lease:' .. ARGV[i]
+  if redis.call('GET', lease) == ARGV[i + 1] then
+    redis.call('PEXPIRE', lease, ARGV[5])
+    if redis.call('EXISTS', p .. 'retry:' .. ARGV[i]) == 1 then retry[#retry + 1] = ARGV[i] end
+  else
+    lost[#lost + 1] = ARGV[i]
+  end
+end
+for k = 0, ARGV[6] - 1 do
+  if redis.call('EXISTS', p .. 'lease:' .. k) == 0 then free[#free + 1] = k end
+  rejected = rejected + redis.call('ZCARD', p .. 'rejected:' .. k)
+  entries = entries + redis.call('XLEN', p .. 'stream:' .. k)
+end
+return {ms, redis.call('HVALS', p .. 'agent'), lost, free, retry, rejected, entries}
+"""
+
+# Each shard of ARGV: its values, then lists, each after its length. 1 for what was committed; a commit
+# whose answer was lost is sent again and done once.
+COMMIT_SCRIPT = """
+local p, at, done = ARGV[1], 3, {}
+local function list(width)
+  local first = at + 1
+  at = first + ARGV[at] * width
+  return first, at - 1
+end
+local function each(first, last, command, key)
+  for i = first, last, 1000 do
+    redis.call(command, key, unpack(ARGV, i, math.min(i + 999, last)))
+  end
+end
+while ARGV[at] do
+  local k, token, commit, position, trim, clock, lag, serial = unpack(ARGV, at, at + 7)
+  at = at + 8
+  local sets, sets_end = list(2)
+  local dels, dels_end = list(1)
+  local rejects, rejects_end = list(1)
+  local retried, retried_end = list(1)
+  local tags, tags_end = list(1)
+  local untags, untags_end = list(1)
+  local strays, strays_end = list(3)
+  local ours = redis.call('GET', p .. 'lease:' .. k) == token
+  done[#done + 1] = ours and 1 or 0
+  if ours and redis.call('HGET', p .. 'meta:' .. k, 'commit') ~= commit then
+    -- A write that needs no memory first: then Redis refuses none of the others for want of it.
+    redis.call('SREM', p .. 'retry:' .. k, '')
+    redis.call('HSET', p .. 'meta:' .. k,
+      'position', position, 'clock', clock, 'lag', lag, 'serial', serial, 'commit', commit)
+    each(sets, sets_end, 'HSET', p .. 'calls:' .. k)
+    each(dels, dels_end, 'HDEL', p .. 'calls:' .. k)
+    each(rejects, rejects_end, 'ZADD', p .. 'rejected:' .. k)
+    if rejects_end > rejects then
+      redis.call('ZREMRANGEBYRANK', p .. 'rejected:' .. k, 0, -1 - ARGV[2])
+    end
+    for i = retried, retried_end do
+      redis.call('ZREMRANGEBYSCORE', p .. 'rejected:' .. k, ARGV[i], ARGV[i])
+      redis.call('SREM', p .. 'retry:' .. k, ARGV[i])
+    end
+    for i = tags, tags_end do
+      local known = redis.call('HGET', p .. 'tags', ARGV[i])
+      local count = known and (tonumber(known:match('^#(%d+)$')) or 1)
+      redis.call('HSET', p .. 'tags', ARGV[i], count and '#' .. string.format('%d', count + 1) or k)
+    end
+    for i = untags, untags_end do
+      local known = redis.call('HGET', p .. 'tags', ARGV[i]) or ''
+      local count = tonumber(known:match('^#(%d+)$')) or 1
+      if count > 1 then
+        redis.call('HSET', p .. 'tags', ARGV[i], '#' .. string.format('%d', count - 1))
+      else
+        redis.call('HDEL', p .. 'tags', ARGV[i])
+      end
+    end
+    for i = strays, strays_end, 3 do
+      local to = redis.call('HMGET', p .. 'tags', ARGV[i], ARGV[i + 1])
+      for _, shard in ipairs({to[1] or '', to[2] or ''}) do
+        if shard:match('^%d+$') and shard ~= k then
+          redis.call('XADD', p .. 'stream:' .. shard, '*', 's', ARGV[i + 2])
+        end
+      end
+    end
+    if trim ~= '' then redis.call('XTRIM', p .. 'stream:' .. k, 'MINID', '=', trim) end
+  end
+end
+return done
+"""
+
+TAKE_SCRIPT = """
+redis.call('SREM', ARGV[1] .. 'retry:' .. ARGV[2], '')
+if not redis.call('SET', ARGV[1] .. 'lease:' .. ARGV[2], ARGV[3], 'NX', 'PX', ARGV[4]) then
+  return false
+end
+return redis.call('HMGET', ARGV[1] .. 'meta:' .. ARGV[2], 'position', 'clock', 'lag', 'serial')
+"""
+
+RELEASE_SCRIPT = """
+local done = 0
+for i = 2, #ARGV, 2 do
+  if redis.call('GET', ARGV[1] .. 'lease:' .. ARGV[i]) == ARGV[i + 1] then
+    done = done + redis.call('DEL', ARGV[1] .. 'lease:' .. ARGV[i])
+  end
+end
+return done
+"""
+
+
+def boottime() -> float:
+    """Seconds of a clock that also goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def pack_frame(data: bytes, arrival: int, sender: str) -> bytes:
+    """A HEP packet with its arrival in microseconds and its sender's address, for `unpack_frame`."""
+    address = sender.encode("latin-1", "replace")[:255]
+    return struct.pack("!QB", arrival, len(address)) + address + data
+
+
+def unpack_frame(frame: bytes) -> tuple[bytes, int, str]:
+    """What `pack_frame` was given. Raises struct.error."""
+    arrival, length = struct.unpack_from("!QB", frame)
+    return frame[9 + length :], arrival, frame[9 : 9 + length].decode("latin-1")
+
+
+class RedisError(AgentError):
+    """Redis gave no answer, or one that is a fault; ``kind`` is the client's name for it."""
+
+
+class RedisPool:
+    """Where Redis is: ``redis://``, ``rediss://``, ``unix://`` or ``sentinel://HOST,HOST/MASTER/DB``.
+
+    The client is imported here, so that only who uses a cluster needs it. Raises ConfigError.
+    """
+
+    def __init__(self, url: str, password: str = "") -> None:
+        try:
+            import redis
+            import redis.sentinel
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+        except ImportError:
+            raise ConfigError(
+                "cluster_url: the client of Redis is not installed; "
+                "allowed: pip install 'rating-agent-hep[cluster]'"
+            ) from None
+        self.errors = (redis.RedisError, OSError)
+        self.refusal = redis.ResponseError
+        more: dict[str, Any] = {
+            "socket_timeout": REDIS_TIMEOUT,
+            "socket_connect_timeout": REDIS_TIMEOUT,
+            "socket_keepalive": True,
+            "protocol": 2,
+            "retry": Retry(NoBackoff(), 0),
+            "client_name": "rating-agent-hep",
+        }
+        if password:
+            more["password"] = password
+        try:
+            if url.startswith("sentinel://"):
+                self._pool = self._of_sentinels(redis.sentinel, urlsplit(url), more)
+            else:
+                if url.startswith("unix:"):
+                    del more["socket_keepalive"]
+                self._pool = redis.ConnectionPool.from_url(url, **more)
+        except ValueError as error:
+            raise ConfigError(f"cluster_url: {error}; allowed: a URL of Redis") from None
+
+    @staticmethod
+    def _of_sentinels(sentinel: Any, parts: Any, more: dict[str, Any]) -> Any:
+        hosts = [split_address(host) for host in parts.netloc.rpartition("@")[2].split(",")]
+        master, _, database = parts.path.strip("/").partition("/")
+        if not master:
+            raise ConfigError("cluster_url: no master; allowed: sentinel://HOST:PORT,.../MASTER/DB")
+        if parts.username:
+            more = {**more, "username": parts.username}
+        watchers = sentinel.Sentinel(hosts, sentinel_kwargs={"socket_timeout": REDIS_TIMEOUT})
+        return sentinel.SentinelConnectionPool(
+            master, watchers, db=int(database or 0), check_connection=False, **more
+        )
+
+    def link(self) -> RedisLink:
+        """A connection of its own for one greenlet; it connects when it is used."""
+        return RedisLink(self)
+
+    def connect(self) -> Any:
+        """A new connection, not yet connected."""
+        return self._pool.make_connection()
+
+
+class RedisLink:
+    """One connection, for one greenlet at a time: commands in a pipeline, answers in order."""
+
+    def __init__(self, pool: RedisPool) -> None:
+        self._pool = pool
+        self._connection: Any = None
+
+    def ask(self, *commands: Sequence[Any], wait: float = 0.0) -> list[Any]:
+        """The answers to some commands; one that Redis refused is a RedisError in its place.
+
+        ``wait`` is how many seconds longer they may take. Raises RedisError where no answer came;
+        whether the commands were carried out is unknown, then.
+        """
+        pool = self._pool
+        limit = gevent.Timeout(REDIS_TIMEOUT + wait)
+        try:
+            with limit:
+                if self._connection is None:
+                    self._connection = pool.connect()
+                    self._connection.connect()
+                connection = self._connection
+                connection.send_packed_command(connection.pack_commands(commands), False)
+                answers = [self._answer(connection) for _ in commands]
+        except gevent.Timeout as timeout:
+            self.close()
+            if timeout is not limit:
+                raise
+            raise RedisError("timeout", "no answer in time") from None
+        except pool.errors as error:
+            self.close()
+            kind = type(error).__name__
+            raise RedisError(kind, " ".join(str(error).split()) or kind) from None
+        except BaseException:
+            # A greenlet that is killed here leaves answers unread.
+            self.close()
+            raise
+        if any(isinstance(x, RedisError) and x.kind == "ReadOnlyError" for x in answers):
+            # The master is another one by now.
+            self.close()
+        return answers
+
+    def _answer(self, connection: Any) -> Any:
+        try:
+            return connection.read_response(disconnect_on_error=False)
+        except self._pool.refusal as error:
+            return RedisError(type(error).__name__, str(error))
+
+    def one(self, *command: Any, wait: float = 0.0) -> Any:
+        """The answer to one command. Raises RedisError, also for a refusal."""
+        (answer,) = self.ask(command, wait=wait)
+        if isinstance(answer, RedisError):
+            raise answer
+        return answer
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What a Lua script answers; it is loaded where Redis does not know it. Raises RedisError."""
+        digest = hashlib.sha1(script.encode()).hexdigest()
+        (answer,) = self.ask(("EVALSHA", digest, 0, *arguments))
+        if isinstance(answer, RedisError) and answer.kind == "NoScriptError":
+            return self.one("EVAL", script, 0, *arguments)
+        if isinstance(answer, RedisError):
+            raise answer
+        return answer
+
+    def scan(self, key: str) -> Iterator[tuple[bytes, bytes]]:
+        """All fields and values of a hash, some of them twice if it changes. Raises RedisError."""
+        cursor: Any = 0
+        while True:
+            cursor, values = self.one("HSCAN", key, cursor, "COUNT", SCAN_GROUP)
+            yield from zip(values[::2], values[1::2], strict=True)
+            if int(cursor) == 0:
+                return
+
+    def close(self) -> None:
+        """Give the connection up; the next command opens another one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(Exception):
+                connection.disconnect()
+
+
+def check_redis(link: RedisLink) -> None:
+    """Refuse a server that would lose calls or can't do what is asked of it.
+
+    Raises ConfigError, RedisError.
+    """
+    text = link.one("INFO", "everything").decode("utf-8", "replace")
+    info = dict(line.split(":", 1) for line in text.split("\r\n") if ":" in line)
+    version = info.get("redis_version", "0")
+    if int(version.split(".")[0]) < 7:
+        raise ConfigError(f"cluster_url: Redis {version}; allowed: Redis 7 or later, or Valkey")
+    policy = info.get("maxmemory_policy", "noeviction")
+    if info.get("maxmemory", "0") != "0" and policy != "noeviction":
+        raise ConfigError(
+            f"cluster_url: maxmemory-policy {policy} would lose calls; allowed: noeviction"
+        )
+    if info.get("role", "master") != "master":
+        raise ConfigError("cluster_url: a replica; allowed: the master, or sentinel://...")
+    if info.get("cluster_enabled") == "1":
+        raise ConfigError("cluster_url: Redis Cluster; allowed: one Redis, with replicas or not")
+
+
+# Which part of a row a field holds; the letter stands at the end of its name.
+_FACTS, _BEGIN, _END = "c", "b", "e"
+_LETTERS = {"begin": _BEGIN, "end": _END}
+# What a record says of its event: it waits, or its begin is kept for the end to come.
+_WAITS, _ONE_SIDED, _GIVEN_UP = "waits", "one-sided", "given up"
+
+
+class RedisStore:
+    """One shard in Redis, from the lease that makes an agent its owner until that is lost.
+
+    What is noted is written by `Cluster`, for all shards of an agent at once. ``position`` is the
+    last entry of the stream that was handled, ``clock`` the time of the calls in seconds, which is
+    that of the stream less ``lag``, for it stands still while Redis is away. ``lost`` says that
+    another agent may be the owner by now.
+    """
+
+    def __init__(self, pool: RedisPool, prefix: str, number: int, token: str) -> None:
+        self.number = number
+        self.token = token
+        self.position = b"0-0"
+        self.clock = self.lag = 0.0
+        self.lost = self.leaving = False
+        self.failure = ""
+        self.due = gevent.event.Event()
+        self.last_serial = number << _ROW_BITS
+        self.answered: list[RatingEvent] = []
+        # Seconds of `boottime` at which the lease ends at the earliest.
+        self.until = 0.0
+        # What is being written: it is sent again until it is answered.
+        self.writing: list[Any] = []
+        self._pool = pool
+        self._prefix = prefix
+        self._commits = self._serial = 0
+        self._moved = False
+        # The letters of the fields that Redis has, or will have, of a row.
+        self._rows: dict[int, str] = {}
+        # Waiting events of each API: row by serial.
+        self._waiting: defaultdict[str, dict[int, tuple[int, str]]] = defaultdict(dict)
+        # Begins that are kept for the end to come, by row, and whom alone they named.
+        self._kept: dict[int, tuple[CallKey, str]] = {}
+        # From tags of running calls.
+        self._tags: dict[int, str] = {}
+        self._taken_up: set[int] = set()
+        self._calls: list[tuple[int, str]] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._changes: dict[str, str | None] = {}
+        self._rejected: dict[int, str] = {}
+        self._retried: list[int] = []
+        self._new_tags: list[str] = []
+        self._old_tags: list[str] = []
+        self._strays: list[tuple[str, str, bytes]] = []
+
+    # At the start
+
+    def load(self, link: RedisLink, serial: int) -> None:
+        """Read what was committed; ``serial`` is the last that was given. Raises RedisError."""
+        self.last_serial = max(self.last_serial, serial)
+        fields = dict(link.scan(f"{self._prefix}calls:{self.number}"))
+        for name, value in sorted(fields.items()):
+            row, letter = int(name[:-1]), chr(name[-1])
+            self._rows[row] = self._rows.get(row, "") + letter
+            if letter == _FACTS:
+                self._calls.append((row, value.decode()))
+                continue
+            event, state, party = self._unpack(row, value)
+            self._serial = max(self._serial, event.serial)
+            if state == _WAITS:
+                self._waiting[event.api_url][event.serial] = (row, letter)
+            else:
+                self._kept[row] = (event.key, party)
+
+    def _unpack(self, row: int, record: bytes) -> tuple[RatingEvent, str, str]:
+        api_url, serial, attempts, answer, state, party, packed = json.loads(record)
+        event = unpack_event(packed, api_url, row, serial)
+        event.attempts, event.answer, event.store = attempts, answer, self
+        return event, state, party
+
+    def load_calls(self) -> list[tuple[int, str]]:
+        """The calls as `CallTable.restore` needs them: row and text of `pack_call`."""
+        calls, self._calls = self._calls, []
+        return calls
+
+    def count_events(self) -> dict[str, int]:
+        """How many events wait for each API, by its URL."""
+        return {url: len(waiting) for url, waiting in self._waiting.items()}
+
+    def load_given_up(self) -> list[CallKey]:
+        """The running calls whose begin was rejected."""
+        return [key for key, party in self._kept.values() if not party]
+
+    def load_one_sided(self) -> dict[CallKey, str]:
+        """The running calls that were begun with one party alone, and which."""
+        return {key: party for key, party in self._kept.values() if party}
+
+    # Notes
+
+    def put_call(self, row: int, text: str) -> None:
+        """Note a call that is new or has changed, as `pack_call` writes it."""
+        self._put(row, _FACTS, text)
+
+    def drop_call(self, row: int) -> None:
+        """Note that a call has left the table; its events stay while they wait."""
+        self._drop(row, _FACTS)
+
+    def put_tag(self, row: int, from_tag: str) -> None:
+        """Note the From tag of a running call, "" for none or one that runs no more."""
+        known = self._tags.get(row, "")
+        if known == from_tag:
+            return
+        if known:
+            del self._tags[row]
+            self._old_tags.append(known)
+        if from_tag:
+            self._tags[row] = from_tag
+            self._new_tags.append(from_tag)
+
+    def know_tag(self, row: int, from_tag: str) -> None:
+        """A From tag that was noted by an owner before."""
+        self._tags[row] = from_tag
+
+    def put_stray(self, from_tag: str, to_tag: str, frame: bytes) -> None:
+        """Note a frame of no call here, for the shard of a running call with one of these tags."""
+        self._strays.append((from_tag, to_tag, frame))
+
+    def put_event(self, event: RatingEvent) -> None:
+        """Note an event that waits from now on; its serial is one of all shards' time."""
+        event.store = self
+        event.serial = self._serial = max(self._serial + 1, time.time_ns() // 1000)
+        self._kept.pop(event.row, None)
+        self._waiting[event.api_url][event.serial] = (event.row, _LETTERS[event.kind])
+        self._put_record(event, _WAITS)
+
+    def put_attempt(self, event: RatingEvent) -> None:
+        """Note that an event was tried and still waits: its attempts and the last answer."""
+        if event.serial in self._waiting[event.api_url]:
+            self._put_record(event, _WAITS)
+
+    def drop_event(self, event: RatingEvent) -> None:
+        """Note that an event waits no more: it was answered, or lost."""
+        self._waiting[event.api_url].pop(event.serial, None)
+        if event.kind == "begin" and event.left_out:
+            self._keep(event, event.party)
+        else:
+            self._drop(event.row, _LETTERS[event.kind])
+
+    def reject_event(self, event: RatingEvent) -> None:
+        """Note that an event waits no more, and keep it for an operator."""
+        self.drop_event(event)
+        if event.kind == "begin":
+            self._keep(event, "")
+        record = [
+            event.serial,
+            event.row,
+            event.api_url,
+            event.pack(),
+            event.attempts,
+            event.answer,
+        ]
+        self._rejected[event.serial] = _compact_json(record)
+        self.due.set()
+
+    def retry_event(self, event: RatingEvent, _: int) -> None:
+        """Note that a rejected event waits again."""
+        self._retried.append(event.serial)
+        self.due.set()
+
+    def _keep(self, event: RatingEvent, party: str) -> None:
+        # Its call, or its end, is still there: else nothing asks for it.
+        if self._rows.get(event.row, _BEGIN) == _BEGIN:
+            self._drop(event.row, _BEGIN)
+            return
+        self._kept[event.row] = (event.key, party)
+        self._put_record(event, _ONE_SIDED if party else _GIVEN_UP, party)
+
+    def _put_record(self, event: RatingEvent, state: str, party: str = "") -> None:
+        record = [event.api_url, event.serial, event.attempts, event.answer, state, party]
+        self._put(event.row, _LETTERS[event.kind], _compact_json([*record, event.pack()]))
+
+    def _put(self, row: int, letter: str, value: str) -> None:
+        letters = self._rows.get(row, "")
+        if letter not in letters:
+            self._rows[row] = letters + letter
+        self._changes[f"{row}{letter}"] = value
+        self.due.set()
+
+    def _drop(self, row: int, letter: str) -> None:
+        letters = self._rows.get(row, "")
+        if letter in letters:
+            self._rows[row] = letters.replace(letter, "")
+            self._changes[f"{row}{letter}"] = None
+            self.due.set()
+        if not self._rows.get(row):
+            self._rows.pop(row, None)
+        if row in self._kept and (letter == _END or self._rows.get(row) == _BEGIN):
+            # The begin was kept for an end that was answered, or can't come any more.
+            del self._kept[row]
+            self._drop(row, _BEGIN)
+
+    # To Redis
+
+    def advance(self, position: bytes) -> None:
+        """All entries of the stream up to here were handled."""
+        self.position, self._moved = position, True
+        self.due.set()
+
+    @property
+    def unwritten(self) -> int:
+        """How many fields are not committed yet, those of a commit under way not counted."""
+        return len(self._changes)
+
+    @property
+    def clean(self) -> bool:
+        """Whether all that was noted is committed."""
+        noted = self._changes or self._rejected or self._retried or self._old_tags or self._strays
+        return not (noted or self._moved or self.writing)
+
+    def collect(self, serial: int) -> None:
+        """Put all that was noted into ``writing``, in the order of the script that writes it."""
+        self._commits += 1
+        milliseconds, _, count = self.position.partition(b"-")
+        after = b"%s-%d" % (milliseconds, int(count) + 1)
+        values: list[Any] = [self.number, self.token, f"{self.token}:{self._commits}"]
+        values += [self.position, after, repr(self.clock), repr(self.lag), serial]
+        sets = [(name, value) for name, value in self._changes.items() if value is not None]
+        values += [len(sets), *chain.from_iterable(sets)]
+        for names in (
+            [name for name, value in self._changes.items() if value is None],
+            list(chain.from_iterable(self._rejected.items())),
+            self._retried,
+            self._new_tags,
+            self._old_tags,
+        ):
+            values += [len(names), *names]
+        values += [len(self._strays), *chain.from_iterable(self._strays)]
+        self._moved = False
+        self._clear()
+        self.writing = values
+
+    def may_send(self, seconds: float) -> bool:
+        """Whether a request that ends in so many seconds ends before the lease may."""
+        return not self.lost and boottime() + seconds < self.until
+
+    # While it runs
+
+    def load_events(self, api_url: str, after: int, limit: int) -> list[RatingEvent]:
+        """Up to ``limit`` events that wait for an API, after a serial, in order.
+
+        Raises StoreError.
+        """
+        known = self._waiting.get(api_url, {})
+        chosen = heapq.nsmallest(limit, (serial for serial in known if serial > after))
+        names = [known[serial] for serial in chosen]
+        if not names:
+            return []
+        key = f"{self._prefix}calls:{self.number}"
+        link = self._pool.link()
+        try:
+            values = link.one("HMGET", key, *[f"{row}{letter}" for row, letter in names])
+        except RedisError as error:
+            raise StoreError(str(error)) from None
+        finally:
+            link.close()
+        return [
+            self._unpack(row, value)[0]
+            for (row, _), value in zip(names, values, strict=True)
+            if value is not None
+        ]
+
+    def load_retries(self) -> list[RatingEvent]:
+        """Rejected events that an operator wants to be sent again. Raises StoreError."""
+        link = self._pool.link()
+        events = []
+        try:
+            wanted = link.one("SMEMBERS", f"{self._prefix}retry:{self.number}")
+            for serial in sorted(map(int, wanted))[:MAX_LOADED]:
+                key = f"{self._prefix}rejected:{self.number}"
+                found = link.one("ZRANGEBYSCORE", key, serial, serial)
+                if serial in self._taken_up:
+                    continue
+                self._taken_up.add(serial)
+                for text in found:
+                    _, row, api_url, packed, _, _ = json.loads(text)
+                    events.append(unpack_event(packed, api_url, row, serial))
+                if not found:
+                    # Dropped meanwhile.
+                    self._retried.append(serial)
+        except RedisError as error:
+            raise StoreError(str(error)) from None
+        finally:
+            link.close()
+        return events
 
 
 # Room: rating API
@@ -5509,10 +6215,11 @@ class RatingApi:
     def send(self, event: RatingEvent) -> str:
         """Tell the API one event: DELIVERED, REFUSED_BY_API (``ok: false``) or REJECTED (4xx).
 
-        Raises DeliveryError where the API gave no answer that counts.
+        Raises DeliveryError where the API gave no answer that counts, of the kind NOT_OURS where
+        the event's store does not let it go.
         """
         path = f"/v1/{event.kind}_transaction"
-        status, retry_after, answer = self._post(path, event.request())
+        status, retry_after, answer = self._post(path, event.request(), event.store)
         if 200 <= status < 300:
             try:
                 return DELIVERED if json.loads(answer)["ok"] is True else REFUSED_BY_API
@@ -5535,8 +6242,10 @@ class RatingApi:
             unknown = status in (408, 502, 504)
             raise DeliveryError(f"status_{status}", f"status {status}", unknown, wait)
 
-    def _post(self, path: str, body: bytes) -> tuple[int, str, bytes]:
+    def _post(self, path: str, body: bytes, store: Any) -> tuple[int, str, bytes]:
         """One request: status, Retry-After and body of the answer. Raises DeliveryError.
+
+        The last thing before it is sent is to ask the event's store whether it still may be.
 
         urllib3's own way of one takes 120 us, of which the network is 30: a queue, a poll through
         the event loop, an e-mail parser for the headers. So the request is written and the usual
@@ -5548,6 +6257,9 @@ class RatingApi:
         try:
             with limit:
                 connection = self._connect()
+                if store is not None and not store.may_send(self._timeout):
+                    whole = True
+                    raise DeliveryError(NOT_OURS, "another agent may have its shard", False)
                 sent = True
                 request = f"POST {self._prefix}{path} {self._head}{len(body)}\r\n\r\n"
                 octets = request.encode("latin-1") + body
@@ -5644,6 +6356,8 @@ class _Replay(io.RawIOBase):
 
 # Room: delivery
 
+Store = Journal | RedisStore
+
 # The share by which a delay is shorter or longer, so that what failed together comes apart.
 JITTER = 0.25
 
@@ -5667,7 +6381,7 @@ class _Lane:
     def __init__(self, api: RatingApi, outbox: Outbox) -> None:
         self.api = api
         self.outbox = outbox
-        self.backlogs: defaultdict[Journal | None, _Backlog] = defaultdict(_Backlog)
+        self.backlogs: defaultdict[Store | None, _Backlog] = defaultdict(_Backlog)
         self.loader: gevent.Greenlet | None = None
         self.idle: list[gevent.event.Event] = []
         self.was_down = False
@@ -5701,14 +6415,14 @@ class Delivery:
         self._lanes: dict[str, _Lane] = {}
         self._workers: list[gevent.Greenlet] = []
 
-    def restore(self, store: Journal) -> None:
+    def restore(self, store: Store) -> None:
         """Know what waits in a store, and how its running calls were begun."""
         for url, count in store.count_events().items():
             self._lane(url).backlogs[store].count = count
         for key in store.load_given_up():
-            self._lane(key[0]).outbox.give_up(key)
+            self._lane(key[0]).outbox.give_up(key, store)
         for key, party in store.load_one_sided().items():
-            self._lane(key[0]).outbox.begun(key, party)
+            self._lane(key[0]).outbox.begun(key, party, store)
 
     def put(self, event: RatingEvent, written: bool = False) -> None:
         """Hand over an event for delivery; ``written`` says that its store has it. Never waits."""
@@ -5764,10 +6478,24 @@ class Delivery:
         lane.outbox.release(event.key)
         self._wake(lane)
 
-    def forget_unwritten(self, store: Journal) -> None:
+    def forget_unwritten(self, store: Store) -> None:
         """The store has written all."""
         for lane in self._lanes.values():
             lane.backlogs[store].unwritten.clear()
+
+    def withdraw(self, store: Store) -> bool:
+        """Send no more of a store; whether requests of it are under way or not yet written."""
+        busy = False
+        for lane in self._lanes.values():
+            lane.backlogs.pop(store, None)
+            busy |= lane.outbox.withdraw(store)
+        return busy
+
+    def forget(self, store: Store) -> None:
+        """Let go of all events of a store, also those that are out: they are another agent's."""
+        for lane in self._lanes.values():
+            lane.backlogs.pop(store, None)
+            lane.outbox.forget(store)
 
     def kill(self) -> None:
         """End the workers, wherever they are."""
@@ -5817,7 +6545,7 @@ class Delivery:
             backlog.count -= 1
             lost = backlog.unwritten.popleft()
             if lost.kind == "begin":
-                lane.outbox.give_up(lost.key)
+                lane.outbox.give_up(lost.key, lost.store)
             self._lose(lane, lost)
 
     def _lose(self, lane: _Lane, event: RatingEvent) -> None:
@@ -5832,6 +6560,8 @@ class Delivery:
         try:
             for store, backlog in list(lane.backlogs.items()):
                 while backlog.count and len(lane.outbox) < MAX_EVENTS_IN_MEMORY:
+                    if store not in lane.backlogs:
+                        break
                     self._load_some(lane, store, backlog)
         except StoreError as error:
             self._metrics.count("journal.errors")
@@ -5840,11 +6570,13 @@ class Delivery:
         finally:
             lane.loader = None
 
-    def _load_some(self, lane: _Lane, store: Journal | None, backlog: _Backlog) -> None:
+    def _load_some(self, lane: _Lane, store: Store | None, backlog: _Backlog) -> None:
         assert store is not None
         # More may come while the store is read.
         count = backlog.count
         events = store.load_events(lane.api.url, backlog.reached, MAX_LOADED)
+        if store not in lane.backlogs:
+            return
         if not events:
             events = [x for x in backlog.unwritten if x.serial > backlog.reached]
             backlog.unwritten.clear()
@@ -5881,6 +6613,14 @@ class Delivery:
             extra = {"event": "internal_error", "where": where, **event.fields()}
             log.warning("delivery failed: %s", type(error).__name__, extra=extra)
             outcome = DeliveryError("internal", type(error).__name__, True)
+        if not lane.outbox.holds(event):
+            # It was sent while it was ours, and is another agent's by now.
+            self._metrics.count("cluster.late_answers")
+            return
+        if isinstance(outcome, DeliveryError) and outcome.kind == NOT_OURS:
+            lane.outbox.hold_back(event, time.monotonic())
+            self._metrics.count("cluster.held_back")
+            return
         if isinstance(outcome, DeliveryError):
             self._failed(lane, event, outcome)
         else:
@@ -5963,7 +6703,7 @@ class Shard:
     """
 
     def __init__(
-        self, table: CallTable, delivery: Delivery, metrics: Metrics, store: Journal | None = None
+        self, table: CallTable, delivery: Delivery, metrics: Metrics, store: Store | None = None
     ) -> None:
         self.table = table
         self.store = store
@@ -5975,9 +6715,17 @@ class Shard:
         self._polled = 0.0
         if store:
             calls, serial = store.load_calls(), store.last_serial
-            table.restore(calls, serial, time.monotonic(), clock_offset())
+            table.restore(calls, serial, self._now(), self._offset())
             delivery.restore(store)
             self._put_calls(store)
+
+    def _now(self) -> float:
+        """The clock of the calls."""
+        return time.monotonic()
+
+    def _offset(self) -> float:
+        """Seconds of UNIX time less those of that clock."""
+        return clock_offset()
 
     @property
     def fresh(self) -> int:
@@ -6002,7 +6750,7 @@ class Shard:
 
     def commit_forever(self) -> None:
         """Commit what has changed, at most each JOURNAL_INTERVAL, in a greenlet of its own."""
-        assert self.store is not None
+        assert isinstance(self.store, Journal)
         while True:
             self.store.due.wait(timeout=JOURNAL_POLL)
             gevent.sleep(JOURNAL_INTERVAL)
@@ -6022,27 +6770,38 @@ class Shard:
         written, delivery goes on from memory. Returns whether all is written.
         """
         store = self.store
-        assert store is not None
+        assert isinstance(store, Journal)
         store.due.clear()
-        self._put_calls(store)
-        events, self._fresh = self._fresh, []
-        for event in events:
-            store.put_event(event)
-        answered, store.answered = store.answered, []
+        events, answered = self.note(store)
         started = time.monotonic()
         written = False
         try:
             written = store.commit(patience)
         finally:
-            for event in answered:
-                self.delivery.release(event)
-            if written:
-                self.delivery.forget_unwritten(store)
-            for event in events:
-                self.delivery.put(event, written)
+            self.hand_over(events, answered, written)
         self._metrics.count("journal.commits" if written else "journal.errors")
         self._metrics.time("journal.time", time.monotonic() - started)
         return written
+
+    def note(self, store: Store) -> tuple[list[RatingEvent], list[RatingEvent]]:
+        """Put down all that has changed; returns the events that came about, and those answered."""
+        self._put_calls(store)
+        events, self._fresh = self._fresh, []
+        for event in events:
+            store.put_event(event)
+        answered, store.answered = store.answered, []
+        return events, answered
+
+    def hand_over(
+        self, events: Iterable[RatingEvent], answered: Iterable[RatingEvent], written: bool
+    ) -> None:
+        """Deliver what `note` returned; ``written`` says that the store has it."""
+        for event in answered:
+            self.delivery.release(event)
+        if written and self.store:
+            self.delivery.forget_unwritten(self.store)
+        for event in events:
+            self.delivery.put(event, written)
 
     def _report(self, events: list[RatingEvent]) -> None:
         if self.store is None:
@@ -6053,45 +6812,623 @@ class Shard:
         if self.table.changed:
             self.store.due.set()
 
-    def _put_calls(self, store: Journal) -> None:
+    def _put_calls(self, store: Store) -> None:
         """Put the changed calls down as they are now, in steps of STORE_STEP.
 
         Between two steps others have their turn; what they change is put down (again) by a later
         step. The last step takes all that is left, so that no call is newer than its events.
         """
-        offset, changed = clock_offset(), self.table.changed
+        offset, changed = self._offset(), self.table.changed
         while changed:
             for _ in range(min(len(changed), STORE_STEP)):
                 row, call = changed.popitem()
-                if call is None:
-                    store.drop_call(row)
-                else:
-                    store.put_call(row, pack_call(call, offset))
+                self._put_call(store, row, call, offset)
             if changed:
                 gevent.sleep(0)
 
+    def _put_call(self, store: Any, row: int, call: Call | None, offset: float) -> None:
+        if call is None:
+            store.drop_call(row)
+        else:
+            store.put_call(row, pack_call(call, offset))
+
     def _poll(self, store: Journal) -> None:
-        """Take up the rejected events that an operator wants to be sent again."""
         if store.failure:
             return
         try:
-            events = store.load_retries()
             self.rejected = store.count_rejected()
+            retried = self.take_up(store)
         except StoreError as error:
             log.error("the journal cannot be read: %s", error, extra={"event": "journal_failed"})
             return
+        if retried:
+            # Before the next look, or they would be found again.
+            self.commit()
+
+    def take_up(self, store: Store) -> bool:
+        """Take up the rejected events that an operator wants to be sent again; whether any.
+
+        Raises StoreError.
+        """
+        events = store.load_retries()
         for event in events:
             store.retry_event(event, self.table.next_serial())
             log.info("taken up again", extra={"event": "event_retried", **event.fields()})
         self._report(events)
-        if events:
-            # Before the next look, or they would be found again.
-            self.commit()
+        return bool(events)
 
 
 def clock_offset() -> float:
     """Seconds of UNIX time less those of the monotonic clock, which starts anew with a machine."""
     return time.time() - time.monotonic()
+
+
+# Room: cluster
+
+# Octets of frames that wait for Redis, over which those of UDP are dropped, and over which no more
+# is read from TCP: its senders wait.
+MAX_UNAPPENDED = 64 * 1024 * 1024
+TCP_UNAPPENDED = 1024 * 1024
+# Seconds for which frames are gathered, and frames of one pipeline.
+APPEND_INTERVAL = 0.005
+APPEND_GROUP = 256
+# Entries of one stream read at once, some 10 ms of work, and seconds that a read waits for some.
+READ_GROUP = 128
+READ_WAIT = 0.1
+# Seconds between two commits of what an agent owns.
+CLUSTER_COMMIT = 0.02
+# Seconds that a lease is longer than rating_api_timeout: so long may Redis be silent before nothing
+# is sent any more.
+LEASE_MARGIN = 5.0
+# Seconds between two beats, which renew the leases, and without one after which an agent is gone.
+BEAT = 1.0
+AGENT_GONE = 5.0
+# Seconds between two attempts while Redis gives no answer, and between two lines that say so.
+REDIS_RETRY = 0.25
+REDIS_SAID = 10.0
+# Seconds after Redis was away in which agents append what they kept, before anything is read.
+SETTLE = 1.0
+
+
+def ties_legs(rules: Iterable[Rule]) -> bool:
+    """Whether calls of several Call-IDs may be one charge by these routes (rule 17)."""
+    return any(rule.route.transaction_tag != "call-id" for rule in rules)
+
+
+class StreamShard(Shard):
+    """A shard whose messages come from a stream, by whose clock its calls live."""
+
+    store: RedisStore
+
+    def _now(self) -> float:
+        return self.store.clock
+
+    def _offset(self) -> float:
+        return 0.0
+
+    def __init__(
+        self, table: CallTable, delivery: Delivery, metrics: Metrics, store: RedisStore
+    ) -> None:
+        super().__init__(table, delivery, metrics, store)
+        for call in chain.from_iterable(table.look()):
+            store.know_tag(call.row, self._tag(call))
+
+    @staticmethod
+    def _tag(call: Call | None) -> str:
+        """The From tag by which a leg of another Call-ID may end a call (rule 17)."""
+        running = call is not None and call.begun_at and not call.ended_at
+        return call.from_tag if running and len(call.from_tag) >= MIN_TAG else ""  # type: ignore[union-attr]
+
+    def _put_call(self, store: RedisStore, row: int, call: Call | None, offset: float) -> None:
+        super()._put_call(store, row, call, offset)
+        store.put_tag(row, self._tag(call))
+
+    @property
+    def unwritten(self) -> int:
+        """How many calls, events and fields are not committed yet."""
+        return len(self.table.changed or ()) + len(self._fresh) + self.store.unwritten
+
+    @property
+    def clean(self) -> bool:
+        """Whether all is committed."""
+        return not self.unwritten and not self.store.answered and self.store.clean
+
+    @property
+    def owned(self) -> bool:
+        """Whether its stream is to be followed."""
+        return not (self.store.lost or self.store.leaving)
+
+
+class Cluster:
+    """The shards of an agent, and the frames that it hands to others, all in one Redis.
+
+    ``failure`` says why Redis does not answer, "" while it does; ``fatal`` why it never will as
+    things are. ``agents`` is what the last beat said of each agent, ``lost`` how many shards were
+    lost. Its greenlets, which `start` starts, never raise. Raises ConfigError.
+    """
+
+    def __init__(
+        self, settings: Settings, rules: Sequence[Rule], metrics: Metrics, delivery: Delivery
+    ) -> None:
+        self.settings = settings
+        self.rules = rules
+        self.owned: dict[int, StreamShard] = {}
+        self.agents: list[dict[str, Any]] = []
+        self.rejected = self.entries = self.lost = 0
+        self.failure = "not connected yet"
+        self.fatal = ""
+        self.name = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
+        self._metrics = metrics
+        self._delivery = delivery
+        self._prefix = f"{settings.cluster_name}:"
+        self._pool = RedisPool(settings.cluster_url, settings.cluster_password)
+        self._lease = settings.rating_api_timeout + LEASE_MARGIN
+        # The calls are shared out among the shards.
+        self._ties = ties_legs(rules)
+        used = 1 if self._ties else settings.cluster_shards
+        self._shard_settings = replace(settings, max_calls=-(-settings.max_calls // used))
+        self._salt = b""
+        self._tokens = 0
+        # Shards whose lease we have, but not all of the rest yet.
+        self._taking: list[RedisStore] = []
+        # Redis' time of its last answer, and from when to when it was away last.
+        self._answered = 0.0
+        self._away = (0.0, 0.0)
+        self._settled = 0.0
+        self._said = -inf
+        self._pending: deque[tuple[str, bytes]] = deque()
+        self._octets = 0
+        self._append_due = gevent.event.Event()
+        self._commit_due = gevent.event.Event()
+        self._writing: list[tuple[StreamShard, list[RatingEvent], list[RatingEvent]]] = []
+        self._greenlets: list[gevent.Greenlet] = []
+        self._stopping = False
+
+    # The start
+
+    def join(self) -> None:
+        """Check Redis, and what all agents must have in common. Raises ConfigError, RedisError."""
+        link = self._pool.link()
+        try:
+            check_redis(link)
+            self._agree(link)
+        except RedisError as error:
+            if "uthentica" in error.kind or "NOAUTH" in str(error) or "WRONGPASS" in str(error):
+                raise ConfigError(
+                    f"cluster_url, cluster_password: {error}; allowed: what Redis accepts"
+                ) from None
+            if "WRONGTYPE" in str(error) or error.kind == "NoPermissionError":
+                raise ConfigError(
+                    f"cluster_name: {self.settings.cluster_name}: {error}; "
+                    "allowed: a name whose keys are ours"
+                ) from None
+            raise
+        finally:
+            link.close()
+
+    def _agree(self, link: RedisLink) -> None:
+        key, settings = f"{self._prefix}config", self.settings
+        wanted = {
+            "version": CLUSTER_VERSION,
+            "shards": str(settings.cluster_shards),
+            "ties": "yes" if self._ties else "no",
+        }
+        ours = {**wanted, "salt": os.urandom(8).hex()}
+        for name, value in ours.items():
+            link.one("HSETNX", key, name, value)
+        values = link.one("HMGET", key, *ours)
+        found = dict(zip(ours, (value.decode("latin-1") for value in values), strict=True))
+        options = {
+            "version": "cluster_name",
+            "shards": "cluster_shards",
+            "ties": "routes: transaction_tag of another call than its own",
+        }
+        for name, value in wanted.items():
+            if found[name] != value:
+                raise ConfigError(
+                    f"{options[name]}: {value}, but {settings.cluster_name} has {found[name]}; "
+                    "allowed: the same for all agents, or another cluster_name"
+                )
+        self._salt = bytes.fromhex(found["salt"])
+
+    def change_rules(self, rules: Sequence[Rule]) -> None:
+        """Other routes, for attempts from now on. Raises ConfigError where calls would be torn."""
+        if ties_legs(rules) != self._ties:
+            raise ConfigError(
+                "routes: a transaction_tag that ties calls where none did, or none where one did; "
+                "allowed: a start with another cluster_name"
+            )
+        self.rules = rules
+        for shard in self.owned.values():
+            shard.table.rules = rules
+
+    def start(self) -> None:
+        """Take part: the greenlets that append, own, read and commit."""
+        steps = (self._append, self._read, self._commit, self._beat)
+        self._greenlets = [gevent.spawn(self._repeat, step, self._pool.link()) for step in steps]
+
+    def _repeat(self, step: Callable[[RedisLink], None], link: RedisLink) -> None:
+        while True:
+            try:
+                step(link)
+            except RedisError as error:
+                self._fail(error)
+                link.close()
+                gevent.sleep(REDIS_RETRY)
+            except Exception:
+                self._metrics.count("packets.internal_error")
+                extra = {"event": "internal_error"}
+                log.error("the cluster: %s failed", step.__name__, exc_info=True, extra=extra)
+                gevent.sleep(REDIS_RETRY)
+
+    def _fail(self, error: RedisError) -> None:
+        self._metrics.count("cluster.errors")
+        if not self.failure:
+            self._away = (self._answered, inf)
+        self.failure = str(error)
+        now = time.monotonic()
+        if now - self._said >= REDIS_SAID:
+            self._said = now
+            extra = {"event": "redis_failed", "unappended": self._octets}
+            log.error("Redis does not answer as it should: %s", error, extra=extra)
+
+    def _recover(self) -> None:
+        """Redis answers again: the clocks go on where they stood, once all have told all."""
+        if self._away[1] == inf:
+            self._away = (self._away[0], self._answered + SETTLE)
+            for shard in self.owned.values():
+                self._skip(shard.store)
+        self.failure, self._said = "", -inf
+        self._settled = time.monotonic() + SETTLE
+        log.warning("Redis answers", extra={"event": "redis_back"})
+
+    def _skip(self, store: RedisStore) -> None:
+        """Let a clock stand still over the time in which Redis was away last."""
+        start, end = self._away
+        if store.clock and end > start:
+            store.lag += max(end - max(start, store.clock + store.lag), 0.0)
+
+    # Taking in
+
+    def shard_of(self, call_id: str) -> int:
+        """The shard of a call. Where routes tie legs all calls have one, so that legs meet."""
+        if self._ties:
+            return 0
+        octets = call_id.encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(octets, digest_size=8, key=self._salt).digest()
+        return int.from_bytes(digest, "big") % self.settings.cluster_shards
+
+    @property
+    def unappended(self) -> int:
+        """Octets of frames that wait for Redis."""
+        return self._octets
+
+    @property
+    def behind(self) -> bool:
+        """Whether senders over TCP have to wait."""
+        return bool(self.failure) or self._octets > TCP_UNAPPENDED
+
+    def append(self, call_ids: Iterable[str], frame: bytes) -> bool:
+        """Hand a frame to the shards of its calls; False where too much waits: it was dropped."""
+        if self._octets + len(frame) > MAX_UNAPPENDED:
+            return False
+        for call_id in call_ids:
+            self._pending.append((call_id, frame))
+            self._octets += len(frame)
+        self._append_due.set()
+        return True
+
+    def _append(self, link: RedisLink) -> None:
+        """One pipeline. What was not answered is sent again; a copy adds no fact."""
+        self._append_due.wait()
+        if not self._pending or not self._salt:
+            self._append_due.clear()
+            return
+        if len(self._pending) < APPEND_GROUP:
+            gevent.sleep(APPEND_INTERVAL)
+        group = list(islice(self._pending, APPEND_GROUP))
+        prefix = f"{self._prefix}stream:"
+        commands = [
+            ("XADD", f"{prefix}{self.shard_of(call_id)}", "*", "f", frame)
+            for call_id, frame in group
+        ]
+        for answer in link.ask(*commands):
+            if isinstance(answer, RedisError):
+                raise answer
+            self._octets -= len(self._pending.popleft()[1])
+            self._metrics.count("cluster.appended")
+
+    # Owning
+
+    def tick(self) -> None:
+        """Drop what may be another agent's by now; called a few times a second."""
+        now = boottime()
+        for shard in list(self.owned.values()):
+            if now >= shard.store.until:
+                self._lose(shard, "its lease could not be renewed in time")
+
+    def _beat(self, link: RedisLink) -> None:
+        """Renew the leases, see who is there, take or give back shards."""
+        if not self._salt:
+            try:
+                self.join()
+            except ConfigError as error:
+                self.fatal = str(error)
+                raise RedisError("config", str(error)) from None
+            self._append_due.set()
+        started = boottime()
+        beaten = [*(shard.store for shard in self.owned.values()), *self._taking]
+        status = {"name": self.name, "shards": len(self.owned), "version": __version__}
+        answer = link.run(
+            BEAT_SCRIPT,
+            self._prefix,
+            self.name,
+            _compact_json(status),
+            round(AGENT_GONE * 1000),
+            round(self._lease * 1000),
+            self.settings.cluster_shards,
+            *chain.from_iterable((store.number, store.token) for store in beaten),
+        )
+        now, agents, lost, free, retries, self.rejected, self.entries = answer
+        self.agents = sorted((json.loads(text) for text in agents), key=lambda x: str(x["name"]))
+        self._answered = max(self._answered, now / 1000)
+        self.tick()
+        taken = set(map(int, lost))
+        for store in beaten:
+            if store.number not in taken:
+                store.until = started + self._lease
+            elif store in self._taking:
+                store.lost = True
+            elif not store.lost:
+                self._lose(self.owned[store.number], "another agent has it")
+        if self.failure:
+            self._recover()
+        for number in map(int, retries):
+            shard = self.owned[number] if number in self.owned else None
+            if shard is not None and shard.owned and shard.take_up(shard.store):
+                self._commit_due.set()
+        if time.monotonic() >= self._settled:
+            self._take_share([int(number) for number in free])
+        gevent.sleep(max(BEAT - (boottime() - started), 0.05))
+
+    def try_to_join(self) -> None:
+        """`join`; where Redis does not answer that is said, and tried again later."""
+        try:
+            self.join()
+        except RedisError as error:
+            self._fail(error)
+
+    def _take_share(self, free: Sequence[int]) -> None:
+        """Take free shards up to the share of one agent, or give some back."""
+        if self._taking or self._stopping:
+            return
+        share = -(-self.settings.cluster_shards // max(len(self.agents), 1))
+        staying = [shard for shard in self.owned.values() if shard.owned]
+        if len(staying) > share:
+            gevent.spawn(self._give_back, staying[share:])
+        elif len(staying) < share and free:
+            free = [number for number in free if number not in self.owned]
+            chosen = random.sample(free, min(len(free), share - len(staying)))
+            self._greenlets.append(gevent.spawn(self._take_all, chosen))
+
+    def _take_all(self, numbers: Iterable[int]) -> None:
+        link = self._pool.link()
+        try:
+            for number in numbers:
+                if not self._stopping:
+                    self._take(link, number)
+        except RedisError as error:
+            self._fail(error)
+        finally:
+            # What was not taken whole is given back when its lease ends.
+            self._taking.clear()
+            link.close()
+            self._greenlets.remove(gevent.getcurrent())
+
+    def _take(self, link: RedisLink, number: int) -> None:
+        self._tokens += 1
+        store = RedisStore(self._pool, self._prefix, number, f"{self.name}:{self._tokens}")
+        started = boottime()
+        lease = round(self._lease * 1000)
+        meta = link.run(TAKE_SCRIPT, self._prefix, number, store.token, lease)
+        if meta is None:
+            return
+        position, clock, lag, serial = meta
+        store.until = started + self._lease
+        store.position = position or b"0-0"
+        store.clock, store.lag = float(clock or 0), float(lag or 0)
+        self._skip(store)
+        self._taking.append(store)
+        store.load(link, int(serial or 0))
+        table = CallTable(self._shard_settings, self.rules)
+        calls = iter(store.load_calls())
+        while some := list(islice(calls, STORE_STEP)):
+            table.restore(some, store.last_serial, store.clock, 0.0)
+            gevent.idle(gevent.get_hub().loop.MAXPRI)
+        self._taking.remove(store)
+        if store.lost:
+            return
+        shard = self.owned[number] = StreamShard(table, self._delivery, self._metrics, store)
+        self._metrics.count("cluster.shards.taken")
+        extra = {"event": "shard_taken", "shard": number, "calls": len(table)}
+        extra["waiting"] = sum(store.count_events().values())
+        log.info("a shard was taken", extra=extra)
+        if shard.unwritten:
+            self._commit_due.set()
+
+    def _lose(self, shard: StreamShard, reason: str) -> None:
+        if shard.store.lost:
+            return
+        self.lost += 1
+        self._metrics.count("cluster.shards.lost")
+        extra = {"event": "shard_lost", "shard": shard.store.number, "calls": len(shard.table)}
+        log.warning("a shard was lost: %s", reason, extra=extra)
+        self._forget(shard)
+
+    def _forget(self, shard: StreamShard) -> None:
+        """Drop a shard at once: table, waiting events, further attempts."""
+        shard.store.lost = True
+        if self.owned.get(shard.store.number) is shard:
+            del self.owned[shard.store.number]
+        self._delivery.forget(shard.store)
+
+    def _give_back(self, shards: Sequence[StreamShard]) -> None:
+        """Release shards once nothing of them is under way and all is committed."""
+        for shard in shards:
+            shard.store.leaving = True
+        while shards := [shard for shard in shards if not shard.store.lost]:
+            # All, without a stop at the first that has some.
+            busy = sum([self._delivery.withdraw(shard.store) for shard in shards])
+            if not busy and all(shard.clean for shard in shards):
+                break
+            self._commit_due.set()
+            gevent.sleep(CLUSTER_COMMIT)
+        for shard in shards:
+            self._forget(shard)
+        link = self._pool.link()
+        try:
+            names = ((shard.store.number, shard.store.token) for shard in shards)
+            link.run(RELEASE_SCRIPT, self._prefix, *chain.from_iterable(names))
+        except RedisError as error:
+            # The leases end by themselves.
+            self._fail(error)
+        finally:
+            link.close()
+        self._metrics.count("cluster.shards.given_back", len(shards))
+        extra = {"event": "shards_given_back", "shards": len(shards)}
+        log.info("shards were given back", extra=extra)
+
+    # Following
+
+    def _read(self, link: RedisLink) -> None:
+        """One look at the streams of all shards, and at what is due in them."""
+        shards = [shard for shard in self.owned.values() if shard.owned]
+        crowded = sum(shard.unwritten for shard in shards) > MAX_UNWRITTEN
+        if not shards or self.failure or crowded or time.monotonic() < self._settled:
+            gevent.sleep(CLUSTER_COMMIT)
+            return
+        streams = [f"{self._prefix}stream:{shard.store.number}" for shard in shards]
+        positions = [shard.store.position for shard in shards]
+        wait = round(READ_WAIT * 1000)
+        command = ("XREAD", "COUNT", READ_GROUP, "BLOCK", wait, "STREAMS", *streams, *positions)
+        # The time first: what is appended later is not older.
+        (seconds, micros), found = link.ask(("TIME",), command, wait=READ_WAIT)
+        if isinstance(found, RedisError):
+            raise found
+        now = int(seconds) + int(micros) / 1_000_000
+        entries = {name.decode(): batch for name, batch in found or ()}
+        for shard, stream in zip(shards, streams, strict=True):
+            batch = entries.get(stream, ())
+            if not shard.owned:
+                continue
+            if batch:
+                self._feed(shard, batch)
+            if len(batch) < READ_GROUP:
+                shard.store.clock = max(shard.store.clock, now - shard.store.lag)
+            shard.expire(shard.store.clock)
+            if batch:
+                # Others first that have something to do.
+                gevent.idle(gevent.get_hub().loop.MAXPRI)
+            elif not shard.clean:
+                self._commit_due.set()
+        self._answered = max(self._answered, now)
+
+    def _feed(self, shard: StreamShard, batch: Sequence[Any]) -> None:
+        """Handle entries of a stream in the order of their HEP time, all in one go."""
+        store = shard.store
+        packets = []
+        for entry, (kind, frame) in batch:
+            try:
+                data, arrival, sender = unpack_frame(frame)
+                packet = decode_hep(data, arrival)
+            except (HepError, struct.error, IndexError):
+                # It was whole when it was appended: another program writes here.
+                self._metrics.count("packets.dropped.cluster_foreign")
+                continue
+            clock = int(entry.partition(b"-")[0]) / 1000 - store.lag
+            packets.append((packet.time, clock, packet, sender, frame, kind == b"s"))
+        packets.sort(key=itemgetter(0))
+        clocks = list(accumulate((clock for _, clock, *_ in reversed(packets)), min))
+        for _, _, packet, sender, frame, stray in packets:
+            # Never ahead of what is still to come.
+            store.clock = max(store.clock, clocks.pop())
+            try:
+                self._handle(shard, packet, sender, frame if not stray else b"")
+            except Exception:
+                self._metrics.count("packets.internal_error")
+                extra = {"event": "internal_error", "sender": sender}
+                log.warning("a packet could not be handled", exc_info=True, extra=extra)
+        store.advance(batch[-1][0])
+        self._metrics.count("cluster.read", len(batch))
+        self._commit_due.set()
+
+    def _handle(self, shard: StreamShard, packet: HepPacket, sender: str, frame: bytes) -> None:
+        """The messages of a packet; without a frame it is a stray of another shard."""
+        for payload in split_messages(packet):
+            try:
+                message = parse_sip(payload, packet.time)
+            except SipError:
+                # Counted where it was taken in.
+                continue
+            if message is None:
+                continue
+            if frame and self.shard_of(message.call_id) != shard.store.number:
+                continue
+            shard.handle(Sighting(packet, message, sender), shard.store.clock)
+            tags = message.from_tag, message.to_tag
+            leg = message.cseq_method == "BYE" and min(map(len, tags)) >= MIN_TAG
+            if leg and frame and not shard.table.knows(message.call_id):
+                # A leg without INVITE ends the call whose tags it has, in another shard (rule 17).
+                shard.store.put_stray(*tags, frame)
+
+    def _commit(self, link: RedisLink) -> None:
+        """Write what was noted in all shards; what was not answered is written again as it was."""
+        if not self._writing:
+            self._commit_due.wait(timeout=BEAT)
+            gevent.sleep(CLUSTER_COMMIT)
+            self._commit_due.clear()
+            for shard in list(self.owned.values()):
+                if not shard.clean:
+                    events, answered = shard.note(shard.store)
+                    shard.store.collect(shard.table.next_serial())
+                    self._writing.append((shard, events, answered))
+        writing = self._writing
+        if not writing:
+            return
+        started = time.monotonic()
+        limit = max(MAX_REJECTED // self.settings.cluster_shards, 1)
+        values = chain.from_iterable(shard.store.writing for shard, _, _ in writing)
+        written = link.run(COMMIT_SCRIPT, self._prefix, limit, *values)
+        self._writing = []
+        for (shard, events, answered), ours in zip(writing, written, strict=True):
+            shard.store.writing = []
+            if not ours:
+                self._lose(shard, "its commit was refused")
+            elif not shard.store.lost:
+                shard.hand_over(events if shard.owned else (), answered, True)
+        self._metrics.count("cluster.commits")
+        self._metrics.time("cluster.commit.time", time.monotonic() - started)
+
+    # How things are, and the end
+
+    def lag(self) -> float:
+        """Seconds for which what is still unread waits at most."""
+        clocks = (shard.store.clock + shard.store.lag for shard in self.owned.values())
+        return max(self._answered - min(clocks, default=self._answered), 0.0)
+
+    def stop(self, deadline: float) -> bool:
+        """Append what waits and give all back, until a time of the monotonic clock.
+
+        Returns whether that was done; else the leases end by themselves.
+        """
+        self._stopping = True
+        while self._pending and not self.failure and time.monotonic() < deadline:
+            gevent.sleep(APPEND_INTERVAL)
+        leaving = gevent.spawn(self._give_back, list(self.owned.values()))
+        leaving.join(timeout=max(deadline - time.monotonic(), 0.1))
+        done = leaving.ready() and not self.owned and not self._pending
+        gevent.killall([leaving, *self._greenlets])
+        return done
 
 
 # Room: agent
@@ -6225,8 +7562,14 @@ class Agent:
         self.tls = tls
         self.metrics = Metrics(settings)
         self.delivery = Delivery(settings, self.metrics)
-        table = CallTable(settings, rules)
-        self.shards = [Shard(table, self.delivery, self.metrics, store)]
+        self.cluster: Cluster | None = None
+        self.shards: Collection[Shard]
+        if settings.cluster_url:
+            self.cluster = Cluster(settings, rules, self.metrics, self.delivery)
+            self.shards = self.cluster.owned.values()
+        else:
+            table = CallTable(settings, rules)
+            self.shards = [Shard(table, self.delivery, self.metrics, store)]
         self.senders = Senders(settings.hep_allow)
         self.connections = 0
         # What listens, as the log says it, for the status.
@@ -6244,17 +7587,21 @@ class Agent:
     @property
     def rejected(self) -> int:
         """How many rejected events are kept for an operator."""
-        return sum(shard.rejected for shard in self.shards)
+        return self.cluster.rejected if self.cluster else sum(x.rejected for x in self.shards)
 
     @property
     def store_failure(self) -> str | None:
         """Why a store can't be written, "" where each can, None where there is none."""
+        if self.cluster:
+            return self.cluster.failure
         stores = [shard.store for shard in self.shards if shard.store]
         return next((x.failure for x in stores if x.failure), "") if stores else None
 
     @property
     def behind(self) -> bool:
         """Whether messages come faster than a store can take them."""
+        if self.cluster:
+            return self.cluster.behind
         return any(shard.behind for shard in self.shards)
 
     @property
@@ -6269,7 +7616,9 @@ class Agent:
 
     def commit(self, patience: float | None = None) -> bool:
         """Write all that has changed, as `Shard.commit` does; whether all of it is written."""
-        written = [shard.commit(patience) for shard in self.shards if shard.store]
+        written = [
+            shard.commit(patience) for shard in self.shards if isinstance(shard.store, Journal)
+        ]
         return all(written)
 
     def admit(self, sender: Sender) -> bool:
@@ -6302,7 +7651,7 @@ class Agent:
                 # Without a time stamp the packet has the arrival's.
                 if packet.time != arrival:
                     sender.note_skew((arrival - packet.time) / 1000)
-                self._follow(packet, sender, now)
+                self._follow(packet, sender, data, arrival)
         except (HepError, SipError) as error:
             layer = "hep" if isinstance(error, HepError) else "sip"
             self.malformed(f"{layer}_{error.kind}", str(error), sender)
@@ -6324,7 +7673,7 @@ class Agent:
             return False
         return True
 
-    def _follow(self, packet: HepPacket, sender: Sender, now: float) -> None:
+    def _follow(self, packet: HepPacket, sender: Sender, data: bytes, arrival: int) -> None:
         """Give the SIP messages of a packet to their calls. Raises SipError for a bad one."""
         if packet.protocol_type != SIP_PROTOCOL_TYPE:
             self._drop("not_sip", sender)
@@ -6333,6 +7682,7 @@ class Agent:
             self._drop("empty", sender)
             return
         fault: SipError | None = None
+        call_ids = []
         for payload in split_messages(packet):
             try:
                 message = parse_sip(payload, packet.time)
@@ -6342,10 +7692,25 @@ class Agent:
                 continue
             if message is None:
                 self.metrics.count("packets.ignored")
+            elif self.cluster:
+                call_ids.append(message.call_id)
             else:
-                self.shards[0].handle(Sighting(packet, message, sender.address), now)
+                for shard in self.shards:
+                    shard.handle(Sighting(packet, message, sender.address), sender.seen)
+        if call_ids:
+            self._append(data, arrival, call_ids, sender)
         if fault is not None:
             raise fault
+
+    def _append(self, data: bytes, arrival: int, call_ids: list[str], sender: Sender) -> None:
+        assert self.cluster is not None
+        if not self.cluster.append(
+            dict.fromkeys(call_ids), pack_frame(data, arrival, sender.address)
+        ):
+            self._drop("cluster_full", sender)
+            text = "Redis does not take what comes: packets are lost, calls may be charged wrongly"
+            if not self._limiter.holds("dropped_cluster_full", time.time()):
+                log.error(text, extra={"event": "dropped_cluster_full", "sender": sender.address})
 
     def _has_key(self, packet: HepPacket) -> bool:
         # Some senders end a string chunk with a NUL. All keys are compared, in constant time each.
@@ -6378,8 +7743,11 @@ class Agent:
         """Look at deadlines and send what has waited; ``closing``: decide all that waits."""
         now = time.monotonic()
         try:
-            for shard in self.shards:
-                shard.expire(now, closing)
+            if self.cluster:
+                self.cluster.tick()
+            else:
+                for shard in self.shards:
+                    shard.expire(now, closing)
             self.delivery.tick()
             for notice in chain.from_iterable(x.table.take_notices() for x in self.shards):
                 text = {
@@ -6511,7 +7879,10 @@ class Agent:
         Calls keep the route they have, connections the certificate that they began with.
         """
         try:
-            rules, self.tls = load_rules(self.settings), load_tls(self.settings)
+            rules, tls = load_rules(self.settings), load_tls(self.settings)
+            if self.cluster:
+                self.cluster.change_rules(rules)
+            self.tls = tls
         except ConfigError as error:
             log.error("not reloaded: %s", error, extra={"event": "reload_failed"})
         else:
@@ -7073,7 +8444,7 @@ class StatusServer(gevent.server.StreamServer):
         found: list[dict[str, Any]] = []
         row = after
         with self._looking:
-            for calls in chain.from_iterable(x.table.look() for x in self._agent.shards):
+            for calls in chain.from_iterable(x.table.look() for x in list(self._agent.shards)):
                 for call in calls:
                     if (after and call.row >= after) or not self._matches(call, wanted):
                         continue
@@ -7160,9 +8531,11 @@ def run(configuration: Configuration) -> int:
         log.warning(warning, extra={"event": "former_option"})
     try:
         journal = Journal(settings.state_dir) if settings.state_dir else None
+        agent = Agent(settings, configuration.rules, limiter, journal, configuration.tls)
+        if agent.cluster:
+            agent.cluster.try_to_join()
     except ConfigError as error:
         return _fail(str(error))
-    agent = Agent(settings, configuration.rules, limiter, journal, configuration.tls)
     servers: list[UdpServer | TcpServer | StatusServer] = []
     # The soft limit is 1,024 on most systems, for programs that use select().
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -7206,10 +8579,15 @@ def run(configuration: Configuration) -> int:
     if journal:
         _tell_restored(agent, journal)
         background += [gevent.spawn(shard.commit_forever) for shard in agent.shards]
+    if agent.cluster:
+        agent.cluster.start()
     notifier.say("READY=1")
     collector = Collector(time.monotonic())
     while not stop.wait(TICK):
         agent.tick()
+        if agent.cluster and agent.cluster.fatal:
+            # Redis answers for the first time, and is not what it must be.
+            return _fail(agent.cluster.fatal)
         collector.step(sum(agent.sizes().values()), time.monotonic())
         notifier.alive(agent, time.monotonic())
         for server in servers:
@@ -7327,9 +8705,11 @@ def _shut_down(
     _hang_up([server for server in servers if isinstance(server, TcpServer)], deadline)
     for server in servers:
         server.stop(timeout=0)
+    if agent.cluster:
+        agent.cluster.stop(last_send)
     # What waits for a late message is decided with what is known now, where nobody keeps it.
     agent.tick(closing=in_memory)
-    while agent.waiting and time.monotonic() < last_send:
+    while not agent.cluster and agent.waiting and time.monotonic() < last_send:
         # What a store has can wait for the next start.
         if agent.store_failure == "" and not agent.busy:
             break
@@ -7338,16 +8718,16 @@ def _shut_down(
     agent.delivery.kill()
     gevent.killall(background)
     saved = not in_memory and agent.commit(max(deadline - time.monotonic(), 0.1))
-    if not saved:
+    if not saved and not agent.cluster:
         agent.delivery.stop()
     with gevent.Timeout(max(min(deadline - time.monotonic(), STATSD_FLUSH), 0.1), False):
         agent.flush(time.monotonic())
     running = agent.sizes()[ANSWERED]
-    if running and not saved:
+    if running and not saved and not agent.cluster:
         extra = {"event": "calls_forgotten", "running": running}
         log.warning("running calls are forgotten: their end will not be reported", extra=extra)
     for shard in agent.shards:
-        if shard.store:
+        if isinstance(shard.store, Journal):
             shard.store.close(max(deadline - time.monotonic(), 0.1))
     log.info("stopped", extra={"event": "stopped"})
 

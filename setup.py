@@ -43,6 +43,8 @@ setup(
     extras_require={
         # The rating sandbox's GraphQL, and the bar that hep_replay.py draws.
         "sandbox": ["graphql-core>=3.2", "tqdm>=4.66"],
+        # Several agents, one set of calls: the client of Redis, and its parser in C.
+        "cluster": ["redis>=5", "hiredis>=3"],
         "test": [
             # docker-compose.yaml against the published schema; no Docker engine runs here.
             "jsonschema>=4.18",
