@@ -5591,8 +5591,8 @@ end
 return {ms, redis.call('HVALS', p .. 'agent'), lost, free, retry, rejected, entries}
 """
 
-# Each shard of ARGV: its values, then lists, each after its length. 1 for what was committed; a commit
-# whose answer was lost is sent again and done once.
+# Of each shard: values, then lists, each after its length. Answers 1 for each that was committed; a
+# commit whose answer was lost is sent again, and done once.
 COMMIT_SCRIPT = """
 local p, at, done = ARGV[1], 3, {}
 local function list(width)
@@ -5685,7 +5685,7 @@ def boottime() -> float:
 
 
 def pack_frame(data: bytes, arrival: int, sender: str) -> bytes:
-    """A HEP packet with its arrival in microseconds and its sender's address, for `unpack_frame`."""
+    """A HEP packet with its arrival in microseconds and its sender's address."""
     address = sender.encode("latin-1", "replace")[:255]
     return struct.pack("!QB", arrival, len(address)) + address + data
 
@@ -5752,10 +5752,6 @@ class RedisPool:
             master, watchers, db=int(database or 0), check_connection=False, **more
         )
 
-    def link(self) -> RedisLink:
-        """A connection of its own for one greenlet; it connects when it is used."""
-        return RedisLink(self)
-
     def connect(self) -> Any:
         """A new connection, not yet connected."""
         return self._pool.make_connection()
@@ -5816,7 +5812,7 @@ class RedisLink:
         return answer
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What a Lua script answers; it is loaded where Redis does not know it. Raises RedisError."""
+        """What a Lua script answers; it is loaded where it is unknown. Raises RedisError."""
         digest = hashlib.sha1(script.encode()).hexdigest()
         (answer,) = self.ask(("EVALSHA", digest, 0, *arguments))
         if isinstance(answer, RedisError) and answer.kind == "NoScriptError":
@@ -6120,7 +6116,7 @@ class RedisStore:
         if not names:
             return []
         key = f"{self._prefix}calls:{self.number}"
-        link = self._pool.link()
+        link = RedisLink(self._pool)
         try:
             values = link.one("HMGET", key, *[f"{row}{letter}" for row, letter in names])
         except RedisError as error:
@@ -6135,7 +6131,7 @@ class RedisStore:
 
     def load_retries(self) -> list[RatingEvent]:
         """Rejected events that an operator wants to be sent again. Raises StoreError."""
-        link = self._pool.link()
+        link = RedisLink(self._pool)
         events = []
         try:
             wanted = link.one("SMEMBERS", f"{self._prefix}retry:{self.number}")
@@ -6988,7 +6984,7 @@ class Cluster:
 
     def join(self) -> None:
         """Check Redis, and what all agents must have in common. Raises ConfigError, RedisError."""
-        link = self._pool.link()
+        link = RedisLink(self._pool)
         try:
             check_redis(link)
             self._agree(link)
@@ -7045,7 +7041,9 @@ class Cluster:
     def start(self) -> None:
         """Take part: the greenlets that append, own, read and commit."""
         steps = (self._append, self._read, self._commit, self._beat)
-        self._greenlets = [gevent.spawn(self._repeat, step, self._pool.link()) for step in steps]
+        self._greenlets = [
+            gevent.spawn(self._repeat, step, RedisLink(self._pool)) for step in steps
+        ]
 
     def _repeat(self, step: Callable[[RedisLink], None], link: RedisLink) -> None:
         while True:
@@ -7184,7 +7182,7 @@ class Cluster:
         if self.failure:
             self._recover()
         for number in map(int, retries):
-            shard = self.owned[number] if number in self.owned else None
+            shard = self.owned.get(number)
             if shard is not None and shard.owned and shard.take_up(shard.store):
                 self._commit_due.set()
         if time.monotonic() >= self._settled:
@@ -7212,7 +7210,8 @@ class Cluster:
             self._greenlets.append(gevent.spawn(self._take_all, chosen))
 
     def _take_all(self, numbers: Iterable[int]) -> None:
-        link = self._pool.link()
+        link = RedisLink(self._pool)
+        before = set(self.owned)
         try:
             for number in numbers:
                 if not self._stopping:
@@ -7223,6 +7222,11 @@ class Cluster:
             # What was not taken whole is given back when its lease ends.
             self._taking.clear()
             link.close()
+            taken = [shard for number, shard in self.owned.items() if number not in before]
+            extra: dict[str, Any] = {"event": "shards_taken", "shards": len(taken)}
+            extra["calls"] = sum(len(shard.table) for shard in taken)
+            if taken:
+                log.info("shards were taken", extra=extra)
             self._greenlets.remove(gevent.getcurrent())
 
     def _take(self, link: RedisLink, number: int) -> None:
@@ -7250,9 +7254,6 @@ class Cluster:
             return
         shard = self.owned[number] = StreamShard(table, self._delivery, self._metrics, store)
         self._metrics.count("cluster.shards.taken")
-        extra = {"event": "shard_taken", "shard": number, "calls": len(table)}
-        extra["waiting"] = sum(store.count_events().values())
-        log.info("a shard was taken", extra=extra)
         if shard.unwritten:
             self._commit_due.set()
 
@@ -7285,7 +7286,7 @@ class Cluster:
             gevent.sleep(CLUSTER_COMMIT)
         for shard in shards:
             self._forget(shard)
-        link = self._pool.link()
+        link = RedisLink(self._pool)
         try:
             names = ((shard.store.number, shard.store.token) for shard in shards)
             link.run(RELEASE_SCRIPT, self._prefix, *chain.from_iterable(names))
