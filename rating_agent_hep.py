@@ -6882,8 +6882,9 @@ AGENT_GONE = 5.0
 # Seconds between two attempts while Redis gives no answer, and between two lines that say so.
 REDIS_RETRY = 0.25
 REDIS_SAID = 10.0
-# Seconds after Redis was away in which agents append what they kept, before anything is read.
-SETTLE = 1.0
+# Seconds after Redis was away in which all agents see that it is back and append what they kept,
+# before anything is read: then an ACK does not go before its 200 that another agent kept.
+SETTLE = REDIS_TIMEOUT + 2 * REDIS_RETRY
 
 
 def ties_legs(rules: Iterable[Rule]) -> bool:
@@ -6976,6 +6977,7 @@ class Cluster:
         self._octets = 0
         self._append_due = gevent.event.Event()
         self._commit_due = gevent.event.Event()
+        self._beat_due = gevent.event.Event()
         self._writing: list[tuple[StreamShard, list[RatingEvent], list[RatingEvent]]] = []
         self._greenlets: list[gevent.Greenlet] = []
         self._stopping = False
@@ -7064,6 +7066,7 @@ class Cluster:
         if not self.failure:
             self._away = (self._answered, inf)
         self.failure = str(error)
+        self._beat_due.set()
         now = time.monotonic()
         if now - self._said >= REDIS_SAID:
             self._said = now
@@ -7076,9 +7079,10 @@ class Cluster:
             self._away = (self._away[0], self._answered + SETTLE)
             for shard in self.owned.values():
                 self._skip(shard.store)
+        if self._said > -inf:
+            self._settled = time.monotonic() + SETTLE
+            log.warning("Redis answers again", extra={"event": "redis_back"})
         self.failure, self._said = "", -inf
-        self._settled = time.monotonic() + SETTLE
-        log.warning("Redis answers", extra={"event": "redis_back"})
 
     def _skip(self, store: RedisStore) -> None:
         """Let a clock stand still over the time in which Redis was away last."""
@@ -7187,7 +7191,8 @@ class Cluster:
                 self._commit_due.set()
         if time.monotonic() >= self._settled:
             self._take_share([int(number) for number in free])
-        gevent.sleep(max(BEAT - (boottime() - started), 0.05))
+        self._beat_due.wait(timeout=max(BEAT - (boottime() - started), 0.05))
+        self._beat_due.clear()
 
     def try_to_join(self) -> None:
         """`join`; where Redis does not answer that is said, and tried again later."""
