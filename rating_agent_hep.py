@@ -5866,6 +5866,22 @@ _LETTERS = {"begin": _BEGIN, "end": _END}
 _WAITS, _ONE_SIDED, _GIVEN_UP = "waits", "one-sided", "given up"
 
 
+def unpack_record(row: int, record: bytes) -> tuple[RatingEvent, str, str]:
+    """An event from its field: the event, its state, and whom alone a begin named that is kept."""
+    api_url, serial, attempts, answer, state, party, packed = json.loads(record)
+    event = unpack_event(packed, api_url, row, serial)
+    event.attempts, event.answer = attempts, answer
+    return event, state, party
+
+
+def unpack_rejected(text: bytes) -> RatingEvent:
+    """A rejected event as it is kept for an operator."""
+    serial, row, api_url, packed, attempts, answer = json.loads(text)
+    event = unpack_event(packed, api_url, row, serial)
+    event.attempts, event.answer = attempts, answer
+    return event
+
+
 class RedisStore:
     """One shard in Redis, from the lease that makes an agent its owner until that is lost.
 
@@ -5925,18 +5941,12 @@ class RedisStore:
             if letter == _FACTS:
                 self._calls.append((row, value.decode()))
                 continue
-            event, state, party = self._unpack(row, value)
+            event, state, party = unpack_record(row, value)
             self._serial = max(self._serial, event.serial)
             if state == _WAITS:
                 self._waiting[event.api_url][event.serial] = (row, letter)
             else:
                 self._kept[row] = (event.key, party)
-
-    def _unpack(self, row: int, record: bytes) -> tuple[RatingEvent, str, str]:
-        api_url, serial, attempts, answer, state, party, packed = json.loads(record)
-        event = unpack_event(packed, api_url, row, serial)
-        event.attempts, event.answer, event.store = attempts, answer, self
-        return event, state, party
 
     def load_calls(self) -> list[tuple[int, str]]:
         """The calls as `CallTable.restore` needs them: row and text of `pack_call`."""
@@ -6123,11 +6133,14 @@ class RedisStore:
             raise StoreError(str(error)) from None
         finally:
             link.close()
-        return [
-            self._unpack(row, value)[0]
+        events = [
+            unpack_record(row, value)[0]
             for (row, _), value in zip(names, values, strict=True)
             if value is not None
         ]
+        for event in events:
+            event.store = self
+        return events
 
     def load_retries(self) -> list[RatingEvent]:
         """Rejected events that an operator wants to be sent again. Raises StoreError."""
@@ -6141,9 +6154,9 @@ class RedisStore:
                 if serial in self._taken_up:
                     continue
                 self._taken_up.add(serial)
-                for text in found:
-                    _, row, api_url, packed, _, _ = json.loads(text)
-                    events.append(unpack_event(packed, api_url, row, serial))
+                for event in map(unpack_rejected, found):
+                    event.attempts, event.answer = 0, ""
+                    events.append(event)
                 if not found:
                     # Dropped meanwhile.
                     self._retried.append(serial)
@@ -7435,6 +7448,78 @@ class Cluster:
         done = leaving.ready() and not self.owned and not self._pending
         gevent.killall([leaving, *self._greenlets])
         return done
+
+
+class ClusterOutbox:
+    """What waits and what was rejected in a cluster, for an operator on any machine.
+
+    Raises ConfigError where no agent has run, RedisError where Redis does not answer.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._prefix = f"{settings.cluster_name}:"
+        self._link = RedisLink(RedisPool(settings.cluster_url, settings.cluster_password))
+        shards = self._link.one("HGET", f"{self._prefix}config", "shards")
+        if shards is None:
+            raise ConfigError(
+                f"cluster_name: {settings.cluster_name}: no such cluster; "
+                "allowed: one in which an agent has run"
+            )
+        self._shards = range(int(shards))
+
+    def events(self) -> Iterator[tuple[str, RatingEvent]]:
+        """Each event with its state: "waiting", "rejected" or "retry"; shard by shard, in order."""
+        for number in self._shards:
+            found = []
+            for name, value in self._link.scan(f"{self._prefix}calls:{number}"):
+                if chr(name[-1]) != _FACTS:
+                    event, state, _ = unpack_record(int(name[:-1]), value)
+                    if state == _WAITS:
+                        found.append(event)
+            yield from (("waiting", event) for event in sorted(found, key=attrgetter("serial")))
+        for number in self._shards:
+            again = self._retries(number)
+            for _, event in self._rejected(number):
+                yield "retry" if event.serial in again else "rejected", event
+
+    def retry(self, calls: Collection[str]) -> int:
+        """Have rejected events of some calls, or of all, sent again; how many they are."""
+        return self._mark(calls, lambda event, _, key: ("SADD", f"{key}retry:{{}}", event.serial))
+
+    def drop(self, calls: Collection[str]) -> int:
+        """Drop the rejected events of some calls; how many they were."""
+        return self._mark(calls, lambda _, text, key: ("ZREM", f"{key}rejected:{{}}", text))
+
+    def _mark(self, calls: Collection[str], command: Callable[..., tuple[Any, ...]]) -> int:
+        changed = 0
+        for number in self._shards:
+            for text, event in self._rejected(number):
+                if not calls or {event.call_id, event.transaction_tag} & set(calls):
+                    name, key, value = command(event, text, self._prefix)
+                    self._link.one(name, key.format(number), value)
+                    changed += 1
+        return changed
+
+    def _retries(self, number: int) -> set[int]:
+        return {
+            int(serial) for serial in self._link.one("SMEMBERS", f"{self._prefix}retry:{number}")
+        }
+
+    def _rejected(self, number: int) -> Iterator[tuple[bytes, RatingEvent]]:
+        after: Any = "-inf"
+        while found := self._link.one(
+            "ZRANGEBYSCORE",
+            f"{self._prefix}rejected:{number}",
+            after,
+            "+inf",
+            "LIMIT",
+            0,
+            MAX_LOADED,
+        ):
+            for text in found:
+                event = unpack_rejected(text)
+                after = f"({event.serial}"
+                yield text, event
 
 
 # Room: agent
@@ -8765,7 +8850,7 @@ def decode_files(names: Sequence[str], out: Any) -> int:
     return status
 
 
-def outbox(folder: str, arguments: Sequence[str], out: Any) -> int:
+def outbox(settings: Settings, arguments: Sequence[str], out: Any) -> int:
     """The command that shows what waits and what was rejected, also while an agent runs.
 
     ``arguments`` is "list", "retry" with any number of calls (none: all that were rejected), or
@@ -8776,6 +8861,9 @@ def outbox(folder: str, arguments: Sequence[str], out: Any) -> int:
     known = action in ("list", "retry", "drop")
     if not known or (action == "list" and calls) or (action == "drop" and not calls):
         raise ConfigError("outbox: unknown; allowed: list, retry [CALL...], drop CALL...")
+    if settings.cluster_url:
+        return _cluster_outbox(settings, action, calls, out)
+    folder = settings.state_dir
     if not folder:
         raise ConfigError("state_dir: empty; allowed: the folder of the agent's journal")
     path = inspect_journal(folder)
@@ -8784,13 +8872,30 @@ def outbox(folder: str, arguments: Sequence[str], out: Any) -> int:
     try:
         with closing(_connect(path, "rw")) as db:
             if action == "list":
-                return _list_outbox(db, out)
+                return _list_outbox(_events_of(db), out)
             verb = "UPDATE rejected SET retry = 1" if action == "retry" else "DELETE FROM rejected"
             changed = db.execute(f"{verb} {_OF_CALLS}", (json.dumps(calls),)).rowcount
     except BrokenPipeError:
         return _reader_left(out)
     except sqlite3.Error as error:
         return _fail(f"outbox: {error}")
+    return _tell_changed(action, changed, calls, out)
+
+
+def _cluster_outbox(settings: Settings, action: str, calls: Sequence[str], out: Any) -> int:
+    try:
+        cluster = ClusterOutbox(settings)
+        if action == "list":
+            return _list_outbox(cluster.events(), out)
+        changed = cluster.retry(calls) if action == "retry" else cluster.drop(calls)
+    except BrokenPipeError:
+        return _reader_left(out)
+    except RedisError as error:
+        return _fail(f"outbox: {error}")
+    return _tell_changed(action, changed, calls, out)
+
+
+def _tell_changed(action: str, changed: int, calls: Sequence[str], out: Any) -> int:
     if not changed and calls:
         return _fail("outbox: nothing was rejected of these calls")
     done = "to be sent again, by a running agent within seconds" if action == "retry" else "dropped"
@@ -8798,9 +8903,17 @@ def outbox(folder: str, arguments: Sequence[str], out: Any) -> int:
     return 0
 
 
-def _list_outbox(db: sqlite3.Connection, out: Any) -> int:
+def _list_outbox(events: Iterable[tuple[str, RatingEvent]], out: Any) -> int:
     form = "{:<8} {:<5} {:<24} {:>8} {} {} {} {}"
     print(form.format(*"STATE KIND TIME ATTEMPTS TENANT API CALL ANSWER".split()), file=out)
+    for state, event in events:
+        shown = [state, event.kind, rfc3339(event.time), event.attempts, event.tenant]
+        shown += [event.api_url, event.call_id, event.answer]
+        print(printable(form.format(*shown).rstrip()), file=out)
+    return 0
+
+
+def _events_of(db: sqlite3.Connection) -> Iterator[tuple[str, RatingEvent]]:
     apis = sorted(api for api, _ in db.execute(_WAITING_COUNTS).fetchall())
     sources = [("waiting", _WAITING, api) for api in apis]
     sources += [("rejected", _REJECTED, 0), ("retry", _REJECTED, 1)]
@@ -8810,12 +8923,8 @@ def _list_outbox(db: sqlite3.Connection, out: Any) -> int:
         while events := _unpack_waiting(
             db.execute(query, (chosen, after, MAX_LOADED)).fetchone()[0]
         ):
-            for event in events:
-                shown = [state, event.kind, rfc3339(event.time), event.attempts, event.tenant]
-                shown += [event.api_url, event.call_id, event.answer]
-                print(printable(form.format(*shown).rstrip()), file=out)
+            yield from ((state, event) for event in events)
             after = events[-1].serial
-    return 0
 
 
 def _reader_left(out: Any) -> int:
@@ -8896,7 +9005,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = configuration.settings.state_dir
     try:
         if command == "outbox":
-            return outbox(folder, arguments, sys.stdout)
+            return outbox(configuration.settings, arguments, sys.stdout)
         if command == "check" and folder:
             inspect_journal(folder)
     except ConfigError as error:
