@@ -7,17 +7,17 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
-import gevent
 import pytest
 
 import harness
 
 PROGRAM = next(filter(None, map(shutil.which, ("redis-server", "valkey-server"))), "")
-needs_redis = pytest.mark.skipif(not PROGRAM, reason="no redis-server: make redis-server installs it")
+needs_redis = pytest.mark.skipif(not PROGRAM, reason="no redis-server; make redis-server")
+    not PROGRAM, reason="no redis-server: make redis-server installs it"
+)
 
 
 def free_port() -> int:
@@ -39,7 +39,15 @@ class RedisServer:
         self.start()
 
     def start(self) -> None:
-        command = [PROGRAM, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        command = [
+            PROGRAM,
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(self.folder),
+        ]
         command += ["--save", "", "--logfile", str(self.folder / "redis.log")]
         for option in self.options:
             name, _, value = option.partition(" ")
@@ -53,18 +61,24 @@ class RedisServer:
         except OSError:
             return False
 
-    def ask(self, *words: str) -> str:
+    def ask(self, *words: str | bytes) -> str:
         """The first line of the answer to a command, as Redis writes it."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=5) as sock:
             file = sock.makefile("rwb")
             file.write(b"*%d\r\n" % len(words))
             for word in words:
-                file.write(b"$%d\r\n%s\r\n" % (len(word.encode()), word.encode()))
+                octets = word.encode() if isinstance(word, str) else word
+                file.write(b"$%d\r\n%s\r\n" % (len(octets), octets))
             file.flush()
             line = file.readline().decode().strip()
             if line[:1] == "$" and line != "$-1":
                 return file.read(int(line[1:])).decode("utf-8", "replace")
             return line
+
+    def add(self, stream: str, number: str, frame: bytes) -> None:
+        """Append an entry with a number of the caller's choice."""
+        answer = self.ask("XADD", stream, number, "f", frame)
+        assert answer == number, answer
 
     def kill(self, number: int) -> None:
         assert self.process is not None

@@ -23,6 +23,7 @@ import gevent
 import pytest
 from redisserver import RedisServer, needs_redis
 from test_calls import ack, bye, bye_reply, invite, negative_ack, numbered, reply
+from test_cases import CAPTURES, CASES, FIELD, Case, arrivals, faults, stamps
 from test_crash import LOCAL, RATE, RESENT, RatingApi
 
 import harness
@@ -119,6 +120,17 @@ class Spray:
             self._due.append((when, self._count, hepbuild.hep3(payload, time_us=stamp)))
 
 
+def owned(redis: RedisServer) -> None:
+    """Wait until each shard has an owner."""
+    leases = [f"rating:lease:{number}" for number in range(64)]
+    harness.wait_until(lambda: redis.ask("EXISTS", *leases) == ":64", "all are owned")
+
+
+def unread(redis: RedisServer) -> int:
+    """Entries of all streams that are not committed yet."""
+    return sum(int(redis.ask("XLEN", f"rating:stream:{number}")[1:]) for number in range(64))
+
+
 class Several:
     """Agents, their Redis, their rating API and the calls; `finish` judges."""
 
@@ -139,9 +151,7 @@ class Several:
         self.all_owned()
 
     def all_owned(self) -> None:
-        """Wait until each shard has an owner."""
-        leases = [f"rating:lease:{number}" for number in range(64)]
-        harness.wait_until(lambda: self.redis.ask("EXISTS", *leases) == ":64", "all are owned")
+        owned(self.redis)
 
     def run(self, seconds: float) -> None:
         self.spray.run(self.agents, seconds)
@@ -175,15 +185,17 @@ class Several:
     def zombies(self) -> None:
         for _ in range(TIMES):
             self.run(1.0)
-            zombie = self.agents.pop(0)
-            zombie.kill(signal.SIGSTOP)
-            self.spray.dead(zombie.pid, self.agents)
-            self.run(LEASE + 2)
-            self.all_owned()
-            zombie.kill(signal.SIGCONT)
-            harness.wait_until(lambda: zombie.events("shard_lost"), "it sees what it lost")
-            self.agents.append(zombie)
+            self._freeze(self.agents.pop(0))
             self.run(1.0)
+
+    def _freeze(self, zombie: harness.AgentProcess) -> None:
+        zombie.kill(signal.SIGSTOP)
+        self.spray.dead(zombie.pid, self.agents)
+        self.run(LEASE + 2)
+        self.all_owned()
+        zombie.kill(signal.SIGCONT)
+        harness.wait_until(lambda: zombie.events("shard_lost"), "it sees what it lost")
+        self.agents.append(zombie)
 
     def changes(self) -> None:
         for _ in range(TIMES):
@@ -205,7 +217,9 @@ class Several:
             self.run(1.5)
 
     def api_faults(self) -> None:
-        for mode in ["500", "close", "hang", "refuse", "dead", "busy"] if TIMES > 1 else ["close", "hang"]:
+        for mode in (
+            ["500", "close", "hang", "refuse", "dead", "busy"] if TIMES > 1 else ["close", "hang"]
+        ):
             self.run(0.5)
             self.api.change(mode)
             self.run(1.5)
@@ -244,6 +258,94 @@ class Several:
             f"{spray.number} calls, {len(spray.ended)} answered, {spray.packets} packets, "
             f"{spray.again} sent again, {api.repeats} requests repeated"
         )
+
+
+# The captures, the cases and the field recordings
+
+
+def told_of(requests: list[tuple[str, dict[str, Any]]]) -> dict[str, list[agent.RatingEvent]]:
+    """What the rating API was told, by the beginning of the Call-ID."""
+    told: dict[str, list[agent.RatingEvent]] = {}
+    for path, body in requests:
+        kind = path.removeprefix("/v1/").removesuffix("_transaction")
+        event = agent.RatingEvent(
+            kind=kind, call_id="", tenant="", transaction_tag=body["transaction_tag"],
+            account_tag=body.get("account_tag", ""),
+            destination_account_tag=body.get("destination_account_tag", ""),
+            time=round(harness.seconds(body[f"timestamp_{kind}"]) * 1_000_000),
+            reason="", api_url="", body=json.dumps(body).encode(),
+        )  # fmt: skip
+        told.setdefault(body["transaction_tag"].partition("#")[0][:60], []).append(event)
+    return told
+
+
+def play(agents: list[harness.AgentProcess], case: Case, pace: bool, seed: str) -> None:
+    """The packets of a recording, each to an agent chosen at random, at their times or at once."""
+    chance, began = random.Random(seed), time.monotonic()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+        for index, arrival in enumerate(arrivals(case)):
+            if pace:
+                gevent.sleep(max(began + arrival.time - time.monotonic(), 0))
+            elif index % 20 == 19:
+                gevent.sleep(0.005)
+            to = chance.choice(agents)
+            if arrival.frame[:4] == b"HEP3" and chance.random() < 0.3:
+                harness.send_tcp(to.tcp, [arrival.frame])
+            else:
+                datagrams.sendto(arrival.frame, to.udp)
+
+
+def later(redis: RedisServer, seconds: float) -> None:
+    """Let the time of all streams leap: an entry with a later number, of a message of no call."""
+    frame = agent.pack_frame(hepbuild.hep3(b"OPTIONS sip:a@b SIP/2.0\r\n\r\n"), 0, "127.0.0.1")
+    number = f"{round((time.time() + seconds) * 1000)}-0"
+    for shard in range(64):
+        redis.add(f"rating:stream:{shard}", number, frame)
+
+
+TYING = sorted({case.routes for case in CASES + FIELD if case.tied})
+
+
+@pytest.mark.parametrize("routes", ["", *TYING], ids=["plain", "correlation-id", "header"])
+def test_captures_cases_and_recordings_through_three_agents(routes: str, tmp_path: Path) -> None:
+    """The same ledger as through one; with routes that tie legs, these meet."""
+    chosen = [x for x in CASES + FIELD if x.plain and arrivals(x)[-1].time <= 12.0] + CAPTURES
+    if routes:
+        chosen = [x for x in CASES + FIELD if x.routes == routes]
+        (tmp_path / "routes.yaml").write_text(routes)
+    with RedisServer(tmp_path / "redis") as redis, harness.RatingServer() as api:
+        options = [f"--cluster-url={redis.url}", f"--rating-api-url={api.url}", LOCAL]
+        options += [f"--routes={tmp_path / 'routes.yaml'}"] * bool(routes)
+        agents = [harness.AgentProcess(*options) for _ in range(3)]
+        owned(redis)
+        for pace in (True, False):
+            players = [
+                gevent.spawn(play, agents, case, pace, str(case))
+                for case in chosen
+                if (case not in CAPTURES) == pace
+            ]
+            gevent.joinall(players, raise_error=True)
+        before = 0
+        for leap in (5, 40, 90):
+            # Leaps behind what is read, and what is to come of it.
+            harness.wait_until(lambda: unread(redis) == 0, "all is read")
+            gevent.sleep(0.5)
+            before = len(api.requests)
+            later(redis, leap)
+        harness.wait_until(lambda: unread(redis) == 0, "all is read")
+        gevent.sleep(1.0)
+        assert before
+        for process in agents:
+            assert process.stop() == 0
+            assert [x for x in process.lines if x["level"] == "ERROR" or "internal" in str(x)] == []
+    told = told_of(api.requests)
+    wrong = []
+    for case in chosen:
+        own = {call["call_id"][:60] for call in case.calls}
+        events = [event for name in own for event in told.pop(name, [])]
+        wrong += [f"{case}: {x}" for x in faults(case, events, frozenset(stamps(case, b"ACK")))]
+    assert wrong == []
+    assert told == {}
 
 
 FAULTS = ["kills", "terms", "zombies", "changes", "redis_restarts", "api_faults"]
