@@ -15,9 +15,7 @@ import pytest
 import harness
 
 PROGRAM = next(filter(None, map(shutil.which, ("redis-server", "valkey-server"))), "")
-needs_redis = pytest.mark.skipif(not PROGRAM, reason="no redis-server; make redis-server")
-    not PROGRAM, reason="no redis-server: make redis-server installs it"
-)
+needs_redis = pytest.mark.skipif(not PROGRAM, reason="no redis-server: make redis-server")
 
 
 def free_port() -> int:
@@ -27,7 +25,7 @@ def free_port() -> int:
 
 
 class RedisServer:
-    """Starts in `folder`, with more options such as `appendonly yes`; `start` after `stop` again."""
+    """Starts in `folder` with options such as `appendonly yes`; `start` after `stop` again."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
