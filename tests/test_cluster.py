@@ -23,6 +23,7 @@ import gevent
 import pytest
 from redisserver import RedisServer, needs_redis
 from test_calls import ack, bye, bye_reply, invite, negative_ack, numbered, reply
+from test_captures import kind_of
 from test_cases import CAPTURES, CASES, FIELD, Case, arrivals, faults, stamps
 from test_crash import LOCAL, RATE, RESENT, RatingApi
 
@@ -280,16 +281,21 @@ def told_of(requests: list[tuple[str, dict[str, Any]]]) -> dict[str, list[agent.
 
 
 def play(agents: list[harness.AgentProcess], case: Case, pace: bool, seed: str) -> None:
-    """The packets of a recording, each to an agent chosen at random, at their times or at once."""
-    chance, began = random.Random(seed), time.monotonic()
+    """The packets of a recording, each to an agent chosen at random, at their times or at once.
+
+    At once a retransmission is not to overtake its original, which it leaves 0.5 s after: all that
+    are alike go the same way.
+    """
+    began = time.monotonic()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
         for index, arrival in enumerate(arrivals(case)):
+            chance = random.Random(f"{seed} {index if pace else kind_of(arrival.frame)!r}")
             if pace:
                 gevent.sleep(max(began + arrival.time - time.monotonic(), 0))
             elif index % 20 == 19:
                 gevent.sleep(0.005)
             to = chance.choice(agents)
-            if arrival.frame[:4] == b"HEP3" and chance.random() < 0.3:
+            if pace and arrival.frame[:4] == b"HEP3" and chance.random() < 0.3:
                 harness.send_tcp(to.tcp, [arrival.frame])
             else:
                 datagrams.sendto(arrival.frame, to.udp)
