@@ -1,11 +1,11 @@
-# Two commands do all set-up: `make demo` shows the agent at work, `make test` runs the tests.
+# `make demo` shows the agent at work, and `make test` runs the tests. Both do all set-up by themselves.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := rating_agent_hep.py setup.py scripts tests
 
-# Docker: what runs is told by profiles of docker-compose.yaml.
+# The profiles of docker-compose.yaml say what runs in Docker.
 COMPOSE := docker compose
 ALL_PROFILES := --profile opensips --profile kamailio --profile tester --profile canyan --profile statsd
 SCENARIO := /scenarios/test_
@@ -25,40 +25,43 @@ run: $(VENV)/.runs
 test: lint sip-servers browser
 	$(BIN)/python -m pytest --durations=5
 
-# The kills and restarts of tests/test_crash.py and tests/test_sockets.py, ten times as many: some ten minutes.
+# This runs ten times as many kills and restarts of tests/test_crash.py and tests/test_sockets.py. It
+# takes some ten minutes.
 chaos: $(VENV)/.tests
 	CHAOS=10 $(BIN)/python -m pytest -rP tests/test_crash.py tests/test_sockets.py
 
-# Ten minutes of inputs that no server would send; FUZZ=--seed=7 for others.
+# This takes ten minutes and feeds inputs that no server would send. FUZZ=--seed=7 makes other inputs.
 FUZZ := --seconds 600 --processes 2
 fuzz: $(VENV)/.tests
 	$(BIN)/python scripts/fuzz.py $(FUZZ)
 
-# Ten minutes at 300 calls a second with losses, late and broken packets and a bad API.
+# This takes ten minutes at 300 calls a second, with lost, late and broken packets and a bad API.
 SOAK := --seconds 600 --rate 300
 soak: $(VENV)/.tests
 	$(BIN)/python scripts/soak.py $(SOAK)
 
-# The figures of docs/performance.md: some fifteen minutes, on two cores with nothing else to do.
+# This measures the figures of docs/performance.md. It takes some fifteen minutes, on two cores with
+# nothing else to do.
 bench: $(VENV)/.runs
 	$(BIN)/python scripts/benchmark.py
 
-# Kamailio and SIPp, where packages can be installed; elsewhere the tests say what they skip.
+# This installs Kamailio and SIPp if packages can be installed. Otherwise the tests say what they skip.
 sip-servers:
 	@sh scripts/install_for_tests.sh "Kamailio, SIPp and ip" "kamailio sipp ip" "kamailio sip-tester iproute2"
 
-# Chromium, for the test of the status page; likewise.
+# This installs Chromium for the test of the status page, in the same way.
 browser:
 	@sh scripts/install_for_tests.sh Chromium chromium chromium
 
-# The OpenSIPS scenario with OpenSIPS' recorded mirror, all scenarios with a real Kamailio.
+# test-opensips runs the OpenSIPS scenario with OpenSIPS' recorded mirror. test-kamailio runs all
+# scenarios with a real Kamailio.
 test-opensips: $(VENV)/.tests
 	$(BIN)/python -m pytest tests/test_scenarios.py -k opensips_scenario
 
 test-kamailio: $(VENV)/.tests sip-servers
 	$(BIN)/python -m pytest tests/test_scenarios.py -k "kamailio or every_call or both_ways or proxy or mirror"
 
-# The images of the Dockerfile built by Buildah, and the compose file's services run in them.
+# Buildah builds the images of the Dockerfile, and the services of the compose file run in them.
 test-images: $(VENV)/.runs
 	@sh scripts/install_for_tests.sh "Buildah and debootstrap" "buildah debootstrap ip" \
 	  "buildah debootstrap iproute2"
@@ -73,9 +76,9 @@ format: $(VENV)/.tests
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# Writes the options table of README.md from the module.
+# This writes the options table of docs/configuration.md from the module.
 docs: $(VENV)/.runs
-	$(BIN)/python scripts/options_table.py README.md
+	$(BIN)/python scripts/options_table.py docs/configuration.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -107,7 +110,7 @@ docker-test-opensips:
 docker-test-kamailio:
 	$(COMPOSE) run --rm --build tester $(SCENARIO)kamailio_call.yaml --target kamailio:5060
 
-# All scenarios, through whichever of the two runs.
+# This runs all scenarios through OpenSIPS or Kamailio, whichever of the two runs.
 docker-test:
 	@server=$$($(COMPOSE) $(ALL_PROFILES) ps --services --status running | grep -Ex 'opensips|kamailio' \
 	  | head -n 1); \
@@ -119,15 +122,15 @@ docker-logs:
 	$(COMPOSE) $(ALL_PROFILES) ps --all
 	$(COMPOSE) $(ALL_PROFILES) logs
 
-# The volumes stay: events may wait in the journal.
+# This keeps the volumes, because events may wait in the journal.
 docker-stop:
 	$(COMPOSE) $(ALL_PROFILES) down
 
-# The next start has an empty sandbox and an empty journal.
+# After this the next start has an empty sandbox and an empty journal.
 docker-clean:
 	$(COMPOSE) $(ALL_PROFILES) down --volumes
 
-# Debian and Ubuntu have venv in a package of its own.
+# In Debian and Ubuntu, venv is in a package of its own.
 $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { \
 	  rm -rf $(VENV); \

@@ -25,8 +25,8 @@ was taken in is lost; nothing grows without bound; one bad packet costs only its
 dropped is counted and says why.
 
 The rooms: imports; limits; errors and types; HEP; SIP; routes; the call: facts and a judge; call
-table; outbox; configuration; logs and metrics; store; rating API; delivery; agent; servers;
-command line.
+table; outbox; configuration; logs and metrics; store; Redis; rating API; delivery; cluster; agent;
+servers; command line.
 """
 
 # Room: imports
@@ -74,6 +74,7 @@ from functools import cache, cached_property
 from itertools import accumulate, chain, islice
 from math import inf
 from operator import attrgetter, itemgetter
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import parse_qsl, quote, urlsplit
 
@@ -3786,13 +3787,14 @@ class CallTable:
 #                  Store; a _Backlog counts it;
 #                  loaded when the outbox is half empty
 #
-#   rejected: the API refuses it for good, or its begin was. The store keeps it, and the log has it
-#   whole; `outbox retry` makes it an event that is being written.
+#   An event is rejected when the API refuses it for good, or has refused its begin. The store keeps
+#   it, the log has it whole, and `outbox retry` makes it an event that is being written.
 #
-# Of a call one event at most is ready, delayed, out or settled; those after it stand in a queue of
-# the Outbox. Without a store an event is ready as soon as it is produced, and gone once it is
-# settled. While the store fails, nothing waits for it: an event goes from memory, but stays behind
-# those that are on disk only. Over a limit the events that waited longest are lost, and logged.
+# At most one event of a call is ready, delayed, out or settled; the later ones wait after it in the
+# call's queue in the Outbox. Without a store an event is ready as soon as it is produced, and gone
+# as soon as it is settled. While the store fails, events do not wait for it: they are delivered
+# from memory, after those that are on disk only. Over a limit the events that waited longest are
+# lost; the log has each of them whole.
 
 DELIVERED, REFUSED_BY_API, REJECTED = "delivered", "refused", "rejected"
 # The kind of DeliveryError of an event that its store did not let go.
@@ -3801,19 +3803,19 @@ NOT_OURS = "not_ours"
 NOT_OK = "ok: false"
 
 
-# Calls whose begin was given up, remembered so that their end is given up as well.
-MAX_REFUSED_CALLS = 100_000
-# Refusals of an event that may have been carried out already, each after the API said ok to some
-# event since the refusal before: then its storage service lives. An end had been done; of a begin
-# with both parties one is unknown, so it was not done.
+# Calls whose begin was given up: their end is given up as well when it comes.
+MAX_GIVEN_UP = 100_000
+# So many refusals are believed of an event that may have been carried out already, if the API said
+# ok to another event before each of them, which shows that its storage service lives. They mean
+# that an end had been done, and that a begin with both parties had not: one party is unknown.
 MAX_CONFIRMED_REFUSALS = 2
-# Seconds. A begin with both parties is refused twice so far apart before one is tried alone, and
-# one is tried alone only so shortly after both were: a storage service that restarts takes longer.
+# Seconds. A begin with both parties must be refused twice so far apart before one party is tried
+# alone, and the latest refusal must be no older: a storage service that restarts takes longer.
 REFUSED_APART = 1.0
-# Parties of one API that are left out; of more the oldest is tried again sooner. 0.2 kB each.
+# Parties that are left out for one API, 0.2 kB each. Over that the oldest is tried again sooner.
 MAX_UNKNOWN_PARTIES = 10_000
 # Running calls of one API that were begun with one party alone, 0.2 kB each: five times the default
-# of max_calls. Over that both parties or none are begun, for an end must not name another party.
+# of max_calls. Over that no call is begun with one party alone: its end might name another.
 MAX_ONE_SIDED = 1_000_000
 
 
@@ -3821,8 +3823,9 @@ class Outbox:
     """The events that wait for one API: which may be sent when, in order for each call.
 
     It sends nothing itself. `take` gives out an event, and `settle` or `fail` say what became of
-    it; ``now`` is seconds of a monotonic clock. At most one event of a call is out at a time, and
-    of several that may go the one that came about first.
+    it; ``now`` is seconds of a monotonic clock. At most one event of a call is out at a time. When
+    several events may go, the one that came about first goes first. ``jitter`` gives the factor for
+    each delay.
 
     With ``drop`` a begin that is refused with both parties is sent with the caller alone, then with
     the callee alone. What the API keeps of a running call for one party has the same values either
@@ -3841,19 +3844,19 @@ class Outbox:
         self._jitter = jitter
         self._drop = drop
         self._calls: dict[CallKey, deque[RatingEvent]] = {}
-        # Entries whose queue is no more that of the call are stale, and left out.
+        # An entry is stale, and is skipped, once its queue is no longer the call's.
         self._ready: list[tuple[int, int, CallKey, deque[RatingEvent]]] = []
         self._delayed: list[tuple[float, int, CallKey, deque[RatingEvent]]] = []
-        # Calls of which an event is out, or one that was answered is not `release`d yet. These and
-        # the next two have the store of the call, for `forget`.
+        # Calls of which an event is out, or was settled and not `release`d yet. These and the next
+        # two have the store of the call, for `forget`.
         self._out: dict[CallKey, Any] = {}
-        # Calls whose begin was given up: their end must not be sent alone.
+        # Calls whose begin was given up, so that their end must not be sent.
         self._given_up: OrderedDict[CallKey, Any] = OrderedDict()
-        # Whom alone the begins of running calls were taken with: their ends must name no other.
+        # Running calls that were begun with one party alone: their ends must name no other.
         self._one_sided: dict[CallKey, tuple[str, Any]] = {}
         # Tenants and tags that the API does not know, and until when they are left out.
         self._unknown: OrderedDict[tuple[str, str], float] = OrderedDict()
-        self._waiting = 0
+        self._size = 0
         self._sequence = 0
         self._failures = 0
         self._down_until = 0.0
@@ -3861,7 +3864,7 @@ class Outbox:
         self._probe: RatingEvent | None = None
 
     def __len__(self) -> int:
-        return self._waiting
+        return self._size
 
     @property
     def down(self) -> bool:
@@ -3874,7 +3877,7 @@ class Outbox:
         return bool(self._out) or (bool(self._ready) and not self.down)
 
     def put(self, event: RatingEvent) -> tuple[bool, list[RatingEvent]]:
-        """Add an event: whether it will be sent, and what had to leave memory for it."""
+        """Add an event; returns whether it will be sent, and the events that are lost for it."""
         if event.kind == "end" and event.key in self._given_up:
             del self._given_up[event.key]
             return False, []
@@ -3886,13 +3889,13 @@ class Outbox:
         queue.append(event)
         if len(queue) == 1 and event.key not in self._out:
             self._make_ready(event.key, queue)
-        self._waiting += 1
+        self._size += 1
         return True, self._make_room()
 
     def give_up(self, key: CallKey, store: Any = None) -> None:
-        """A begin will not be sent; its end is not accepted, then."""
+        """A begin will not be sent, so its end will not be accepted."""
         self._given_up[key] = store
-        if len(self._given_up) > MAX_REFUSED_CALLS:
+        if len(self._given_up) > MAX_GIVEN_UP:
             self._given_up.popitem(last=False)
 
     def begun(self, key: CallKey, party: str, store: Any = None) -> None:
@@ -3900,13 +3903,13 @@ class Outbox:
         self._one_sided[key] = (party, store)
 
     def restrict(self, event: RatingEvent) -> None:
-        """Leave in an end whom its begin was taken with."""
+        """Take out of an end the party that its begin was taken without."""
         party, _ = self._one_sided.pop(event.key, ("", None))
         if party and event.kind == "end":
             event.keep_only(party)
 
     def leave_out(self, event: RatingEvent, now: float) -> bool:
-        """Leave who was left out of a begin out of others for a while; True where that is news."""
+        """Leave who was left out of this begin out of others for a while; True if it is news."""
         unknown, key = self._unknown, (event.tenant, event.left_out)
         while unknown and next(iter(unknown.values())) <= now:
             unknown.popitem(last=False)
@@ -3921,7 +3924,7 @@ class Outbox:
         """The next event to send, or None while there is none that may go."""
         if self.down and (self._probe is not None or now < self._down_until):
             return None
-        # While it is down each probe is another event, in case that one of them is the reason.
+        # While it is down each probe is another event: one of them may be the reason.
         while not self.down and self._delayed and self._delayed[0][0] <= now:
             self._undelay()
         queue = self._next_ready()
@@ -3939,52 +3942,29 @@ class Outbox:
         return event
 
     def settle(
-        self, event: RatingEvent, outcome: str, now: float, hold: bool = False
+        self, event: RatingEvent, outcome: str, now: float, committed: bool = True
     ) -> tuple[str, list[RatingEvent]]:
         """The API answered; returns what that means and the events that are rejected for good.
 
         The meaning is DELIVERED, REJECTED, or REFUSED_BY_API for an event that is tried again.
-        With ``hold`` the call's next event waits for `release`.
+        Without ``committed`` the call's next event waits for `release`.
         """
-        if self.down:
-            # What failed with the API goes first again, being the oldest; what it refused waits.
-            failed = [entry for entry in self._delayed if entry[3][0].answer != NOT_OK]
-            self._delayed = [entry for entry in self._delayed if entry[3][0].answer == NOT_OK]
-            heapq.heapify(self._delayed)
-            for _, _, key, queue in failed:
-                if self._calls.get(key) is queue:
-                    self._make_ready(key, queue)
-        self._failures = 0
-        self._back(event)
+        self._come_back(event)
+        self._come_up()
         if outcome == REFUSED_BY_API:
             outcome = self._refused(event, now)
         elif outcome == DELIVERED:
             outcome = self._accepted(event, now)
         if outcome == REFUSED_BY_API:
             return REFUSED_BY_API, []
-        queue = self._calls[event.key]
-        gone = [queue.popleft()]
-        if event.kind == "begin" and event.left_out:
-            self._one_sided[event.key] = (event.party, event.store)
-            if queue:
-                self.restrict(queue[0])
-        if outcome == REJECTED and event.kind == "begin":
-            # Its end goes with it, but not the begin of another call with the same tag.
-            while queue and queue[0].kind == "end":
-                gone.append(queue.popleft())
-            if not queue and gone[-1].kind == "begin":
-                self.give_up(event.key, event.store)
-        self._waiting -= len(gone)
-        if not queue:
-            del self._calls[event.key]
-        if hold:
-            self._out[event.key] = event.store
-        elif queue:
-            self._make_ready(event.key, queue)
-        return (REJECTED, gone) if outcome == REJECTED else (DELIVERED, [])
+        settled = self._remove(event, outcome)
+        self._out[event.key] = event.store
+        if committed:
+            self.release(event.key)
+        return outcome, settled if outcome == REJECTED else []
 
     def release(self, key: CallKey) -> None:
-        """What was settled with ``hold`` is on disk: the call's next event may go."""
+        """What was settled is on disk: the call's next event may go."""
         self._out.pop(key, None)
         queue = self._calls.get(key)
         if queue:
@@ -3992,7 +3972,7 @@ class Outbox:
 
     def fail(self, event: RatingEvent, error: DeliveryError, now: float) -> None:
         """The API gave no answer that counts: the event is sent again, the same octets, later."""
-        # Requests that were under way together fail together: that is one outage, not many.
+        # Requests that were under way together fail together: that is one failure, not many.
         if not self.down or self._probe is event:
             self._failures += 1
             if self.down:
@@ -4001,9 +3981,9 @@ class Outbox:
         if error.wait:
             self._failures = max(self._failures, DOWN_AFTER)
             self._down_until = max(self._down_until, now + error.wait)
-        self._back(event)
+        self._come_back(event)
         if error.unknown:
-            # What was known before says nothing of this attempt.
+            # The refusals before say nothing about this attempt.
             event.unknown, event.confirmed, event.refused_at = True, 0, now
         event.party = ""
         event.answer = str(error)
@@ -4012,7 +3992,7 @@ class Outbox:
 
     def hold_back(self, event: RatingEvent, now: float) -> None:
         """The event was not sent, for a reason that is not the API's: it goes later."""
-        self._back(event)
+        self._come_back(event)
         event.attempts -= 1
         self._delay(event, now, 1)
 
@@ -4025,7 +4005,7 @@ class Outbox:
         """Let go of the events of a store but for those that are out; whether there are any."""
         for key, queue in list(self._calls.items()):
             if queue[0].store is store and key not in self._out:
-                self._waiting -= len(self._calls.pop(key))
+                self._size -= len(self._calls.pop(key))
         return any(other is store for other in self._out.values())
 
     def forget(self, store: Any) -> None:
@@ -4043,7 +4023,7 @@ class Outbox:
     def undelivered(self) -> list[RatingEvent]:
         """All that still waits, the calls in order of their oldest event."""
         for key in self._out:
-            # Its answer can't come any more.
+            # Nobody waits for its answer any more.
             if key in self._calls:
                 self._calls[key][0].unknown = True
         return [event for queue in self._calls.values() for event in queue]
@@ -4066,18 +4046,18 @@ class Outbox:
         return bool(self._drop and event.kind == "begin" and both and room)
 
     def _accepted(self, event: RatingEvent, now: float) -> str:
-        """What ``ok: true`` means: DELIVERED, or REFUSED_BY_API for what is sent again."""
+        """What ``ok: true`` means: DELIVERED, or REFUSED_BY_API to send it again."""
         self._last_ok = now
         if event.kind == "begin" and event.party:
             if event.unknown and event.confirmed < MAX_CONFIRMED_REFUSALS:
-                # Both may be begun already, while the storage service was away just before.
+                # The storage service may have begun both before it went away for a moment.
                 self._delay(event, now, max(event.refusals, 1))
                 return REFUSED_BY_API
             event.keep_only(event.party)
         return DELIVERED
 
     def _refused(self, event: RatingEvent, now: float) -> str:
-        """What ``ok: false`` means: as `_accepted`, or REJECTED."""
+        """What ``ok: false`` means: DELIVERED, REJECTED, or REFUSED_BY_API to send it again."""
         event.answer = NOT_OK
         party = ""
         if event.kind == "end" or not event.party:
@@ -4092,8 +4072,8 @@ class Outbox:
             event.party = party
             self._make_ready(event.key, self._calls[event.key])
             return REFUSED_BY_API
-        # A dead storage service answers ok: false as well, so that is believed only after
-        # some minutes. Then it means for an end that may have arrived: it had.
+        # A dead storage service answers ok: false as well, so that is believed only after some
+        # minutes. Then an end that may have arrived before had arrived.
         done_before = event.kind == "end" and event.unknown
         done_surely = done_before and event.confirmed >= MAX_CONFIRMED_REFUSALS
         if event.refusals < MAX_REFUSALS and not done_surely:
@@ -4101,10 +4081,41 @@ class Outbox:
             return REFUSED_BY_API
         return DELIVERED if done_before else REJECTED
 
-    def _back(self, event: RatingEvent) -> None:
+    def _come_back(self, event: RatingEvent) -> None:
         self._out.pop(event.key, None)
         if self._probe is event:
             self._probe = None
+
+    def _come_up(self) -> None:
+        """The API answers. What failed while it was down goes first, being the oldest."""
+        if self.down:
+            failed = [entry for entry in self._delayed if entry[3][0].answer != NOT_OK]
+            # What it refused has its own time.
+            self._delayed = [entry for entry in self._delayed if entry[3][0].answer == NOT_OK]
+            heapq.heapify(self._delayed)
+            for _, _, key, queue in failed:
+                if self._calls.get(key) is queue:
+                    self._make_ready(key, queue)
+        self._failures = 0
+
+    def _remove(self, event: RatingEvent, outcome: str) -> list[RatingEvent]:
+        """Take out an event that was DELIVERED or REJECTED; returns all that goes with it."""
+        queue = self._calls[event.key]
+        removed = [queue.popleft()]
+        if event.kind == "begin" and event.left_out:
+            self.begun(event.key, event.party, event.store)
+            if queue:
+                self.restrict(queue[0])
+        if outcome == REJECTED and event.kind == "begin":
+            # Its end goes with it, but not the begin of another call with the same tag.
+            while queue and queue[0].kind == "end":
+                removed.append(queue.popleft())
+            if not queue and removed[-1].kind == "begin":
+                self.give_up(event.key, event.store)
+        self._size -= len(removed)
+        if not queue:
+            del self._calls[event.key]
+        return removed
 
     def _backoff(self, failures: int) -> float:
         return min(RETRY_FIRST * 2.0 ** min(failures - 1, 16), RETRY_LAST) * self._jitter()
@@ -4131,14 +4142,14 @@ class Outbox:
         return None
 
     def _make_room(self) -> list[RatingEvent]:
-        """Take out the oldest waiting calls' events over the limit."""
+        """Take out the events of the calls that wait longest, down to the limit."""
         gone: list[RatingEvent] = []
-        while self._waiting > self.limit:
+        while self._size > self.limit:
             key = next((key for key in self._calls if key not in self._out), None)
             if key is None:
                 break
             events = self._calls.pop(key)
-            self._waiting -= len(events)
+            self._size -= len(events)
             if events[-1].kind == "begin":
                 self.give_up(key, events[-1].store)
             gone += events
@@ -4998,7 +5009,8 @@ class Metrics:
 # them in SQLite, for one agent alone. Another kind of store has the same methods and attributes:
 #
 #   at a start     load_calls, last_serial, count_events, load_given_up, load_one_sided
-#   notes          put_call, drop_call, put_event, put_attempt, drop_event, reject_event, retry_event
+#   notes          put_call, drop_call, put_event, put_attempt, drop_event, reject_event,
+#                  retry_event
 #   to disk        commit writes all notes; due is set while there are some, unwritten counts them,
 #                  failure says why they can't be written, "" while they can
 #   while it runs  load_events, load_retries, count_rejected; these raise StoreError
@@ -5006,15 +5018,15 @@ class Metrics:
 #   at the end     close
 #
 # A note never waits and never fails. All notes on one row are written together, so that a call and
-# its events always fit. An event is the store's own (``event.store``) from put_event or load_events.
+# its events always fit. put_event and load_events set ``event.store``.
 
-# Octets "HEPJ" as the application_id of a file, so that no other program's is touched.
+# The octets "HEPJ" as application_id of our files: another program's file is never touched.
 _JOURNAL_ID = 0x4845504A
 JOURNAL_FILE = "journal.sqlite"
-# What a file holds, and the version that says so: facts of calls since 2. A row of ``calls`` stays
-# until its call has left the table and both events were answered. ``call`` is the text of
-# `pack_call`, empty once it left; a serial is greater than 0 while its event waits; attempts and
-# answer are of the event that goes next; party is whom alone the begin was taken with.
+# The version of what a file holds. A row of ``calls`` stays until its call has left the table and
+# both events were answered. ``call`` is the text of `pack_call`, empty once the call has left. A
+# serial is greater than 0 while its event waits. ``attempts`` and ``answer`` are of the event that
+# goes next. ``party`` is the one party that the begin was taken with, where it was one alone.
 JOURNAL_VERSION = 2
 _SCHEMA = """
     CREATE TABLE calls (
@@ -5049,7 +5061,8 @@ _CLEAN_REJECTED = """
     DELETE FROM rejected WHERE serial IN (SELECT value FROM json_each(?)) OR serial <=
     (SELECT serial FROM rejected ORDER BY serial DESC LIMIT 1 OFFSET ?)
 """
-# Waiting events after a serial in order, as one row for the same reason.
+# The events that wait after a serial, in order. They come as one JSON text, because each row that
+# is fetched gives the interpreter's lock away, as in `_write_calls`.
 _WAITING = """
     SELECT json_group_array(json_array(serial, id, api, json(event), attempts, answer, party))
     FROM (
@@ -5075,7 +5088,7 @@ _REJECTED = """
         SELECT * FROM rejected WHERE retry = ?1 AND serial > ?2 ORDER BY serial LIMIT ?3
     )
 """
-# Of rejected events those of some Call-IDs or transaction tags, or all.
+# Rejected events of some Call-IDs or transaction tags, or all of them.
 _OF_CALLS = """
     WHERE ?1 = '[]' OR json_extract(event, '$[1]') IN (SELECT value FROM json_each(?1))
     OR json_extract(event, '$[3]') IN (SELECT value FROM json_each(?1))
@@ -5086,9 +5099,9 @@ _OF_CALLS = """
 def _write_calls(number: int) -> str:
     """The statement that writes so many rows, those without an id left out.
 
-    One for all rows: each call into sqlite3 gives the interpreter's lock away, and while the event
-    loop is busy it takes 5 ms to get it back. Its length is a power of two, so that a few prepared
-    ones do; values that are bound cost a third of what a JSON text of them does.
+    One for all rows: each call into sqlite3 gives the interpreter's lock away, and gets it back
+    from a busy event loop only after a switch interval. The number is a power of two, so that a few
+    prepared statements do. Values are bound: a JSON text of them costs three times as much.
     """
     rows = ", ".join([f"({', '.join('?' * (1 + len(_COLUMNS)))})"] * number)
     return f"""
@@ -5116,19 +5129,15 @@ def inspect_journal(folder: str) -> str:
     Raises ConfigError for a folder that can't be used, and for a file that is damaged, another
     program's or a newer version's.
     """
-
-    def refuse(path: str, text: str, allowed: str) -> ConfigError:
-        return ConfigError(printable(f"state_dir: {path}: {text}; allowed: {allowed}"))
-
     if not os.path.isdir(folder):
         parent = os.path.dirname(os.path.abspath(folder))
         if os.path.exists(folder):
-            raise refuse(folder, "not a folder", "a folder, or a path at which to make one")
+            raise _unfit(folder, "not a folder", "a folder, or a path at which to make one")
         if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
-            raise refuse(folder, "cannot be made", "a folder in one that is there and writable")
+            raise _unfit(folder, "cannot be made", "a folder in one that is there and writable")
         return ""
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
-        raise refuse(folder, "not writable", "a folder that this user may read and write")
+        raise _unfit(folder, "not writable", "a folder that this user may read and write")
     path = os.path.join(folder, JOURNAL_FILE)
     try:
         with open(path, "rb") as file:
@@ -5136,31 +5145,43 @@ def inspect_journal(folder: str) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise refuse(path, str(error.strerror), "a file that this user may read") from None
+        raise _unfit(path, str(error.strerror), "a file that this user may read") from None
+    _check_head(path, head)
+    _check_content(path)
+    return path
+
+
+def _unfit(path: str, text: str, allowed: str) -> ConfigError:
+    return ConfigError(printable(f"state_dir: {path}: {text}; allowed: {allowed}"))
+
+
+def _check_head(path: str, head: bytes) -> None:
     # Read here and not through SQLite, which writes to what it opens. SQLite's file format, 1.3.
     if head[:16] != b"SQLite format 3\0" or head[68:72] != _JOURNAL_ID.to_bytes(4, "big"):
-        raise refuse(path, "a file of another program, left untouched", "a folder of its own")
+        raise _unfit(path, "a file of another program, left untouched", "a folder of its own")
     version = int.from_bytes(head[60:64], "big")
     if version != JOURNAL_VERSION:
         written = "an earlier tree" if version < JOURNAL_VERSION else "a newer agent"
-        raise refuse(
+        raise _unfit(
             path,
             f"version {version}, written by {written}, left untouched",
             f"version {JOURNAL_VERSION}, or an empty folder",
         )
+
+
+def _check_content(path: str) -> None:
     try:
         # A reader never checkpoints, so the file itself stays as it is.
         with closing(_connect(path, "ro")) as db:
             fault = str(db.execute("PRAGMA quick_check(1)").fetchone()[0])
             db.execute("SELECT count(*) FROM rejected").fetchone()
     except sqlite3.OperationalError as error:
-        raise refuse(path, str(error), "a file that can be read") from None
+        raise _unfit(path, str(error), "a file that can be read") from None
     except sqlite3.DatabaseError as error:
         fault = str(error)
     if fault != "ok":
         fault = " ".join(fault.replace("*", "").split())
-        raise refuse(path, f"damaged, left untouched: {fault}", "a whole file, or none")
-    return path
+        raise _unfit(path, f"damaged, left untouched: {fault}", "a whole file, or none")
 
 
 # Seconds to wait for a lock, which `outbox retry` and `outbox drop` hold for milliseconds.
@@ -5178,10 +5199,10 @@ def _connect(path: str, mode: str) -> sqlite3.Connection:
 
 
 def _wal_frames(path: str) -> tuple[int, int]:
-    """Frames in a write-ahead log that claim to belong to it, and octets behind the last whole one.
+    """How many frames a write-ahead log has, and how many octets after the last whole one.
 
-    SQLite leaves out what comes after the last whole commit without a word. Frames of an earlier
-    round have other salts (SQLite's file format, section 4.1).
+    SQLite drops what comes after the last whole commit, and does not say so. Frames of an earlier
+    round of the log have other salts (SQLite's file format, section 4.1).
     """
     try:
         with open(path, "rb") as file:
@@ -5201,24 +5222,23 @@ def _wal_frames(path: str) -> tuple[int, int]:
         return 0, 0
 
 
-# Events that are read from the journal at once: some 5 ms of work on the event loop.
+# Events that are read from the journal at once; the event loop waits while they are unpacked.
 MAX_LOADED = 500
-# Rows of one commit: some 2 ms of work on the event loop to put them together.
+# Rows of one transaction; the event loop waits while they are put together.
 JOURNAL_GROUP = 2_000
 # Seconds between attempts to return to a journal that failed.
 JOURNAL_RETRY = 5.0
-# Octets to which the write-ahead log is cut once it was larger, as it is after a long commit.
+# Octets to which the write-ahead log is cut when a long commit made it larger.
 JOURNAL_WAL = 64 * 1024 * 1024
 
 
 class Journal:
-    """The calls and waiting events on disk: one SQLite file in ``state_dir``, for one agent.
+    """The store of an agent alone: one SQLite file in ``state_dir``.
 
-    `change` notes what is to be written, `commit` writes it, in a thread of gevent's pool, so that
-    the event loop never waits for the disk. When it can't be written, ``failure`` says why, what is
-    noted stays in memory, and each commit tries again from time to time. ``due`` is set while there
-    is something to write. Raises ConfigError, as `inspect_journal` does, and where another agent
-    works in the same folder.
+    `commit` writes in a thread of gevent's pool, so that the event loop never waits for the disk.
+    When it fails, what was noted stays in memory, and a later commit tries again. ``torn`` says
+    what a power cut left of the last commits, "" for nothing. Raises ConfigError, as
+    `inspect_journal` does, and where another agent works in the same folder.
     """
 
     def __init__(self, folder: str) -> None:
@@ -5248,7 +5268,8 @@ class Journal:
             " coalesce(end_serial, 0))), 0) FROM calls),"
             " (SELECT coalesce(max(max(id, serial)), 0) FROM rejected))"
         ).fetchone()
-        # Rows up to here may be on disk; one that comes and goes before that is not written.
+        # Rows up to this one may be on disk. A later one that is done before a commit is never
+        # written.
         self._highest = self.last_serial
 
     @staticmethod
@@ -5279,14 +5300,14 @@ class Journal:
     def _open(self, folder: str, path: str) -> sqlite3.Connection:
         if not path:
             path = os.path.join(folder, JOURNAL_FILE)
-            # Under another name until it is whole, so that no half-made file is ever taken for one.
+            # It has another name until it is whole, so that no half-made file is taken for one.
             with suppress(FileNotFoundError):
                 os.unlink(path + ".new")
             with closing(_connect(path + ".new", "rwc")) as db:
                 self._create(db)
             os.chmod(path + ".new", 0o600)
             os.rename(path + ".new", path)
-            # The name, too, must outlive a power cut.
+            # The name must outlive a power cut as well.
             directory = os.open(folder, os.O_RDONLY)
             os.fsync(directory)
             os.close(directory)
@@ -5405,10 +5426,10 @@ class Journal:
         return len(self._pending) + len(self._writing)
 
     def commit(self, patience: float | None = None) -> bool:
-        """Write what was noted so far; waits in the calling greenlet. True once it is on disk.
+        """Write what was noted so far, in the calling greenlet. Returns whether it is on disk.
 
-        ``patience`` is how many seconds the disk may take; by default JOURNAL_STALL, and while the
-        journal fails it is tried only each JOURNAL_RETRY and not waited for.
+        ``patience`` is how many seconds the disk may take. The default is JOURNAL_STALL. While the
+        journal fails, the default is not to wait, and to try again each JOURNAL_RETRY.
         """
         while self._job is not None or self._pending or self._rejected:
             if self._job is None:
@@ -5422,7 +5443,7 @@ class Journal:
                 return self._fail("the disk does not answer") if late else False
             error, self._job = self._job.get(), None
             if error:
-                self._take_back()
+                self._note_again()
                 return self._fail(error)
             self._writing, self._rejecting = {}, {}
         return self._succeed()
@@ -5435,28 +5456,28 @@ class Journal:
         size = 1 << max(len(rows) - 1, 0).bit_length()
         values = [value for row, columns in self._writing.items() for value in (row, *columns)]
         values += [None] * ((size - len(rows)) * (1 + len(_COLUMNS)))
-        over = [
+        done = [
             row
             for row, columns in self._writing.items()
             if _NO_CALL in columns or _NO_EVENT in columns
         ]
-        rejected = [[serial, *kept] for serial, kept in self._rejecting.items() if kept]
-        taken_up = [serial for serial, kept in self._rejecting.items() if kept is None]
+        rejected = [[serial, *packed] for serial, packed in self._rejecting.items() if packed]
+        retried = [serial for serial, packed in self._rejecting.items() if packed is None]
         self._started = time.monotonic()
         self._job = self._pool.spawn(
-            self._write, values, json.dumps(over), json.dumps(rejected), json.dumps(taken_up)
+            self._write, values, json.dumps(done), json.dumps(rejected), json.dumps(retried)
         )
 
-    def _write(self, calls: list[Any], over: str, rejected: str, taken_up: str) -> str:
+    def _write(self, calls: list[Any], done: str, rejected: str, retried: str) -> str:
         """In the pool's thread: one transaction; returns what went wrong, "" for nothing."""
         db = self._db
         try:
             db.execute("BEGIN IMMEDIATE")
             db.execute(_write_calls(len(calls) // (1 + len(_COLUMNS))), calls)
-            db.execute(_CLEAN_CALLS, (over,))
-            if rejected != "[]" or taken_up != "[]":
+            db.execute(_CLEAN_CALLS, (done,))
+            if rejected != "[]" or retried != "[]":
                 db.execute(_WRITE_REJECTED, (rejected,))
-                db.execute(_CLEAN_REJECTED, (taken_up, MAX_REJECTED))
+                db.execute(_CLEAN_REJECTED, (retried, MAX_REJECTED))
             db.execute("COMMIT")
         except sqlite3.Error as error:
             with suppress(sqlite3.Error):
@@ -5464,7 +5485,7 @@ class Journal:
             return str(error)
         return ""
 
-    def _take_back(self) -> None:
+    def _note_again(self) -> None:
         for row, columns in self._pending.items():
             older = self._writing.get(row, columns)
             self._writing[row] = [
@@ -5528,7 +5549,7 @@ class Journal:
         return True
 
     def close(self, patience: float) -> None:
-        """Give the file back; ``patience`` in seconds is how long the disk may take."""
+        """Close the file and unlock the folder; ``patience`` is how many seconds that may take."""
         self._pool.spawn(self._db.close).wait(timeout=patience)
         self._lock.close()
 
@@ -6169,7 +6190,13 @@ class RedisStore:
 
 # Room: rating API
 
-# gevent's goes through the loop, which takes 10 us; a look at one socket never waits.
+# The request is written here, and the usual answer is read here. Connections and TLS are left to
+# urllib3, any other answer to http.client. This takes less than a quarter of the CPU that it takes
+# http.client to do all, and a sixth of urllib3's. With every answer read by http.client a call
+# would cost a quarter more.
+
+# gevent's goes through the event loop, which takes longer than the rest of a request; a look at one
+# socket never waits.
 _plain_poll = monkey.get_original("select", "poll")
 _HTTP_LENGTH = re.compile(rb"(?i)\r\ncontent-length:[ \t]*(\d{1,9})[ \t]*(?=\r\n|\Z)")
 # What asks for more than to take the octets as they are: http.client knows how.
@@ -6255,10 +6282,6 @@ class RatingApi:
         """One request: status, Retry-After and body of the answer. Raises DeliveryError.
 
         The last thing before it is sent is to ask the event's store whether it still may be.
-
-        urllib3's own way of one takes 120 us, of which the network is 30: a queue, a poll through
-        the event loop, an e-mail parser for the headers. So the request is written and the usual
-        answer read here; connects and TLS are urllib3's, an unusual answer is http.client's.
         """
         connection, sent, whole = None, False, False
         # One limit for all of it: a server that trickles would hold a worker.
@@ -6271,12 +6294,8 @@ class RatingApi:
                     raise DeliveryError(NOT_OURS, "another agent may have its shard", False)
                 sent = True
                 request = f"POST {self._prefix}{path} {self._head}{len(body)}\r\n\r\n"
-                octets = request.encode("latin-1") + body
-                # sendall looks up the size of the send buffer first: 3 us.
-                size = connection.sock.send(octets)
-                if size < len(octets):
-                    connection.sock.sendall(octets[size:])
-                status, retry_after, answer, whole = _read_answer(connection.sock)
+                connection.sock.sendall(request.encode("latin-1") + body)
+                status, retry_after, answer, whole = _read_answer(connection)
                 return status, retry_after, answer
         except gevent.Timeout as timeout:
             if timeout is not limit:
@@ -6293,7 +6312,7 @@ class RatingApi:
             if whole:
                 self._idle.append(connection)
             elif connection is not None:
-                connection.close()
+                _close(connection)
 
     def _connect(self) -> Any:
         """A connection that is open: one that is idle, or a new one."""
@@ -6304,33 +6323,43 @@ class RatingApi:
             poll.register(connection.sock, select.POLLIN)
             if not poll.poll(0):
                 return connection
-            connection.close()
+            _close(connection)
         connection = self._class(**self._address, timeout=self._timeout)
         try:
             connection.connect()
             connection.sock.settimeout(None)
+            connection.answers = connection.sock.makefile("rb")
         except BaseException:
             connection.close()
             raise
         return connection
 
 
+def _close(connection: Any) -> None:
+    # The socket is open for as long as a file of it is.
+    connection.answers.close()
+    connection.close()
+
+
 # Octets. An answer of the rating API is about 150; more than this is not read.
 MAX_API_ANSWER = 65_536
 
 
-def _read_answer(sock: Any) -> tuple[int, str, bytes, bool]:
+def _read_answer(connection: Any) -> tuple[int, str, bytes, bool]:
     """Status, Retry-After and body of an answer, and whether the connection is of further use.
 
     Raises OSError, http.client.HTTPException.
     """
-    data = sock.recv(MAX_API_ANSWER)
+    data = connection.answers.peek()
     head, _, answer = data.partition(b"\r\n\r\n")
     if head.startswith(b"HTTP/1.1 200 ") and _UNUSUAL_HEADER.search(head) is None:
         lengths = _HTTP_LENGTH.findall(head)
         if len(lengths) == 1 and int(lengths[0]) == len(answer):
+            connection.answers.read(len(data))
             return 200, "", answer, True
-    response = http.client.HTTPResponse(_Replay(data, sock), method="POST")  # type: ignore[arg-type]
+    # http.client wants to make the file itself, and closes it.
+    source: Any = SimpleNamespace(makefile=lambda _: connection.answers)
+    response = http.client.HTTPResponse(source, method="POST")
     try:
         response.begin()
         answer = response.read(MAX_API_ANSWER)
@@ -6340,46 +6369,23 @@ def _read_answer(sock: Any) -> tuple[int, str, bytes, bool]:
         return response.status, response.headers.get("Retry-After", ""), answer, whole
     finally:
         response.close()
-
-
-class _Replay(io.RawIOBase):
-    """A socket of which something was read already, as far as http.client reads from it."""
-
-    def __init__(self, data: bytes, sock: Any) -> None:
-        self._data = data
-        self._sock = sock
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if not self._data:
-            return int(self._sock.recv_into(buffer)) if self._sock else 0
-        size = min(len(buffer), len(self._data))
-        buffer[:size], self._data = self._data[:size], self._data[size:]
-        return size
+        connection.answers = connection.sock.makefile("rb")
 
 
 # Room: delivery
 
 Store = Journal | RedisStore
 
-# The share by which a delay is shorter or longer, so that what failed together comes apart.
-JITTER = 0.25
-
 
 class _Backlog:
-    """The events for one API that are in one store but not in the outbox.
+    """The events for one API that wait in one store and not in the outbox.
 
-    They came about after all that the outbox had of this store: ``reached`` is the serial of the
-    last one. ``unwritten`` are those among them that the store couldn't write so far.
+    ``reached`` is the serial of the last event that the outbox got from the store; these came about
+    after it. ``unwritten`` are those among them that the store could not write yet.
     """
 
-    def __init__(self, count: int = 0) -> None:
-        self.count = count
+    def __init__(self) -> None:
+        self.count = 0
         self.reached = 0
         self.unwritten: deque[RatingEvent] = deque()
 
@@ -6410,12 +6416,17 @@ class _Lane:
         return len(self.outbox) + self.stored
 
 
+# The share by which a delay is shorter or longer: what failed together is not sent together again.
+JITTER = 0.25
+
+
 class Delivery:
     """Workers that tell the rating APIs what happened: ``rating_api_concurrency`` for each API.
 
-    With a store, an event comes here once it is written there, MAX_EVENTS_IN_MEMORY of them are
-    held in memory, and the next event of a call waits until it is written that the one before was
-    answered: begun again after its end, a call would be charged twice.
+    An event that has a store comes here once it is written there. MAX_EVENTS_IN_MEMORY of them are
+    in the outbox, the later ones in the store alone. The next event of a call waits until it is
+    written that the one before was answered: a call that is begun again after its end is charged
+    twice.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
@@ -6425,7 +6436,7 @@ class Delivery:
         self._workers: list[gevent.Greenlet] = []
 
     def restore(self, store: Store) -> None:
-        """Know what waits in a store, and how its running calls were begun."""
+        """Learn what waits in a store, and how its running calls were begun."""
         for url, count in store.count_events().items():
             self._lane(url).backlogs[store].count = count
         for key in store.load_given_up():
@@ -6434,14 +6445,15 @@ class Delivery:
             self._lane(key[0]).outbox.begun(key, party, store)
 
     def put(self, event: RatingEvent, written: bool = False) -> None:
-        """Hand over an event for delivery; ``written`` says that its store has it. Never waits."""
+        """Take an event for delivery; ``written`` says that its store has it. Never waits."""
         lane = self._lane(event.api_url)
         backlog = lane.backlogs[event.store]
         if backlog.count or (written and len(lane.outbox) >= MAX_EVENTS_IN_MEMORY):
             backlog.count += 1
             if not written:
                 backlog.unwritten.append(event)
-                self._bound(lane, backlog)
+                if len(backlog.unwritten) > MAX_WAITING_EVENTS:
+                    self._lose_unwritten(lane, backlog)
             return
         self._enqueue(lane, event)
         self._wake(lane)
@@ -6482,13 +6494,13 @@ class Delivery:
         ]
 
     def release(self, event: RatingEvent) -> None:
-        """It is settled what became of this event: the next one of its call may go."""
+        """It is on disk what became of this event: the next one of its call may go."""
         lane = self._lane(event.api_url)
         lane.outbox.release(event.key)
         self._wake(lane)
 
     def forget_unwritten(self, store: Store) -> None:
-        """The store has written all."""
+        """The store has written all, so that it can be loaded."""
         for lane in self._lanes.values():
             lane.backlogs[store].unwritten.clear()
 
@@ -6536,7 +6548,7 @@ class Delivery:
 
     @staticmethod
     def _wake(lane: _Lane) -> None:
-        # The worker that waits shortest goes first; its connection is the warmest.
+        # The worker that has waited shortest goes first: its connection is most likely open.
         if lane.idle:
             lane.idle.pop().set()
 
@@ -6549,13 +6561,12 @@ class Delivery:
         for each in lost:
             self._lose(lane, each)
 
-    def _bound(self, lane: _Lane, backlog: _Backlog) -> None:
-        if len(backlog.unwritten) > MAX_WAITING_EVENTS:
-            backlog.count -= 1
-            lost = backlog.unwritten.popleft()
-            if lost.kind == "begin":
-                lane.outbox.give_up(lost.key, lost.store)
-            self._lose(lane, lost)
+    def _lose_unwritten(self, lane: _Lane, backlog: _Backlog) -> None:
+        backlog.count -= 1
+        lost = backlog.unwritten.popleft()
+        if lost.kind == "begin":
+            lane.outbox.give_up(lost.key, lost.store)
+        self._lose(lane, lost)
 
     def _lose(self, lane: _Lane, event: RatingEvent) -> None:
         self._metrics.count("events.lost")
@@ -6581,12 +6592,12 @@ class Delivery:
 
     def _load_some(self, lane: _Lane, store: Store | None, backlog: _Backlog) -> None:
         assert store is not None
-        # More may come while the store is read.
         count = backlog.count
         events = store.load_events(lane.api.url, backlog.reached, MAX_LOADED)
         if store not in lane.backlogs:
             return
         if not events:
+            # All that is on disk was loaded. What came while the store was read still counts.
             events = [x for x in backlog.unwritten if x.serial > backlog.reached]
             backlog.unwritten.clear()
             backlog.count -= count - len(events)
@@ -6617,7 +6628,7 @@ class Delivery:
             outcome = error
         except Exception as error:
             # A fault of ours must not end the worker: the event is tried again like any other.
-            # The error's text may hold a header, and that a token: only where it came from.
+            # Only where it came from is logged: the error's text may hold a header with a token.
             where = "".join(traceback.format_tb(error.__traceback__))
             extra = {"event": "internal_error", "where": where, **event.fields()}
             log.warning("delivery failed: %s", type(error).__name__, extra=extra)
@@ -6654,28 +6665,34 @@ class Delivery:
 
     def _settle(self, lane: _Lane, event: RatingEvent, outcome: str) -> None:
         store = event.store
-        meaning, gone = lane.outbox.settle(event, outcome, time.monotonic(), store is not None)
+        meaning, rejected = lane.outbox.settle(event, outcome, time.monotonic(), store is None)
         self._metrics.count(f"api.answers.{outcome}")
         if meaning == DELIVERED:
-            done = "done before" if outcome == REFUSED_BY_API else "ok"
-            extra = {"event": f"call_{event.kind}", "outcome": done, **event.fields()}
-            log.info("call %s", "begun" if event.kind == "begin" else "ended", extra=extra)
-            if event.kind == "begin" and event.left_out:
-                self._left_out(lane, event)
-            if store:
-                store.drop_event(event)
+            self._delivered(lane, event, "done before" if outcome == REFUSED_BY_API else "ok")
         elif meaning == REFUSED_BY_API:
-            self._metrics.count("api.retries")
-            if outcome == REFUSED_BY_API:
-                extra = {"event": "api_refused", "api": lane.api.url, **event.fields()}
-                log.warning("rating API refused, to be tried again", extra=extra)
-            if store:
-                store.put_attempt(event)
-        for rejected in gone:
-            reason = "refused by the API" if rejected is event else "its begin was rejected"
-            self._reject(rejected, reason)
+            self._refused(lane, event, outcome)
+        for each in rejected:
+            reason = "refused by the API" if each is event else "its begin was rejected"
+            self._reject(each, reason)
         if store and meaning != REFUSED_BY_API:
             store.answered.append(event)
+
+    def _delivered(self, lane: _Lane, event: RatingEvent, outcome: str) -> None:
+        extra = {"event": f"call_{event.kind}", "outcome": outcome, **event.fields()}
+        log.info("call %s", "begun" if event.kind == "begin" else "ended", extra=extra)
+        if event.kind == "begin" and event.left_out:
+            self._left_out(lane, event)
+        if event.store:
+            event.store.drop_event(event)
+
+    def _refused(self, lane: _Lane, event: RatingEvent, outcome: str) -> None:
+        self._metrics.count("api.retries")
+        # An ok that the outbox does not believe is no refusal for the log.
+        if outcome == REFUSED_BY_API:
+            extra = {"event": "api_refused", "api": lane.api.url, **event.fields()}
+            log.warning("rating API refused, to be tried again", extra=extra)
+        if event.store:
+            event.store.put_attempt(event)
 
     def _left_out(self, lane: _Lane, event: RatingEvent) -> None:
         self._metrics.count("events.unknown_party")
@@ -6697,7 +6714,7 @@ class Delivery:
         log.error(text, extra=extra)
 
 
-# Calls put down for the store in one go, some 5 ms of the event loop, before others get it.
+# Calls that are packed for the store in one go; the event loop waits meanwhile.
 STORE_STEP = 300
 # Seconds between two looks for what an operator wants done with rejected events.
 JOURNAL_POLL = 1.0
@@ -6822,10 +6839,10 @@ class Shard:
             self.store.due.set()
 
     def _put_calls(self, store: Store) -> None:
-        """Put the changed calls down as they are now, in steps of STORE_STEP.
+        """Note the changed calls as they are now, in steps of STORE_STEP.
 
-        Between two steps others have their turn; what they change is put down (again) by a later
-        step. The last step takes all that is left, so that no call is newer than its events.
+        Between two steps other greenlets have their turn; what they change is noted (again) by a
+        later step. The last step takes all that is left, so that no call is newer than its events.
         """
         offset, changed = self._offset(), self.table.changed
         while changed:
@@ -6842,6 +6859,7 @@ class Shard:
             store.put_call(row, pack_call(call, offset))
 
     def _poll(self, store: Journal) -> None:
+        """Send the rejected events again that an operator wants to be sent again."""
         if store.failure:
             return
         try:
@@ -7524,50 +7542,31 @@ class ClusterOutbox:
 
 # Room: agent
 
-# What some senders send to keep a path through a firewall open.
-_BLANK = b"\r\n\0 "
-
-
 # Share of a new packet in the smoothed clock skew of a sender.
 SKEW_WEIGHT = 1 / 16
 
 
+@dataclass(slots=True, eq=False)
 class Sender:
     """What is known of one IP address that sends HEP; ``allowed`` is what hep_allow says of it.
 
-    ``seen`` is when its last packet came, in seconds of a monotonic clock, ``seen_at`` the same in
-    UNIX time, microseconds. ``dropped`` counts by kind, as the metrics ``packets.dropped.*`` and
-    ``packets.malformed.*`` do, and refused connections as ``connection_*``; kinds are words of this
-    module, so they are few. ``skew`` is arrival less HEP time stamp in milliseconds, smoothed, None
-    before the first stamp: the sender's clock, its queue and ours. ``fault`` is the text of its
-    last malformed packet.
+    ``seen_at`` is when its last packet came, UNIX time in microseconds. ``dropped`` counts by kind,
+    as the metrics ``packets.dropped.*`` and ``packets.malformed.*`` do, and refused connections as
+    ``connection_*``; kinds are words of this module, so they are few. ``skew`` is arrival less HEP
+    time stamp in milliseconds, smoothed, None before the first stamp: the sender's clock, its queue
+    and ours. ``fault`` is the text of its last malformed packet.
     """
 
-    __slots__ = (
-        "_filled",
-        "_tokens",
-        "address",
-        "allowed",
-        "connections",
-        "dropped",
-        "fault",
-        "packets",
-        "seen",
-        "seen_at",
-        "skew",
-    )
-
-    def __init__(self, address: str, allowed: bool) -> None:
-        self.address = address
-        self.allowed = allowed
-        self.packets = 0
-        self.dropped: dict[str, int] = {}
-        self.seen = 0.0
-        self.seen_at = 0
-        self.connections = 0
-        self.skew: float | None = None
-        self.fault = ""
-        self._tokens, self._filled = 0.0, -inf
+    address: str
+    allowed: bool
+    packets: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    seen_at: int = 0
+    connections: int = 0
+    skew: float | None = None
+    fault: str = ""
+    _tokens: float = 0.0
+    _filled: float = -inf
 
     def drop(self, kind: str) -> None:
         """Count a packet that was not taken in."""
@@ -7634,7 +7633,9 @@ class Senders:
         return sender
 
 
-# Characters of the last fault of a sender that are kept.
+# What some senders send to keep a path through a firewall open.
+_BLANK = b"\r\n\0 "
+# Characters of the text of a sender's last fault.
 MAX_FAULT = 200
 
 
@@ -7654,13 +7655,12 @@ class Agent:
         self.metrics = Metrics(settings)
         self.delivery = Delivery(settings, self.metrics)
         self.cluster: Cluster | None = None
-        self.shards: Collection[Shard]
+        self._shards: list[Shard] = []
         if settings.cluster_url:
             self.cluster = Cluster(settings, rules, self.metrics, self.delivery)
-            self.shards = self.cluster.owned.values()
         else:
             table = CallTable(settings, rules)
-            self.shards = [Shard(table, self.delivery, self.metrics, store)]
+            self._shards = [Shard(table, self.delivery, self.metrics, store)]
         self.senders = Senders(settings.hep_allow)
         self.connections = 0
         # What listens, as the log says it, for the status.
@@ -7669,6 +7669,11 @@ class Agent:
         self._taken_in = 0
         self._limiter = limiter
         self._keys = [key.encode() for key in settings.hep_auth_key]
+
+    @property
+    def shards(self) -> list[Shard]:
+        """What this agent owns: all calls, or its part of them in a cluster."""
+        return list(self.cluster.owned.values()) if self.cluster else self._shards
 
     @property
     def waiting(self) -> int:
@@ -7732,7 +7737,7 @@ class Agent:
         arrival = time.time_ns() // 1000
         now = time.monotonic()
         sender.packets += 1
-        sender.seen, sender.seen_at = now, arrival
+        sender.seen_at = arrival
         if not sender.allowed:
             self._shut_out("not_allowed", "a packet from outside hep_allow", sender)
             return
@@ -7742,7 +7747,7 @@ class Agent:
                 # Without a time stamp the packet has the arrival's.
                 if packet.time != arrival:
                     sender.note_skew((arrival - packet.time) / 1000)
-                self._follow(packet, sender, data, arrival)
+                self._follow(packet, sender, now, data)
         except (HepError, SipError) as error:
             layer = "hep" if isinstance(error, HepError) else "sip"
             self.malformed(f"{layer}_{error.kind}", str(error), sender)
@@ -7764,7 +7769,7 @@ class Agent:
             return False
         return True
 
-    def _follow(self, packet: HepPacket, sender: Sender, data: bytes, arrival: int) -> None:
+    def _follow(self, packet: HepPacket, sender: Sender, now: float, data: bytes) -> None:
         """Give the SIP messages of a packet to their calls. Raises SipError for a bad one."""
         if packet.protocol_type != SIP_PROTOCOL_TYPE:
             self._drop("not_sip", sender)
@@ -7786,22 +7791,20 @@ class Agent:
             elif self.cluster:
                 call_ids.append(message.call_id)
             else:
-                for shard in self.shards:
-                    shard.handle(Sighting(packet, message, sender.address), sender.seen)
+                self._shards[0].handle(Sighting(packet, message, sender.address), now)
         if call_ids:
-            self._append(data, arrival, call_ids, sender)
+            self._append(data, call_ids, sender)
         if fault is not None:
             raise fault
 
-    def _append(self, data: bytes, arrival: int, call_ids: list[str], sender: Sender) -> None:
+    def _append(self, data: bytes, call_ids: list[str], sender: Sender) -> None:
         assert self.cluster is not None
-        if not self.cluster.append(
-            dict.fromkeys(call_ids), pack_frame(data, arrival, sender.address)
-        ):
+        frame = pack_frame(data, sender.seen_at, sender.address)
+        if not self.cluster.append(dict.fromkeys(call_ids), frame):
             self._drop("cluster_full", sender)
-            text = "Redis does not take what comes: packets are lost, calls may be charged wrongly"
             if not self._limiter.holds("dropped_cluster_full", time.time()):
-                log.error(text, extra={"event": "dropped_cluster_full", "sender": sender.address})
+                extra = {"event": "dropped_cluster_full", "sender": sender.address}
+                log.error("Redis takes too little, packets are lost: calls go wrong", extra=extra)
 
     def _has_key(self, packet: HepPacket) -> bool:
         # Some senders end a string chunk with a NUL. All keys are compared, in constant time each.
@@ -8535,7 +8538,7 @@ class StatusServer(gevent.server.StreamServer):
         found: list[dict[str, Any]] = []
         row = after
         with self._looking:
-            for calls in chain.from_iterable(x.table.look() for x in list(self._agent.shards)):
+            for calls in chain.from_iterable(x.table.look() for x in self._agent.shards):
                 for call in calls:
                     if (after and call.row >= after) or not self._matches(call, wanted):
                         continue

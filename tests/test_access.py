@@ -685,14 +685,13 @@ def test_a_sender_is_counted_by_what_became_of_its_packets() -> None:
     sender = on.senders.of("::ffff:192.0.2.1")
     assert sender is on.senders.of("192.0.2.1") and sender.address == "192.0.2.1"
     bad = hepbuild.hep3(b"no SIP at all")
-    before = time.time_ns() // 1000, time.monotonic()
+    before = time.time_ns() // 1000
     for packet in (hepbuild.hep3(invite()), bad, bad, b"junk", hepbuild.hep3(b"", protocol_type=5)):
         on.receive(packet, "udp", sender)
     assert sender.packets == 5
     assert sender.dropped == {"sip_start_line": 2, "hep_magic": 1, "not_sip": 1}
     assert sender.fault == "no HEP packet: it begins with 6a756e6b"
-    assert before[0] - 1 <= sender.seen_at <= time.time_ns() // 1000 + 1
-    assert before[1] <= sender.seen <= time.monotonic()
+    assert before - 1 <= sender.seen_at <= time.time_ns() // 1000 + 1
     assert on.metrics.totals["packets.dropped.not_sip"] == 1
     assert on.metrics.totals["packets.malformed.hep_magic"] == 1
 

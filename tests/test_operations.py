@@ -93,7 +93,7 @@ def events_of_the_code() -> set[str]:
                         found |= texts(value, names)
     kinds = first_texts("_notice") | {"begin", "end"}
     found |= {f"call_{kind}" for kind in kinds}
-    found |= {f"dropped_{kind}" for kind in first_texts("_refuse")}
+    found |= {f"dropped_{kind}" for kind in first_texts("_shut_out")}
     # These stand for what was just found.
     return found - {"call_*", "dropped_*"}
 
@@ -111,7 +111,7 @@ def metrics_of_the_code() -> dict[str, str]:
             target = node.targets[0]
             assert isinstance(target, ast.Subscript)
             found |= dict.fromkeys(texts(target.slice, {}), "gauge")
-    kinds = {f"packets.dropped.{kind}" for kind in first_texts("_drop", "_refuse")}
+    kinds = {f"packets.dropped.{kind}" for kind in first_texts("_drop", "_shut_out")}
     for layer in ("Hep", "Sip"):
         kinds |= {
             f"packets.malformed.{layer.lower()}_{kind.replace('-', '_')}"
@@ -209,6 +209,7 @@ def test_dashboard_is_of_metrics_that_statsd_exporter_has() -> None:
     assert used and used <= prometheus_names("")
     mapping = yaml.safe_load((harness.ROOT / "conf" / "statsd" / "mapping.yaml").read_text())
     labels = {entry["name"]: set(entry["labels"]) for entry in mapping["mappings"]}
+    assert set(labels) <= used, "what has parts is shown by its parts"
     for query in queries:
         assert query.count("(") == query.count(")") and query.count("{") == query.count("}")
         (name, *_) = re.findall(r"rating_agent_hep_\w+", query)
