@@ -71,7 +71,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import cache, cached_property
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, islice, takewhile
 from math import inf
 from operator import attrgetter, itemgetter
 from types import SimpleNamespace
@@ -6902,6 +6902,9 @@ APPEND_GROUP = 256
 # Entries of one stream read at once, some 10 ms of work, and seconds that a read waits for some.
 READ_GROUP = 128
 READ_WAIT = 0.1
+# Seconds for which an entry waits for others that belong before it: agents append what they take in
+# a little sooner or later, and an ACK that goes before its 200 begins the call at its own time.
+HOLD = 0.2
 # Seconds between two commits of what an agent owns.
 CLUSTER_COMMIT = 0.02
 # Seconds that a lease is longer than rating_api_timeout: so long may Redis be silent before nothing
@@ -6923,6 +6926,24 @@ def ties_legs(rules: Iterable[Rule]) -> bool:
     return any(rule.route.transaction_tag != "call-id" for rule in rules)
 
 
+class _Entry(NamedTuple):
+    """An entry of a stream; ``frame`` is empty for a stray, which goes no further.
+
+    ``time`` is the stream's, in seconds of UNIX time; ``packet`` is None for what is no frame.
+    """
+
+    number: bytes
+    time: float
+    packet: HepPacket | None
+    sender: str
+    frame: bytes
+
+    @property
+    def hep_time(self) -> int:
+        """When the message was seen, in microseconds of UNIX time."""
+        return self.packet.time if self.packet else 0
+
+
 class StreamShard(Shard):
     """A shard whose messages come from a stream, by whose clock its calls live."""
 
@@ -6938,6 +6959,9 @@ class StreamShard(Shard):
         self, table: CallTable, delivery: Delivery, metrics: Metrics, store: RedisStore
     ) -> None:
         super().__init__(table, delivery, metrics, store)
+        # What was read and not yet handled, and its last number.
+        self.held: list[_Entry] = []
+        self.read = store.position
         for call in chain.from_iterable(table.look()):
             store.know_tag(call.row, self._tag(call))
 
@@ -7345,9 +7369,9 @@ class Cluster:
             gevent.sleep(CLUSTER_COMMIT)
             return
         streams = [f"{self._prefix}stream:{shard.store.number}" for shard in shards]
-        positions = [shard.store.position for shard in shards]
+        after = [shard.read for shard in shards]
         wait = round(READ_WAIT * 1000)
-        command = ("XREAD", "COUNT", READ_GROUP, "BLOCK", wait, "STREAMS", *streams, *positions)
+        command = ("XREAD", "COUNT", READ_GROUP, "BLOCK", wait, "STREAMS", *streams, *after)
         # The time first: what is appended later is not older.
         (seconds, micros), found = link.ask(("TIME",), command, wait=READ_WAIT)
         if isinstance(found, RedisError):
@@ -7358,50 +7382,64 @@ class Cluster:
             batch = entries.get(stream, ())
             if not shard.owned:
                 continue
-            if batch:
-                self._feed(shard, batch)
+            for entry, (kind, frame) in batch:
+                self._hold(shard, entry, frame, kind == b"s")
+            self._feed(shard, now - HOLD)
             if len(batch) < READ_GROUP:
-                shard.store.clock = max(shard.store.clock, now - shard.store.lag)
+                shard.store.clock = max(shard.store.clock, now - HOLD - shard.store.lag)
             shard.expire(shard.store.clock)
+            if not shard.clean:
+                self._commit_due.set()
             if batch:
                 # Others first that have something to do.
                 gevent.idle(gevent.get_hub().loop.MAXPRI)
-            elif not shard.clean:
-                self._commit_due.set()
         self._answered = max(self._answered, now)
 
-    def _feed(self, shard: StreamShard, batch: Sequence[Any]) -> None:
-        """Handle entries of a stream in the order of their HEP time, all in one go."""
-        store = shard.store
-        packets = []
-        for entry, (kind, frame) in batch:
-            try:
-                data, arrival, sender = unpack_frame(frame)
-                packet = decode_hep(data, arrival)
-            except (HepError, struct.error, IndexError):
-                # It was whole when it was appended: another program writes here.
-                self._metrics.count("packets.dropped.cluster_foreign")
-                continue
-            clock = int(entry.partition(b"-")[0]) / 1000 - store.lag
-            packets.append((packet.time, clock, packet, sender, frame, kind == b"s"))
-        packets.sort(key=itemgetter(0))
-        clocks = list(accumulate((clock for _, clock, *_ in reversed(packets)), min))
-        for _, _, packet, sender, frame, stray in packets:
+    def _hold(self, shard: StreamShard, entry: bytes, frame: bytes, stray: bool) -> None:
+        """Decode an entry of a stream, and keep it until its turn comes."""
+        shard.read = entry
+        time = int(entry.partition(b"-")[0]) / 1000
+        packet, sender = None, ""
+        try:
+            data, arrival, sender = unpack_frame(frame)
+            packet = decode_hep(data, arrival)
+        except (HepError, struct.error, IndexError):
+            # It was whole when it was appended: another program writes here.
+            self._metrics.count("packets.dropped.cluster_foreign")
+        shard.held.append(_Entry(entry, time, packet, sender, b"" if stray else frame))
+
+    def _feed(self, shard: StreamShard, until: float) -> None:
+        """Handle the entries up to a time of the stream in the order of their HEP time, in one go.
+
+        Later ones go with them whose HEP time is before that of one of these.
+        """
+        held, store = shard.held, shard.store
+        number = sum(1 for _ in takewhile(lambda entry: entry.time <= until, held))
+        latest = max((entry.hep_time for entry in held[:number]), default=0)
+        for index in range(number, len(held)):
+            if held[index].hep_time < latest:
+                number = index + 1
+                latest = max(entry.hep_time for entry in held[:number])
+        if not number:
+            return
+        batch = sorted(held[:number], key=attrgetter("hep_time"))
+        clocks = list(accumulate((entry.time for entry in reversed(batch)), min))
+        for entry in batch:
             # Never ahead of what is still to come.
-            store.clock = max(store.clock, clocks.pop())
+            store.clock = max(store.clock, clocks.pop() - store.lag)
             try:
-                self._handle(shard, packet, sender, frame if not stray else b"")
+                self._handle(shard, entry)
             except Exception:
                 self._metrics.count("packets.internal_error")
-                extra = {"event": "internal_error", "sender": sender}
+                extra = {"event": "internal_error", "sender": entry.sender}
                 log.warning("a packet could not be handled", exc_info=True, extra=extra)
-        store.advance(batch[-1][0])
-        self._metrics.count("cluster.read", len(batch))
-        self._commit_due.set()
+        store.advance(held[number - 1].number)
+        del held[:number]
+        self._metrics.count("cluster.read", number)
 
-    def _handle(self, shard: StreamShard, packet: HepPacket, sender: str, frame: bytes) -> None:
-        """The messages of a packet; without a frame it is a stray of another shard."""
-        for payload in split_messages(packet):
+    def _handle(self, shard: StreamShard, entry: _Entry) -> None:
+        packet = entry.packet
+        for payload in split_messages(packet) if packet else ():
             try:
                 message = parse_sip(payload, packet.time)
             except SipError:
@@ -7409,14 +7447,14 @@ class Cluster:
                 continue
             if message is None:
                 continue
-            if frame and self.shard_of(message.call_id) != shard.store.number:
+            if entry.frame and self.shard_of(message.call_id) != shard.store.number:
                 continue
-            shard.handle(Sighting(packet, message, sender), shard.store.clock)
+            shard.handle(Sighting(packet, message, entry.sender), shard.store.clock)
             tags = message.from_tag, message.to_tag
             leg = message.cseq_method == "BYE" and min(map(len, tags)) >= MIN_TAG
-            if leg and frame and not shard.table.knows(message.call_id):
+            if leg and entry.frame and not shard.table.knows(message.call_id):
                 # A leg without INVITE ends the call whose tags it has, in another shard (rule 17).
-                shard.store.put_stray(*tags, frame)
+                shard.store.put_stray(*tags, entry.frame)
 
     def _commit(self, link: RedisLink) -> None:
         """Write what was noted in all shards; what was not answered is written again as it was."""
