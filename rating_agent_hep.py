@@ -73,7 +73,7 @@ from datetime import datetime, timezone
 from functools import cache, cached_property
 from itertools import accumulate, chain, islice, takewhile
 from math import inf
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 from urllib.parse import parse_qsl, quote, urlsplit
@@ -6929,11 +6929,13 @@ def ties_legs(rules: Iterable[Rule]) -> bool:
 class _Entry(NamedTuple):
     """An entry of a stream; ``frame`` is empty for a stray, which goes no further.
 
-    ``time`` is the stream's, in seconds of UNIX time; ``packet`` is None for what is no frame.
+    ``time`` is the stream's, in seconds of UNIX time, ``read_at`` ours, of a monotonic clock;
+    ``packet`` is None for what is no frame.
     """
 
     number: bytes
     time: float
+    read_at: float
     packet: HepPacket | None
     sender: str
     frame: bytes
@@ -7398,7 +7400,7 @@ class Cluster:
     def _hold(self, shard: StreamShard, entry: bytes, frame: bytes, stray: bool) -> None:
         """Decode an entry of a stream, and keep it until its turn comes."""
         shard.read = entry
-        time = int(entry.partition(b"-")[0]) / 1000
+        appended = int(entry.partition(b"-")[0]) / 1000
         packet, sender = None, ""
         try:
             data, arrival, sender = unpack_frame(frame)
@@ -7406,7 +7408,8 @@ class Cluster:
         except (HepError, struct.error, IndexError):
             # It was whole when it was appended: another program writes here.
             self._metrics.count("packets.dropped.cluster_foreign")
-        shard.held.append(_Entry(entry, time, packet, sender, b"" if stray else frame))
+        kept = b"" if stray else frame
+        shard.held.append(_Entry(entry, appended, time.monotonic(), packet, sender, kept))
 
     def _feed(self, shard: StreamShard, until: float) -> None:
         """Handle the entries up to a time of the stream in the order of their HEP time, in one go.
@@ -7414,7 +7417,9 @@ class Cluster:
         Later ones go with them whose HEP time is before that of one of these.
         """
         held, store = shard.held, shard.store
-        number = sum(1 for _ in takewhile(lambda entry: entry.time <= until, held))
+        # Or read so long ago: a clock that was set back must not hold all.
+        read = time.monotonic() - HOLD
+        number = sum(1 for _ in takewhile(lambda x: x.time <= until or x.read_at <= read, held))
         latest = max((entry.hep_time for entry in held[:number]), default=0)
         for index in range(number, len(held)):
             if held[index].hep_time < latest:
@@ -7439,7 +7444,9 @@ class Cluster:
 
     def _handle(self, shard: StreamShard, entry: _Entry) -> None:
         packet = entry.packet
-        for payload in split_messages(packet) if packet else ():
+        if packet is None:
+            return
+        for payload in split_messages(packet):
             try:
                 message = parse_sip(payload, packet.time)
             except SipError:
