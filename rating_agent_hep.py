@@ -24,9 +24,9 @@ answered, a retry with the same octets; no charge without an answer; with a jour
 was taken in is lost; nothing grows without bound; one bad packet costs only itself; everything
 dropped is counted and says why.
 
-The rooms: imports; limits; errors and types; HEP; SIP; routes; the call: facts and a judge; call
-table; outbox; configuration; logs and metrics; store; Redis; rating API; delivery; cluster; agent;
-servers; command line.
+The rooms: imports; limits; errors and types; options; HEP; SIP; routes; the call: facts and a
+judge; call table; outbox; configuration; logs and metrics; store; Redis; rating API; delivery;
+cluster; agent; servers; command line.
 """
 
 # Room: imports
@@ -193,65 +193,6 @@ class StoreError(AgentError):
 
     def __init__(self, text: str) -> None:
         super().__init__("store", text)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All options with their defaults; the table of options says what each one means."""
-
-    listen_udp: str = ":9060"
-    listen_tcp: str = ":9060"
-    listen_tls: str = ""
-    tls_cert: str = ""
-    tls_key: str = ""
-    tls_client_ca: str = ""
-    hep_allow: tuple[str, ...] = ()
-    hep_auth_key: tuple[str, ...] = field(default=(), repr=False)
-    hep_auth_key_file: str = ""
-    hep_rate_limit: int = 0
-    hep_idle_timeout: float = 0.0
-    listen_status: str = ""
-    status_max_silence: float = 0.0
-    rating_api_url: str = "http://localhost:8080"
-    rating_api_timeout: float = 5.0
-    rating_api_concurrency: int = 16
-    unknown_party: str = "drop"
-    rating_api_ca_file: str = ""
-    rating_api_token: str = field(default="", repr=False)
-    rating_api_token_file: str = ""
-    rating_api_username: str = ""
-    rating_api_password: str = field(default="", repr=False)
-    rating_api_password_file: str = ""
-    tenant: str = "default"
-    product_tag: str = "VOICE"
-    transaction_tags: tuple[str, ...] = ()
-    sip_local_domains: tuple[str, ...] = ()
-    sip_header_caller: str = ""
-    sip_header_callee: str = ""
-    sip_header_history_info: str = "History-Info"
-    sip_header_history_info_index: int = 1
-    account_tag_match_regexp: str = ""
-    routes: str = ""
-    begin_on: str = "answer"
-    max_calls: int = 200_000
-    invite_timeout: float = 600.0
-    max_call_duration: float = 21_600.0
-    expired_call_end: str = "deadline"
-    reorder_window: float = 2.0
-    unanswered_bye: str = "end"
-    statsd_host: str = ""
-    statsd_port: int = 8125
-    statsd_prefix: str = "rating_agent_hep"
-    log_level: str = "info"
-    log_format: str = "json"
-    debug: bool = False
-    state_dir: str = ""
-    cluster_url: str = ""
-    cluster_password: str = field(default="", repr=False)
-    cluster_password_file: str = ""
-    cluster_name: str = "rating"
-    cluster_shards: int = 64
-    shutdown_timeout: float = 10.0
 
 
 @dataclass(slots=True)
@@ -487,6 +428,313 @@ def rfc3339(time_us: int) -> str:
     seconds, rest = divmod(time_us, 1_000_000)
     stamp = datetime.fromtimestamp(seconds, timezone.utc)
     return f"{stamp.isoformat()[:19]}.{rest // 1000:03d}Z"
+
+
+# Room: options
+
+_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+# RFC 3261 section 25.1: what a method, the name of a header or a parameter is made of.
+_TOKEN = r"[A-Za-z0-9.!%*_+`'~-]+"
+
+
+def flag(text: str) -> bool:
+    """true or false in the spellings of YAML and of shells. Raises ConfigError."""
+    if text.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0", ""):
+        return text.lower() in ("true", "yes", "on", "1")
+    raise ConfigError(f"{text!r}; allowed: true, false")
+
+
+def number(least: float, most: float, kind: type = float) -> Callable[[str], Any]:
+    """A converter to numbers from least to most, of kind int or float (seconds)."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            what = "a whole number" if kind is int else "seconds"
+            raise ConfigError(f"{text!r}; allowed: {what} from {least:g} to {most:g}")
+        return value
+
+    return convert
+
+
+def _choice(*allowed: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in allowed:
+            raise ConfigError(f"{value!r}; allowed: {', '.join(allowed)}")
+        return str(value)
+
+    return check
+
+
+def _one_text(value: Any) -> str:
+    text = isinstance(value, str | int) and not isinstance(value, bool) and str(value)
+    if not text or not text.isprintable():
+        raise ConfigError(f"{value!r}; allowed: a text that is not empty")
+    return str(value)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """A list: JSON as the YAML file's reader hands it on, else words split at commas or spaces."""
+    if text.startswith("["):
+        try:
+            return tuple(str(item) for item in json.loads(text))
+        except ValueError:
+            raise ConfigError(f"{text!r}; allowed: words, or a JSON list") from None
+    return tuple(word for word in re.split(r"[,\s]+", text) if word)
+
+
+def keys(text: str) -> tuple[str, ...]:
+    """A list of keys, none of them empty. Raises ConfigError, which quotes none."""
+    with suppress(ConfigError):
+        listed = words(text)
+        if all(key and key.isprintable() for key in listed):
+            return listed
+    raise ConfigError("it is no list of keys; allowed: words, or a JSON list of texts on one line")
+
+
+def as_domains(texts: Iterable[str]) -> tuple[str, ...]:
+    """Domains as `in_domains` takes them: lower case, IPv6 addresses without brackets."""
+    return tuple(text.lower().strip("[]") for text in texts)
+
+
+def domains(text: str) -> tuple[str, ...]:
+    """A list of domains in lower case; ``*.example`` means all subdomains of example."""
+    return as_domains(words(text))
+
+
+def _network(text: str) -> _Network:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise ConfigError(
+            f"{text!r}; allowed: networks such as 10.0.0.0/8 or 2001:db8::/32"
+        ) from None
+
+
+def networks(text: str) -> tuple[str, ...]:
+    """A list of IPv4 and IPv6 networks. Raises ConfigError."""
+    return tuple(str(_network(word)) for word in words(text))
+
+
+def listener(text: str) -> str:
+    """Check HOST:PORT, :PORT or [IPv6]:PORT, or "" for off. Raises ConfigError."""
+    if text and not 0 <= split_address(text)[1] <= 65_535:
+        raise ConfigError(f"{text!r} is no address; allowed: HOST:PORT, :PORT, [IPv6]:PORT")
+    return text
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """Host (without brackets, "" for all) and port of HOST:PORT; port -1 where it is none."""
+    host, colon, port = text.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not port.isascii() or not port.isdigit() or (":" in bare and bare == host):
+        return "", -1
+    return bare, int(port)
+
+
+def api_url(text: str) -> str:
+    """Check the base URL of a rating API and return it without a last slash. Raises ConfigError."""
+    if "@" in text:
+        raise ConfigError(
+            "the URL names a user; allowed: rating_api_username and rating_api_password"
+        )
+    try:
+        parts = urlsplit(text)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid or re.search(r"[\s?#]", text):
+        raise ConfigError(f"{text!r} is no URL; allowed: http://HOST[:PORT][/PATH] or https://...")
+    return text.rstrip("/")
+
+
+def account_regexp(text: str) -> Any:
+    """Compile the regexp whose group 1 is the account, None for "". Raises ConfigError."""
+    if not text:
+        return None
+    pattern = compile_regexp(text)
+    if pattern.groups < 1:
+        raise ConfigError(f"{text!r} has no group; allowed: a regexp whose group 1 is the account")
+    return pattern
+
+
+def _regexp(text: str) -> str:
+    account_regexp(text)
+    return text
+
+
+def _header(text: str) -> str:
+    if text and not re.fullmatch(_TOKEN, text):
+        raise ConfigError(f"{text!r}; allowed: a header name, or nothing")
+    return text
+
+
+# Shards of one cluster. Each costs its owner a lease to renew and a stream to read.
+MAX_SHARDS = 4_096
+
+
+def redis_url(text: str) -> str:
+    """Check the URL of a Redis, or "" for none. Raises ConfigError, which does not show it."""
+    with suppress(ValueError):
+        parts = urlsplit(text)
+        if parts.password is not None:
+            # `check` prints the URL.
+            raise ConfigError("a password in it; allowed: cluster_password_file")
+        known = parts.scheme in ("redis", "rediss", "unix", "sentinel")
+        if not text or (known and (parts.netloc or parts.path)):
+            return text
+    raise ConfigError(
+        "no URL of Redis; allowed: redis://HOST:PORT/DB, rediss://..., unix:///PATH, "
+        "sentinel://HOST:PORT,HOST:PORT/MASTER/DB"
+    )
+
+
+def key_prefix(text: str) -> str:
+    """Check what all keys of a cluster begin with. Raises ConfigError."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", text):
+        raise ConfigError(f"{text!r}; allowed: letters, digits and _ . -, 64 at most")
+    return text
+
+
+def _printable_ascii(text: str) -> str:
+    if not text.isascii() or not text.isprintable():
+        raise ConfigError("it has a character that no header may have; allowed: printable ASCII")
+    return text
+
+
+def _option(
+    default: Any, convert: Callable[[str], Any], help: str, group: str = "", secret: bool = False
+) -> Any:
+    metadata = {"group": group, "convert": convert, "help": help, "secret": secret}
+    return field(default=default, repr=not secret, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The table of options: of each its type, default, converter and help.
+
+    A converter takes the text of the file, the environment or the command line and raises
+    ConfigError. A ``group`` is the heading of --help over this option and those that follow it. The
+    value of a ``secret`` is never shown; a secret NAME has an option NAME_file beside it.
+    """
+
+    listen_udp: str = _option(
+        ":9060", listener, "address for HEP over UDP; empty: off", group="Listening"
+    )
+    listen_tcp: str = _option(":9060", listener, "address for HEP over TCP; empty: off")
+    listen_tls: str = _option("", listener, "address for HEP over TLS; empty: off")
+    tls_cert: str = _option("", str, "PEM file: the certificate and those above it")
+    tls_key: str = _option("", str, "PEM file: the key; empty: it is in tls_cert")
+    tls_client_ca: str = _option("", str, "PEM file of CAs; a sender needs a certificate of one")
+    hep_allow: tuple[str, ...] = _option((), networks, "list of networks that may send; empty: all")
+    hep_auth_key: tuple[str, ...] = _option(
+        (), keys, "list of keys; each packet needs one of them", secret=True
+    )
+    hep_auth_key_file: str = _option("", str, "file of such keys, one on each line")
+    hep_rate_limit: int = _option(
+        0, number(0, 10_000_000, int), "packets a second taken from one sender; 0: all"
+    )
+    hep_idle_timeout: float = _option(
+        0.0, number(0, 604_800), "seconds after which a silent connection is closed; 0: never"
+    )
+    listen_status: str = _option(
+        "", listener, "address for the status over HTTP; empty: off", group="Status"
+    )
+    status_max_silence: float = _option(
+        0.0, number(0, 86_400), "seconds without a packet that make the agent unhealthy; 0: off"
+    )
+    rating_api_url: str = _option(
+        "http://localhost:8080", api_url, "base URL of the rating API", group="Rating API"
+    )
+    rating_api_timeout: float = _option(5.0, number(0.1, 300), "seconds that one request may take")
+    rating_api_concurrency: int = _option(16, number(1, 1000, int), "requests at one time")
+    unknown_party: str = _option(
+        "drop",
+        _choice("drop", "reject"),
+        "if the API knows only one of two accounts: drop the other, or reject the call",
+    )
+    rating_api_ca_file: str = _option("", str, "PEM file of CAs to trust; empty: the system's")
+    rating_api_token: str = _option("", _printable_ascii, "bearer token of requests", secret=True)
+    rating_api_token_file: str = _option("", str, "file of that token")
+    rating_api_username: str = _option("", str, "user of basic authentication")
+    rating_api_password: str = _option("", str, "password of that user", secret=True)
+    rating_api_password_file: str = _option("", str, "file of that password")
+    tenant: str = _option("default", _one_text, "tenant of the calls", group="Calls")
+    product_tag: str = _option("VOICE", str, "product tag of the transactions")
+    transaction_tags: tuple[str, ...] = _option((), words, "list of tags of the transactions")
+    sip_local_domains: tuple[str, ...] = _option(
+        (), domains, "list of domains whose users have accounts"
+    )
+    sip_header_caller: str = _option("", _header, "header that names the caller's account")
+    sip_header_callee: str = _option("", _header, "header that names the callee's account")
+    sip_header_history_info: str = _option(
+        "History-Info", _header, "header that says who forwarded; empty: ignored"
+    )
+    sip_header_history_info_index: int = _option(
+        1, number(0, 100, int), "entry of that header, counted from the last; 0: the last"
+    )
+    account_tag_match_regexp: str = _option("", _regexp, "regexp whose group 1 is the account")
+    routes: str = _option("", str, "file of rules that send calls to tenants and rating APIs")
+    begin_on: str = _option("answer", _choice("answer", "ack"), "what begins a call: answer or ack")
+    max_calls: int = _option(200_000, number(1, 100_000_000, int), "calls followed at one time")
+    invite_timeout: float = _option(600.0, number(1, 86_400), "seconds that a call may ring")
+    max_call_duration: float = _option(
+        21_600.0, number(1, 86_400), "seconds after which a call is ended"
+    )
+    expired_call_end: str = _option(
+        "deadline",
+        _choice("deadline", "last-seen"),
+        "when a call without a BYE has ended: deadline or last-seen",
+    )
+    unanswered_bye: str = _option(
+        "end",
+        _choice("end", "ignore"),
+        "whether a BYE that nobody answered ends a call: end or ignore",
+    )
+    reorder_window: float = _option(2.0, number(0, 60), "seconds to wait for an overdue message")
+    statsd_host: str = _option(
+        "", str, "host of a statsd server; empty: off", group="Metrics and logs"
+    )
+    statsd_port: int = _option(8125, number(1, 65_535, int), "UDP port of that server")
+    statsd_prefix: str = _option("rating_agent_hep", str, "prefix of all metrics")
+    log_level: str = _option(
+        "info", _choice("debug", "info", "warning", "error"), "debug, info, warning or error"
+    )
+    log_format: str = _option("json", _choice("json", "text"), "json or text")
+    debug: bool = _option(False, flag, "true means log_level debug")
+    state_dir: str = _option("", str, "folder of the journal; empty: memory only", group="Running")
+    shutdown_timeout: float = _option(10.0, number(0, 3_600), "seconds to deliver what waits")
+    cluster_url: str = _option(
+        "", redis_url, "Redis that several agents share; empty: one agent alone", group="Cluster"
+    )
+    cluster_password: str = _option("", _printable_ascii, "password of that Redis", secret=True)
+    cluster_password_file: str = _option("", str, "file of that password")
+    cluster_name: str = _option("rating", key_prefix, "what its keys begin with")
+    cluster_shards: int = _option(64, number(1, MAX_SHARDS, int), "parts of the calls, for ever")
+
+
+class Option(NamedTuple):
+    """One row of that table, with the option's name and the heading that it stands under."""
+
+    name: str
+    default: Any
+    group: str
+    convert: Callable[[str], Any]
+    help: str
+    secret: bool
+
+
+def _options() -> Iterator[Option]:
+    group = ""
+    for item in fields(Settings):
+        group = item.metadata["group"] or group
+        yield Option(item.name, item.default, **{**item.metadata, "group": group})
+
+
+OPTIONS = tuple(_options())
 
 
 # Room: HEP
@@ -773,7 +1021,6 @@ _CONTENT_LENGTH = re.compile(rb"\n(?:content-length|l)[ \t]*:\s*0*([1-9]\d*)\s",
 _EMPTY_LINE = re.compile(rb"\n\r?\n")
 # A folded tag counts, or a caller could hide the CSeq of a request from the agent.
 _TO_TAG = re.compile(rb"\n(?:to|t)[ \t]*:(?:[^\n]|\n[ \t])*;\s*tag\s*=", re.I)
-_TOKEN = r"[A-Za-z0-9.!%*_+`'~-]+"
 _START = re.compile(rf"[\r\n]*({_TOKEN})(/\d+\.\d+)?[ \t]".encode())
 # The next message of a stream, behind keep-alives.
 _NEXT = re.compile(
@@ -1366,7 +1613,6 @@ _MATCH_KEYS = tuple(
     "capture_id capture_name sender source_network destination_network from_domain to_domain "
     "request_domain header".split()
 )
-_Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @dataclass(slots=True, eq=False)
@@ -1384,11 +1630,6 @@ class Rule:
 
     route: Route
     conditions: tuple[Callable[[Sighting], bool], ...]
-
-
-def as_domains(texts: Iterable[str]) -> tuple[str, ...]:
-    """Domains as `in_domains` takes them: lower case, IPv6 addresses without brackets."""
-    return tuple(text.lower().strip("[]") for text in texts)
 
 
 def in_domains(host: str, domains: Sequence[str]) -> bool:
@@ -1530,30 +1771,6 @@ def main_route(settings: Settings) -> Route:
     )
 
 
-def account_regexp(text: str) -> Any:
-    """Compile the regexp whose group 1 is the account, None for "". Raises ConfigError."""
-    if not text:
-        return None
-    pattern = compile_regexp(text)
-    if pattern.groups < 1:
-        raise ConfigError(f"{text!r} has no group; allowed: a regexp whose group 1 is the account")
-    return pattern
-
-
-def api_url(text: str) -> str:
-    """Check the base URL of a rating API and return it without a last slash. Raises ConfigError."""
-    if "@" in text:
-        raise ConfigError("a URL with a user in it; allowed: rating_api_username and _password")
-    try:
-        parts = urlsplit(text)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid or re.search(r"[\s?#]", text):
-        raise ConfigError(f"{text!r} is no URL; allowed: http://HOST[:PORT][/PATH] or https://...")
-    return text.rstrip("/")
-
-
 def parse_routes(text: str, name: str, settings: Settings) -> tuple[Rule, ...]:
     """Read ``routes.yaml`` and put the main options behind it as the last rule.
 
@@ -1581,13 +1798,6 @@ def yaml_node(text: str, name: str) -> yaml.Node | None:
         raise ConfigError(f"{name}:{line}: not YAML; allowed: one YAML document") from None
     empty = node is None or (isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null"))
     return None if empty else node
-
-
-def flag(text: str) -> bool:
-    """true or false in the spellings of YAML and of shells. Raises ConfigError."""
-    if text.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0", ""):
-        return text.lower() in ("true", "yes", "on", "1")
-    raise ConfigError(f"{text!r}; allowed: true, false")
 
 
 def _value(node: yaml.Node, deep: bool = True) -> Any:
@@ -1658,28 +1868,12 @@ def _mapping(name: str, node: yaml.Node, what: str, allowed: Sequence[str]) -> d
     return entries
 
 
-def _one_text(value: Any) -> str:
-    text = isinstance(value, str | int) and not isinstance(value, bool) and str(value)
-    if not text or not text.isprintable():
-        raise ConfigError(f"{value!r}; allowed: a text that is not empty")
-    return str(value)
-
-
 def _texts(value: Any) -> tuple[str, ...]:
     return tuple(_one_text(item) for item in (value if isinstance(value, list) else [value]))
 
 
 def _domains(value: Any) -> tuple[str, ...]:
     return as_domains(_texts(value))
-
-
-def _choice(*allowed: str) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
-        if value not in allowed:
-            raise ConfigError(f"{value!r}; allowed: {', '.join(allowed)}")
-        return str(value)
-
-    return check
 
 
 def _header_name(source: str) -> bool:
@@ -1750,15 +1944,6 @@ def _header_condition(name: Any, pattern: Any) -> Callable[[Sighting], bool]:
         raise ConfigError(f"{name!r} is no header name; allowed: a token")
     regexp = compile_regexp("" if pattern == "" else _one_text(pattern))
     return lambda seen: any(map(regexp.search, seen.message.header(name)[:MAX_VALUES]))
-
-
-def _network(text: str) -> _Network:
-    try:
-        return ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        raise ConfigError(
-            f"{text!r}; allowed: networks such as 10.0.0.0/8 or 2001:db8::/32"
-        ) from None
 
 
 def _in_networks(address: bytes | str, networks: Sequence[_Network]) -> bool:
@@ -4164,227 +4349,16 @@ class Outbox:
 # Room: configuration
 
 _PREFIX = "RATING_AGENT_HEP_"
-# Options of the former agent that have nothing to act on here.
+# Options of the former agent. All but the first are of its Redis, which `_former_redis` takes over.
 _FORMER = ("message_bus_uri", "state_manager", "redis_address", "redis_password", "redis_db")
 # The former agent's first versions had one listener.
 _FORMER_NAMES = {"listen": "listen_udp"}
-_LEVELS = ("debug", "info", "warning", "error")
-
-
-def listener(text: str) -> str:
-    """Check HOST:PORT, :PORT or [IPv6]:PORT, or "" for off. Raises ConfigError."""
-    if text and not 0 <= split_address(text)[1] <= 65_535:
-        raise ConfigError(f"{text!r} is no address; allowed: HOST:PORT, :PORT, [IPv6]:PORT")
-    return text
-
-
-def split_address(text: str) -> tuple[str, int]:
-    """Host (without brackets, "" for all) and port of HOST:PORT; port -1 where it is none."""
-    host, colon, port = text.rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not colon or not port.isascii() or not port.isdigit() or (":" in bare and bare == host):
-        return "", -1
-    return bare, int(port)
-
-
-def number(least: float, most: float, kind: type = float) -> Callable[[str], Any]:
-    """A converter to numbers from least to most, of kind int or float (seconds)."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
-            what = "a whole number" if kind is int else "seconds"
-            raise ConfigError(f"{text!r}; allowed: {what} from {least:g} to {most:g}")
-        return value
-
-    return convert
-
-
-def words(text: str) -> tuple[str, ...]:
-    """A list: JSON as the YAML file's reader hands it on, else words split at commas or spaces."""
-    if text.startswith("["):
-        try:
-            return tuple(str(item) for item in json.loads(text))
-        except ValueError:
-            raise ConfigError(f"{text!r}; allowed: words, or a JSON list") from None
-    return tuple(word for word in re.split(r"[,\s]+", text) if word)
-
-
-def domains(text: str) -> tuple[str, ...]:
-    """A list of domains in lower case; ``*.example`` stands for all subdomains of example."""
-    return as_domains(words(text))
-
-
-def networks(text: str) -> tuple[str, ...]:
-    """A list of IPv4 and IPv6 networks. Raises ConfigError."""
-    return tuple(str(_network(word)) for word in words(text))
-
-
-def keys(text: str) -> tuple[str, ...]:
-    """A list of keys, none of them empty. Raises ConfigError, which quotes none."""
-    with suppress(ConfigError):
-        found = words(text)
-        if all(key and key.isprintable() for key in found):
-            return found
-    raise ConfigError("not a list of keys; allowed: words, or a JSON list of texts on one line")
-
-
-# Options that the file may give as a YAML list.
-_LISTS = (words, domains, networks, keys)
-
-
-def _regexp(text: str) -> str:
-    account_regexp(text)
-    return text
-
-
-def _header(text: str) -> str:
-    if text and not re.fullmatch(_TOKEN, text):
-        raise ConfigError(f"{text!r}; allowed: a header name, or nothing")
-    return text
-
-
-# Shards of one cluster: each costs every owner a lease to renew and a stream to read.
-MAX_SHARDS = 4_096
-_REDIS_URLS = ("redis", "rediss", "unix", "sentinel")
-
-
-def cluster_url(text: str) -> str:
-    """Check the URL of a Redis, or "" for none. Raises ConfigError."""
-    try:
-        parts = urlsplit(text)
-        if parts.password is not None:
-            # What is in a URL is shown by `check`; the text is not, here.
-            raise ConfigError("a password in it; allowed: cluster_password_file")
-        if not text or (parts.scheme in _REDIS_URLS and (parts.netloc or parts.path)):
-            return text
-    except ValueError:
-        pass
-    raise ConfigError(
-        f"{text!r}; allowed: redis://HOST:PORT/DB, rediss://..., unix://PATH, "
-        "sentinel://HOST:PORT,.../MASTER/DB, or nothing"
-    )
-
-
-def cluster_name(text: str) -> str:
-    """Check what all keys of a cluster begin with. Raises ConfigError."""
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", text):
-        raise ConfigError(f"{text!r}; allowed: letters, digits, _ . -")
-    return text
-
-
-def _token(text: str) -> str:
-    if not text.isascii() or not text.isprintable():
-        raise ConfigError("a character that no header may hold; allowed: printable ASCII")
-    return text
-
-
-class Option(NamedTuple):
-    """One option: its name in the file, the group it stands in, how its text becomes a value."""
-
-    name: str
-    group: str
-    convert: Callable[[str], Any]
-    help: str
-    secret: bool = False
-
-
-OPTIONS = (
-    Option("listen_udp", "Listening", listener, "address for HEP over UDP; empty: off"),
-    Option("listen_tcp", "Listening", listener, "address for HEP over TCP; empty: off"),
-    Option("listen_tls", "Listening", listener, "address for HEP over TLS; empty: off"),
-    Option("tls_cert", "Listening", str, "file of its certificate and those above it, PEM"),
-    Option("tls_key", "Listening", str, "file of its key, PEM; empty: in tls_cert"),
-    Option("tls_client_ca", "Listening", str, "file of CAs; senders need a certificate of one"),
-    Option("hep_allow", "Listening", networks, "list of networks that may send; empty: all"),
-    Option(
-        "hep_auth_key", "Listening", keys, "list of keys, of which a packet needs one", secret=True
-    ),
-    Option("hep_auth_key_file", "Listening", str, "file of such keys, one a line"),
-    Option(
-        "hep_rate_limit",
-        "Listening",
-        number(0, 10_000_000, int),
-        "packets a second taken from one sender; 0: all",
-    ),
-    Option(
-        "hep_idle_timeout",
-        "Listening",
-        number(0, 604_800),
-        "seconds after which a silent connection is closed; 0: never",
-    ),
-    Option("listen_status", "Status", listener, "address for the status over HTTP; empty: off"),
-    Option(
-        "status_max_silence",
-        "Status",
-        number(0, 86_400),
-        "seconds without a packet that make the agent unhealthy; 0: off",
-    ),
-    Option("rating_api_url", "Rating API", api_url, "base URL of the rating API"),
-    Option("rating_api_timeout", "Rating API", number(0.1, 300), "seconds for one request"),
-    Option("rating_api_concurrency", "Rating API", number(1, 1000, int), "requests at one time"),
-    Option(
-        "unknown_party",
-        "Rating API",
-        _choice("drop", "reject"),
-        "where the API knows one of two accounts: drop the other, or reject the call",
-    ),
-    Option("rating_api_ca_file", "Rating API", str, "file of CAs trusted, not the system's; PEM"),
-    Option("rating_api_token", "Rating API", _token, "bearer token of each request", secret=True),
-    Option("rating_api_token_file", "Rating API", str, "file of that token"),
-    Option("rating_api_username", "Rating API", str, "user of basic authentication"),
-    Option("rating_api_password", "Rating API", str, "password of that user", secret=True),
-    Option("rating_api_password_file", "Rating API", str, "file of that password"),
-    Option("tenant", "Calls", _one_text, "tenant of the calls"),
-    Option("product_tag", "Calls", str, "product tag of the transactions"),
-    Option("transaction_tags", "Calls", words, "list of tags of the transactions"),
-    Option("sip_local_domains", "Calls", domains, "list of domains whose users have accounts"),
-    Option("sip_header_caller", "Calls", _header, "header that names the caller's account"),
-    Option("sip_header_callee", "Calls", _header, "header that names the callee's account"),
-    Option("sip_header_history_info", "Calls", _header, "header of who forwarded; empty: ignored"),
-    Option("sip_header_history_info_index", "Calls", number(0, 100, int), "its entry; 0: the last"),
-    Option("account_tag_match_regexp", "Calls", _regexp, "regexp whose group 1 is the account"),
-    Option("routes", "Calls", str, "file of rules that send calls to tenants and rating APIs"),
-    Option("begin_on", "Calls", _choice("answer", "ack"), "what begins a call: answer or ack"),
-    Option("max_calls", "Calls", number(1, 100_000_000, int), "calls followed at one time"),
-    Option("invite_timeout", "Calls", number(1, 86_400), "seconds that a call may ring"),
-    Option("max_call_duration", "Calls", number(1, 86_400), "seconds after which a call is ended"),
-    Option(
-        "expired_call_end",
-        "Calls",
-        _choice("deadline", "last-seen"),
-        "when a call without a BYE has ended: deadline or last-seen",
-    ),
-    Option(
-        "unanswered_bye",
-        "Calls",
-        _choice("end", "ignore"),
-        "whether a BYE that nobody answered ends a call: end or ignore",
-    ),
-    Option("reorder_window", "Calls", number(0, 60), "seconds to wait for an overdue message"),
-    Option("statsd_host", "Metrics and logs", str, "host of a statsd server; empty: off"),
-    Option("statsd_port", "Metrics and logs", number(1, 65_535, int), "its UDP port"),
-    Option("statsd_prefix", "Metrics and logs", str, "prefix of all metrics"),
-    Option("log_level", "Metrics and logs", _choice(*_LEVELS), ", ".join(_LEVELS)),
-    Option("log_format", "Metrics and logs", _choice("json", "text"), "json or text"),
-    Option("debug", "Metrics and logs", flag, "the same as log_level debug"),
-    Option("state_dir", "Running", str, "folder of the journal; empty: memory only"),
-    Option("cluster_url", "Cluster", cluster_url, "Redis that several agents share; empty: none"),
-    Option("cluster_password", "Cluster", str, "password of that Redis", secret=True),
-    Option("cluster_password_file", "Cluster", str, "file of that password"),
-    Option("cluster_name", "Cluster", cluster_name, "prefix of the keys in that Redis"),
-    Option("cluster_shards", "Cluster", number(1, MAX_SHARDS, int), "parts of the calls, for good"),
-    Option("shutdown_timeout", "Running", number(0, 3_600), "seconds to deliver what waits"),
-)
 
 
 class _ConfigFile(configargparse.ConfigFileParser):
     """YAML whose values become text for the converters; unknown keys name their line."""
 
-    former: list[str]
+    former: dict[str, str]
 
     def parse(self, stream: Any) -> dict[str, str]:
         options = {option.name: option for option in OPTIONS}
@@ -4396,7 +4370,7 @@ class _ConfigFile(configargparse.ConfigFileParser):
             name = str(key.value).replace("-", "_") if isinstance(key, yaml.ScalarNode) else ""
             name = _FORMER_NAMES.get(name, name)
             if name in _FORMER:
-                self.former.append(name)
+                self.former[name] = str(value.value)
             elif name not in options:
                 near = ", ".join(difflib.get_close_matches(name, options, 3))
                 shown = f"unknown option {key.value!r}" if name else "a key that is no text"
@@ -4410,7 +4384,7 @@ class _ConfigFile(configargparse.ConfigFileParser):
 
     @staticmethod
     def _text(name: str, option: Option, node: yaml.Node) -> str:
-        many = isinstance(node, yaml.SequenceNode) and option.convert in _LISTS
+        many = isinstance(node, yaml.SequenceNode) and isinstance(option.default, tuple)
         items = node.value if many else [node]
         for item in items:
             if not isinstance(item, yaml.ScalarNode) or not item.tag.startswith("tag:yaml.org"):
@@ -4439,34 +4413,17 @@ def _open_text(path: str) -> io.StringIO:
     return stream
 
 
-def _read_secret(option: Option, path: str) -> str:
-    """The text of an option from its file: one line, or a list's lines. Raises ConfigError."""
-    lines = [line for line in re.split(r"[\r\n]+", _open_text(path).read()) if line]
-    if option.convert in _LISTS and lines:
-        return json.dumps(lines)
-    if len(lines) != 1:
-        what = "several lines" if lines else "empty"
-        raise ConfigError(f"{path}: {what}; allowed: one line")
-    return lines[0]
-
-
-# The names by which sockets are passed, and the options whose place they take.
-_PASSED = {
-    "hep-udp": "listen_udp",
-    "hep-tcp": "listen_tcp",
-    "hep-tls": "listen_tls",
-    "status": "listen_status",
-}
+# The names by which sockets are passed; each takes the place of listen_udp and so on.
+_PASSED = ("hep-udp", "hep-tcp", "hep-tls", "status")
 # The variables of sd_listen_fds(3) that say so, and the first descriptor: SD_LISTEN_FDS_START.
 PASSING = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 _FIRST_PASSED = 3
 
 
 def passed_sockets(environ: Mapping[str, str]) -> dict[str, socket.socket]:
-    """The sockets that systemd or the like holds open for this process, by option.
+    """The sockets that systemd or the like has opened for this process, by option.
 
-    As sd_listen_fds_with_names(3), with the names hep-udp, hep-tcp, hep-tls and status. Raises
-    ConfigError.
+    Source: sd_listen_fds_with_names(3). Raises ConfigError.
     """
     pid, count, names = (environ.get(name, "") for name in PASSING)
     if pid != str(os.getpid()) or count in ("", "0"):
@@ -4476,38 +4433,36 @@ def passed_sockets(environ: Mapping[str, str]) -> dict[str, socket.socket]:
         raise ConfigError(
             f"LISTEN_FDS, LISTEN_FDNAMES: {count!r}, {names!r}; allowed: a name for each socket"
         )
-    found: dict[str, socket.socket] = {}
+    sockets: dict[str, socket.socket] = {}
     for descriptor, name in enumerate(listed, _FIRST_PASSED):
-        option = _PASSED.get(name)
-        if option is None or option in found:
+        option = f"listen_{name.removeprefix('hep-')}"
+        if name not in _PASSED or option in sockets:
             allowed = ", ".join(_PASSED)
             raise ConfigError(f"LISTEN_FDNAMES: {names!r}; allowed: {allowed}, each once")
         try:
-            found[option] = _adopt(descriptor, option)
+            sockets[option] = _adopt(descriptor, option == "listen_udp")
         except (OSError, ConfigError) as error:
             reason = getattr(error, "strerror", None) or error
             kind = "a bound UDP" if option == "listen_udp" else "a listening TCP"
             text = f"descriptor {descriptor}, in the place of {option}: {reason}"
             raise ConfigError(f"{name}: {text}; allowed: {kind} socket of IPv4 or IPv6") from None
-    return found
+    return sockets
 
 
-def _adopt(descriptor: int, option: str) -> socket.socket:
-    """A socket that another process holds, too. Raises OSError, ConfigError with the reason.
+def _adopt(descriptor: int, udp: bool) -> socket.socket:
+    """The socket of a descriptor that was passed. Raises OSError, ConfigError.
 
-    Its options stay as they are: its buffer is perhaps larger than this process may ask for.
+    Its options stay as they are: its buffer may be larger than this process may ask for.
     """
     os.set_inheritable(descriptor, False)
     sock = socket.socket(fileno=descriptor)
-    kind = socket.SOCK_DGRAM if option == "listen_udp" else socket.SOCK_STREAM
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         raise ConfigError(f"its family is {sock.family}")
-    if sock.type != kind:
+    if sock.type != (socket.SOCK_DGRAM if udp else socket.SOCK_STREAM):
         raise ConfigError(f"its type is {sock.type}")
-    if kind == socket.SOCK_STREAM:
-        if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise ConfigError("it does not listen")
-    elif not sock.getsockname()[1]:
+    if not udp and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise ConfigError("it does not listen")
+    if not sock.getsockname()[1]:
         raise ConfigError("it is not bound")
     sock.setblocking(False)
     return sock
@@ -4522,7 +4477,7 @@ def bound_to(sock: socket.socket) -> str:
 class Configuration(NamedTuple):
     """What the command line, environment and files say together.
 
-    ``sockets`` are those that were passed, by option; the option then is its socket's address.
+    ``sockets`` are those that were passed, by option; such an option is its socket's address.
     """
 
     command: str
@@ -4538,50 +4493,52 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
     """Read and check everything before a socket opens. Raises ConfigError with one line."""
     if _PREFIX + "LISTEN" in environ:
         environ = {_PREFIX + "LISTEN_UDP": environ[_PREFIX + "LISTEN"], **environ}
-    values, command, arguments, former = _read_options(argv, environ)
-    defaults = Settings()
-    converted: dict[str, Any] = {}
-    for option in OPTIONS:
-        name, text = option.name, values[option.name]
-        path = values[f"{name}_file"] if option.secret else None
-        if path:
-            if text not in (None, "", "[]"):
-                raise ConfigError(f"{name}, {name}_file: both set; allowed: one of them")
-            name = f"{name}_file"
-        try:
-            if path:
-                text = _read_secret(option, path)
-            converted[option.name] = (
-                getattr(defaults, option.name) if text is None else option.convert(text)
-            )
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from None
+    former: dict[str, str] = {}
+    known, unknown = _option_parser(former).parse_known_args(list(argv), env_vars=environ)
+    texts = vars(known)
+    for name in _FORMER:
+        if _PREFIX + name.upper() in environ:
+            former[name] = environ[_PREFIX + name.upper()]
+    texts |= _former_redis(former, texts)
+    command, arguments = _command(texts["words"], unknown)
+    values = {option.name: _convert(option, texts) for option in OPTIONS}
     sockets = passed_sockets(environ)
-    converted.update((option, bound_to(sock)) for option, sock in sockets.items())
-    settings = Settings(**converted)
+    values.update((option, bound_to(sock)) for option, sock in sockets.items())
+    settings = Settings(**values)
     if not any((settings.listen_udp, settings.listen_tcp, settings.listen_tls)):
         raise ConfigError(
             "listen_udp, listen_tcp, listen_tls: all empty; allowed: at least one address"
         )
     if settings.rating_api_ca_file:
         api_tls(settings.rating_api_ca_file)
-    former += [name for name in _FORMER if _PREFIX + name.upper() in environ]
-    warnings = []
-    if former:
-        names = ", ".join(sorted(set(former)))
-        warnings.append(f"options of the former agent that have no effect yet: {names}")
+    names = ", ".join(sorted(former))
+    warnings = [f"options of the former agent that have no effect: {names}"] if former else []
+    if settings.cluster_url and settings.state_dir:
+        warnings.append("with cluster_url there is no journal: state_dir has no effect")
     rules, tls = load_rules(settings), load_tls(settings)
     return Configuration(command, arguments, settings, rules, warnings, tls, sockets)
 
 
-def _read_options(
-    argv: Sequence[str], environ: dict[str, str]
-) -> tuple[dict[str, str | None], str, list[str], list[str]]:
-    former: list[str] = []
+def _former_redis(former: dict[str, str], texts: Mapping[str, str | None]) -> dict[str, str]:
+    """The Redis of the former agent as options of ours; takes out of ``former`` what it uses."""
+    if former.get("state_manager") != "redis" or texts["cluster_url"]:
+        return {}
+    _, address, password, database = (former.pop(name, "") for name in _FORMER[1:])
+    meant = {"cluster_url": f"redis://{address or 'localhost:6379'}/{database or 0}"}
+    if password:
+        meant["cluster_password"] = password
+    return meant
+
+
+def _option_parser(former: dict[str, str]) -> _Parser:
+    """A parser that takes the text of an option from flags, else the environment, else the file.
+
+    What the file sets of the former agent's options it adds to ``former``.
+    """
     parser = _Parser(
         prog="rating_agent_hep.py",
         description="Rate telephone calls from a HEP mirror of their signalling.",
-        epilog="Lists: YAML lists, or words separated by commas or spaces.",
+        epilog="A list is a YAML list, or words separated by commas or spaces.",
         config_file_open_func=_open_text,
         config_file_parser_class=type("_Reader", (_ConfigFile,), {"former": former}),
         add_env_var_help=False,
@@ -4602,39 +4559,65 @@ def _read_options(
     for option in OPTIONS:
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
-        spellings = [f"--{option.name.replace('_', '-')}"]
-        if "_" in option.name:
-            spellings.append(f"--{option.name}")
-        more: dict[str, Any] = {"nargs": "?", "const": "true"} if option.convert is flag else {}
+        dashed, plain = f"--{option.name.replace('_', '-')}", f"--{option.name}"
         groups[option.group].add_argument(
-            *spellings,
+            *dict.fromkeys((dashed, plain)),
             dest=option.name,
             env_var=_PREFIX + option.name.upper(),
             metavar="VALUE",
             help=f"{option.help} (default: {default_text(option)})",
-            **more,
+            **({"nargs": "?", "const": "true"} if option.convert is flag else {}),
         )
-    known, unknown = parser.parse_known_args(list(argv), env_vars=environ)
-    found = vars(known)
+    return parser
+
+
+def _command(words: list[str], unknown: list[str]) -> tuple[str, list[str]]:
+    """The command and its arguments, from what is no option. Raises ConfigError."""
     for word in unknown:
         # What stands behind = may be a secret.
         if word.startswith("-"):
             name = ascii(word.partition("=")[0])[1:-1]
             raise ConfigError(f"{name}: unknown; allowed: the options that --help lists")
-    # argparse gives up on positional arguments that stand behind an option.
-    command, *arguments = [*found["words"], *unknown] or ["run"]
+    # argparse does not know positional arguments that stand behind an option.
+    command, *arguments = [*words, *unknown] or ["run"]
     # The former agent's command line.
     command = "run" if command == "agent" else command
     if command not in ("run", "check", "decode", "outbox"):
         raise ConfigError("command: unknown; allowed: run, agent, check, decode FILE..., outbox")
     if arguments and command in ("run", "check"):
         raise ConfigError(f"files: unexpected; allowed: {command} alone, decode FILE...")
-    return {option.name: found[option.name] for option in OPTIONS}, command, arguments, former
+    return command, arguments
+
+
+def _convert(option: Option, texts: Mapping[str, str | None]) -> Any:
+    """The value of an option; the text of a secret one may be in a file. Raises ConfigError."""
+    name, text = option.name, texts[option.name]
+    path = texts[f"{name}_file"] if option.secret else None
+    if path:
+        if text not in (None, "", "[]"):
+            raise ConfigError(f"{name}, {name}_file: both set; allowed: one of them")
+        name = f"{name}_file"
+    try:
+        text = _read_secret(option, path) if path else text
+        return option.default if text is None else option.convert(text)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def _read_secret(option: Option, path: str) -> str:
+    """The text of an option from its file: one line, or a list's lines. Raises ConfigError."""
+    lines = [line for line in re.split(r"[\r\n]+", _open_text(path).read()) if line]
+    if isinstance(option.default, tuple) and lines:
+        return json.dumps(lines)
+    if len(lines) != 1:
+        what = "several lines" if lines else "empty"
+        raise ConfigError(f"{path}: {what}; allowed: one line")
+    return lines[0]
 
 
 def default_text(option: Option) -> str:
-    """An option's default as README and --help show it."""
-    value = getattr(Settings(), option.name)
+    """An option's default as the documentation and --help show it."""
+    value = option.default
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
@@ -4664,7 +4647,7 @@ def _load_pem(option: str, path: str, load: Callable[[], Any], allowed: str) -> 
 
 
 def load_tls(settings: Settings) -> ssl.SSLContext | None:
-    """How the TLS listener speaks, TLS 1.2 or later; None where it is off. Raises ConfigError."""
+    """The context of the TLS listener, TLS 1.2 or later; None if it is off. Raises ConfigError."""
     if not settings.listen_tls:
         return None
     cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
@@ -4696,9 +4679,9 @@ def load_tls(settings: Settings) -> ssl.SSLContext | None:
 
 @cache
 def api_tls(ca_file: str) -> ssl.SSLContext:
-    """How rating APIs are spoken to: by certificates of the CAs in a file, else of the system's.
+    """The CAs that a rating API's certificate may come from: those of a file, else the system's.
 
-    One for all, for loading takes some 20 ms. Raises ConfigError.
+    It is loaded once, for that is slow. Raises ConfigError.
     """
     if not ca_file:
         return ssl.create_default_context()
@@ -4715,11 +4698,11 @@ def effective(configuration: Configuration) -> Iterator[str]:
     for option in OPTIONS:
         value = getattr(configuration.settings, option.name)
         if option.secret and value:
-            # What a file gave is not to be set once more.
+            # If a file gave it, the line must not set it a second time.
             from_file = getattr(configuration.settings, f"{option.name}_file")
             value = type(value)() if from_file else "***"
         shown = list(value) if isinstance(value, tuple) else value
-        # YAML does not join the two halves of JSON's escape for what lies beyond 16 bits.
+        # JSON escapes a character beyond 16 bits as two halves, which YAML does not join.
         yield f"{option.name}: {json.dumps(shown, ensure_ascii=not str(shown).isprintable())}"
     for rule in configuration.rules:
         route = rule.route
@@ -4732,23 +4715,71 @@ def effective(configuration: Configuration) -> Iterator[str]:
 
 log = logging.getLogger("rating_agent_hep")
 
-
 # Kinds of warnings and errors of which the last is shown, and characters of each.
 MAX_LAST_ERRORS = 50
 MAX_ERROR_TEXT = 300
 
 
-class LastErrors:
-    """The last warning or error of each ``event``, and how many there were.
+class WarningLimiter(logging.Filter):
+    """Let only a few warnings of one ``event`` through each second, and keep the last of each.
 
-    By event, so that a storm of one kind does not push out what explains it.
+    A line that passes says how many of its kind were held back before it. The last ones are kept by
+    event, so that a storm of one kind does not push out what explains it.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._last: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._second = 0
+        self._passed: dict[str, int] = {}
+        self._held: dict[str, int] = {}
 
-    def note(self, event: str, record: logging.LogRecord) -> None:
-        """Take in a record of level WARNING or above."""
+    def filter(self, record: logging.LogRecord) -> bool:
+        event = getattr(record, "event", None)
+        if record.levelno >= logging.WARNING and event != "held_back":
+            self._keep(event or "", record)
+        if record.levelno != logging.WARNING or event is None:
+            return True
+        if self._exhausted(event, record.created):
+            return False
+        self._passed[event] = self._passed.get(event, 0) + 1
+        if event in self._held:
+            record.held_back = self._held.pop(event)
+        return True
+
+    def holds(self, event: str, now: float) -> bool:
+        """Whether a warning would be held back at this UNIX time; if so, it is counted.
+
+        To make a line costs far more than to drop the packet that it is about.
+        """
+        if not self._exhausted(event, now):
+            return False
+        self._last[event]["count"] += 1
+        self._last[event]["time"] = now
+        return True
+
+    def take_held(self) -> dict[str, int]:
+        """How many lines of each event were held back that no line has told of yet."""
+        held, self._held = self._held, {}
+        return held
+
+    def last_errors(self) -> list[dict[str, Any]]:
+        """The last warning or error of each event, held back or not; the newest is first.
+
+        Each has ``event``, ``level``, ``time`` (UNIX time, seconds), ``count`` and ``text``.
+        """
+        return list(reversed(self._last.values()))
+
+    def _exhausted(self, event: str, now: float) -> bool:
+        if int(now) != self._second:
+            self._second = int(now)
+            self._passed.clear()
+        if self._passed.get(event, 0) < MAX_WARNINGS_PER_SECOND:
+            return False
+        self._held[event] = self._held.get(event, 0) + 1
+        return True
+
+    def _keep(self, event: str, record: logging.LogRecord) -> None:
         before = self._last.pop(event, None)
         facts = {name: getattr(record, name, None) for name in ("api", "sender", "call_id")}
         text = " ".join([record.getMessage(), *(f"{k}={v}" for k, v in facts.items() if v)])
@@ -4764,75 +4795,18 @@ class LastErrors:
         if len(self._last) > MAX_LAST_ERRORS:
             self._last.popitem(last=False)
 
-    def again(self, event: str, now: float) -> None:
-        """Count one more of an event, at this UNIX time; its text stays."""
-        if event in self._last:
-            self._last[event]["count"] += 1
-            self._last[event]["time"] = now
-
-    def newest_first(self) -> list[dict[str, Any]]:
-        """``event``, ``level``, ``time`` (UNIX time, seconds), ``count`` and ``text`` of each."""
-        return list(reversed(self._last.values()))
-
-
-class WarningLimiter(logging.Filter):
-    """Let only a few warnings of one ``event`` through each second, and say how many were held.
-
-    ``last`` keeps the last of each, held back or not.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last = LastErrors()
-        self._second = 0
-        self._seen: dict[str, int] = {}
-        self._held: dict[str, int] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        event = getattr(record, "event", None)
-        if record.levelno >= logging.WARNING and event != "held_back":
-            self.last.note(event or "", record)
-        if record.levelno != logging.WARNING or event is None:
-            return True
-        if int(record.created) != self._second:
-            self._second = int(record.created)
-            self._seen.clear()
-        self._seen[event] = self._seen.get(event, 0) + 1
-        if self._seen[event] > MAX_WARNINGS_PER_SECOND:
-            self._held[event] = self._held.get(event, 0) + 1
-            return False
-        if event in self._held:
-            record.held_back = self._held.pop(event)
-        return True
-
-    def holds(self, event: str, now: float) -> bool:
-        """Whether a warning would be held back at this UNIX time; it is counted so, then.
-
-        To make a line takes ten times as long as to drop the packet that it tells of.
-        """
-        if int(now) != self._second or self._seen.get(event, 0) < MAX_WARNINGS_PER_SECOND:
-            return False
-        self._held[event] = self._held.get(event, 0) + 1
-        self.last.again(event, now)
-        return True
-
-    def take_held(self) -> dict[str, int]:
-        """How many lines of each event were held back and not told of yet."""
-        held, self._held = self._held, {}
-        return held
-
 
 def set_up_logging(settings: Settings, stream: Any) -> WarningLimiter:
     """Send log lines to ``stream``: JSON objects, or text for a person."""
-    # Where a line was logged, by which thread and process: on no line of ours, and 8 us on each
-    # (Python's logging HOWTO, "Optimization").
+    # Where a line was logged, by which thread and process, is on no line of ours; to find it out
+    # takes a seventh of the time of a line (Python's logging HOWTO, "Optimization").
     logging._srcfile = None
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler(stream)
     if settings.log_format == "json":
         names = {"levelname": "level"}
         handler.setFormatter(
-            _JsonFormatter("%(levelname)s %(message)s", rename_fields=names, timestamp="time")
+            JsonFormatter("%(levelname)s %(message)s", rename_fields=names, timestamp="time")
         )
     else:
         handler.setFormatter(_TextFormatter("%(asctime)s %(levelname)-7s %(message)s"))
@@ -4845,31 +4819,8 @@ def set_up_logging(settings: Settings, stream: Any) -> WarningLimiter:
 
 
 def printable(text: str) -> str:
-    """One line for a terminal: what a peer sent can neither forge lines nor move the cursor."""
+    """Text that can neither begin a line nor move the cursor of a terminal, whoever sent it."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-class _JsonFormatter(JsonFormatter):
-    """The same lines as its base class makes, in 6 us where that takes 20: two for each call."""
-
-    _encode = staticmethod(json.JSONEncoder().encode)
-    _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        """A record as a JSON object on one line."""
-        if record.exc_info or record.stack_info:
-            return super().format(record)
-        moment = datetime.fromtimestamp(record.created, timezone.utc).isoformat()
-        content = {"level": record.levelname, "message": record.getMessage()}
-        for name, value in vars(record).items():
-            if name not in self._STANDARD:
-                content[name] = value
-        content["time"] = moment
-        try:
-            return self._encode(content)
-        except (TypeError, ValueError):
-            # Values that the base class knows how to write.
-            return super().format(record)
 
 
 class _TextFormatter(logging.Formatter):
@@ -7997,7 +7948,7 @@ class Agent:
                 sender_status(sender)
                 for sender in heapq.nlargest(senders, self.senders, key=attrgetter("packets"))
             ],
-            "last_errors": self._limiter.last.newest_first()[:errors],
+            "last_errors": self._limiter.last_errors()[:errors],
             "counters": dict(sorted(self.metrics.totals.items())),
         }
 
@@ -8076,14 +8027,15 @@ def _bind(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
     return sock
 
 
-# Datagrams handled in one go before other greenlets get the loop (about 10 ms of work).
+# Datagrams handled in one go before other greenlets get the loop: few enough that none of them
+# waits for long.
 UDP_BUDGET = 256
 
 
 class UdpServer(gevent.server.DatagramServer):
-    """HEP over UDP: each wake-up drains the socket, up to a budget, without a greenlet a packet.
+    """HEP over UDP: each wake-up drains the socket, up to a budget, with no greenlet for a packet.
 
-    gevent's own do_read takes 8192 octets, so longer datagrams would be cut without a word.
+    gevent's own do_read takes 8192 octets and would silently cut longer datagrams.
     """
 
     kind = socket.SOCK_DGRAM
@@ -8101,42 +8053,40 @@ class UdpServer(gevent.server.DatagramServer):
             except BlockingIOError:
                 return
             except OSError as error:
-                # Such as an ICMP error that a former packet brought about.
+                # For example the ICMP error that answers an earlier packet.
                 self._agent.malformed("udp_receive", str(error), None)
                 return
             self._agent.receive(data, "udp", self._agent.senders.of(address[0]))
 
 
+@dataclass(slots=True, eq=False)
 class Connection:
-    """What is waited for on a connection: the rest of a frame where ``inside``, else a next one.
+    """An open connection that waits for the rest of a frame where ``inside``, else for a next one.
 
     ``since`` is when the waiting began, seconds of a monotonic clock.
     """
 
-    __slots__ = ("greenlet", "inside", "sender", "since", "sock")
-
-    def __init__(self, sender: Sender, sock: socket.socket, now: float) -> None:
-        self.sender = sender
-        self.sock = sock
-        self.greenlet = gevent.getcurrent()
-        self.inside = False
-        self.since = now
+    sender: Sender
+    sock: socket.socket
+    since: float
+    inside: bool = False
+    greenlet: gevent.Greenlet = field(default_factory=gevent.getcurrent)
 
 
-# Frames of TCP handled in one go, for the same reason; the connections that have more share it.
+# Frames of TCP handled in one go, likewise; all connections that have more frames share it.
 TCP_BUDGET = 256
-# Share of the files that the process may open that each of the two listeners may take: a sender
+# Share of the files that the process may open which one listener's connections may take: senders
 # must not keep the agent from opening a connection to the rating API.
 FILES_PER_LISTENER = 1 / 4
-# Seconds. While there is no place for a new connection, one that is silent for so long is closed.
+# Seconds. While no place is free for a new connection, one that is silent for so long is closed.
 CROWDED_IDLE = 60.0
-# Seconds without a look at the connections after which their time is not counted: the process was
-# stopped, and what they sent meanwhile is still unread.
+# Seconds between two checks of the connections after which their waiting is not counted: the
+# process was stopped, and what they sent meanwhile is still unread.
 STALLED = 5.0
 
 
 class TcpServer(gevent.server.StreamServer):
-    """HEP over TCP: a greenlet a connection; one that loses framing is closed, others go on."""
+    """HEP over TCP, with a greenlet for each connection; one that loses framing is closed."""
 
     kind = socket.SOCK_STREAM
     transport = "tcp"
@@ -8148,10 +8098,10 @@ class TcpServer(gevent.server.StreamServer):
         self._agent = agent
         self._open: set[Connection] = set()
         self._yielding = 0
-        self._looked = time.monotonic()
+        self._checked = time.monotonic()
 
     def do_handle(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
-        # Here and not in the greenlet, so that what is refused takes no place.
+        # This is not done in the greenlet, so that what is refused takes no place.
         sender = self._agent.senders.of(address[0])
         if not self._agent.admit(sender):
             sock.close()
@@ -8160,18 +8110,18 @@ class TcpServer(gevent.server.StreamServer):
         super().do_handle(sock, sender)
 
     def close_overdue(self, now: float) -> None:
-        """Close the connections that took too long for a frame, or are silent for too long."""
-        waited = now - self._looked < STALLED and not self._agent.behind
-        self._looked = now
+        """Close the connections that take too long for a frame, or are silent for too long."""
+        counted = now - self._checked < STALLED and not self._agent.behind
+        self._checked = now
         crowded = CROWDED_IDLE if self.pool.full() else inf
         idle = min(self._agent.settings.hep_idle_timeout or inf, crowded)
         for connection in list(self._open):
-            if not waited:
+            if not counted:
                 connection.since = now
             elif now - connection.since < (FRAME_TIMEOUT if connection.inside else idle):
                 continue
             elif connection.inside:
-                text = f"connection closed: a frame not whole after {FRAME_TIMEOUT:g} s"
+                text = f"connection closed: a frame was not complete after {FRAME_TIMEOUT:g} s"
                 self._agent.malformed("hep_slow", text, connection.sender)
                 self._close(connection)
             else:
@@ -8185,12 +8135,12 @@ class TcpServer(gevent.server.StreamServer):
         connection.greenlet.kill(block=False)
 
     def hang_up(self) -> bool:
-        """Tell the senders that no more is to come; what they send until they close is read.
+        """Tell the senders that this side is closing; what they send until they close is read.
 
         Returns whether there are connections left.
         """
         for connection in self._open:
-            # Not SSLSocket's own, which would end the reading, too.
+            # SSLSocket's own shutdown would also end the reading.
             with suppress(OSError):
                 socket.socket.shutdown(connection.sock, socket.SHUT_WR)
         return bool(self.pool)
@@ -8199,36 +8149,17 @@ class TcpServer(gevent.server.StreamServer):
         return sock
 
     def _converse(self, sock: socket.socket, sender: Sender) -> None:
-        agent, splitter = self._agent, HepSplitter()
-        connection = Connection(sender, sock, time.monotonic())
+        agent, connection = self._agent, Connection(sender, sock, time.monotonic())
         agent.connections += 1
         agent.metrics.count("connections.opened")
-        handled = 0
         try:
-            # A sender that is gone without a word would keep its place for ever.
+            # Without it a sender that vanishes would keep its place for ever.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            sock = connection.sock = self._secure(sock)
+            connection.sock = self._secure(sock)
             self._open.add(connection)
-            while data := sock.recv(splitter.room):
-                whole = False
-                for frame in splitter.feed(data):
-                    agent.receive(frame, self.transport, sender)
-                    whole = True
-                    handled += 1
-                    if handled * (1 + self._yielding) >= TCP_BUDGET:
-                        handled = 0
-                        connection.since = time.monotonic()
-                        self._yield()
-                if whole or not connection.inside:
-                    connection.since = time.monotonic()
-                connection.inside = splitter.room < MAX_HEP_FRAME
-                if not whole:
-                    self._yield()
-                while agent.behind:
-                    gevent.sleep(JOURNAL_INTERVAL)
-            log.debug(
-                "connection closed", extra={"event": "connection_closed", "sender": sender.address}
-            )
+            self._read(connection)
+            extra = {"event": "connection_closed", "sender": sender.address}
+            log.debug("connection closed", extra=extra)
         except HepError as error:
             agent.malformed(f"hep_{error.kind}", f"connection closed: {error}", sender)
         except OSError as error:
@@ -8237,19 +8168,40 @@ class TcpServer(gevent.server.StreamServer):
             extra = {"event": f"connection_{failed}", "sender": sender.address}
             log.warning("connection failed: %s", error, extra=extra)
         finally:
-            sock.close()
+            connection.sock.close()
             self._open.discard(connection)
-            # Seen just now, so that it is not the first to be forgotten.
+            # This marks it as seen now, so that it is not the first to be forgotten.
             agent.senders.of(sender.address)
             agent.connections -= 1
             sender.connections -= 1
 
-    def _yield(self) -> None:
-        """Let everything else go first that has something to do.
+    def _read(self, connection: Connection) -> None:
+        """Hand on frames until the sender closes. Raises HepError, OSError."""
+        agent, splitter, handled = self._agent, HepSplitter(), 0
+        while data := connection.sock.recv(splitter.room):
+            whole = False
+            for frame in splitter.feed(data):
+                agent.receive(frame, self.transport, connection.sender)
+                whole = True
+                handled += 1
+                if handled * (1 + self._yielding) >= TCP_BUDGET:
+                    handled = 0
+                    connection.since = time.monotonic()
+                    self._yield()
+            if whole or not connection.inside:
+                connection.since = time.monotonic()
+            connection.inside = splitter.room < MAX_HEP_FRAME
+            if not whole:
+                self._yield()
+            while agent.behind:
+                gevent.sleep(JOURNAL_INTERVAL)
 
-        `gevent.sleep(0)` lets the loop look at its sockets only each 50 times: three connections
-        that always have more kept UDP waiting for 50 ms. An idle watcher of the highest priority
-        comes once in each round of the loop.
+    def _yield(self) -> None:
+        """Let everything else run first that has something to do.
+
+        `gevent.sleep(0)` lets the loop poll its sockets only each 50th time, so a few connections
+        that always have more would keep UDP waiting. An idle watcher of the highest priority runs
+        once in each round of the loop.
         """
         self._yielding += 1
         try:
@@ -8279,50 +8231,37 @@ class TlsServer(TcpServer):
         return secured
 
 
-# What comes from the network goes into it as text only, and its policy allows no other script.
+# What comes from the network goes into the page as text only; its policy allows no other script.
 PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>rating agent</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --bg: #f4f5f7; --card: #fff; --text: #1b1f24; --dim: #5c6670;
-  --line: #e1e4e8; --good: #18713a; --bad: #b3261e; --warn: #8a5a00 }
-@media (prefers-color-scheme: dark) { :root { --bg: #101418; --card: #1a2026; --text: #e6e9ec;
-  --dim: #98a3ad; --line: #2b333b; --good: #57c785; --bad: #ff8a80; --warn: #f0b95b } }
+:root { color-scheme: light dark; --line: #8884; --good: #2a8c4f; --bad: #d5453c; --warn: #b07400 }
 * { box-sizing: border-box }
-body { margin: 0 auto; padding: 16px; max-width: 1100px; background: var(--bg);
-  color: var(--text); font: 15px/1.45 system-ui, sans-serif; overflow-wrap: anywhere }
-header, section { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: 12px 16px; margin-bottom: 12px }
-header { border-left: 6px solid var(--dim) }
-.good { border-left-color: var(--good) } .bad { border-left-color: var(--bad) }
-header.warn { border-left-color: var(--warn) }
+body { margin: 0 auto; padding: 8px; max-width: 1100px; font: 15px/1.45 system-ui, sans-serif;
+  overflow-wrap: anywhere }
+header, section { border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px;
+  margin-bottom: 12px }
+header { border-left: 6px solid }
 h1 { margin: 0; font-size: 28px; line-height: 1.2 } h2 { margin: 0 0 6px; font-size: 15px }
-.good h1, td.good { color: var(--good) } .bad h1, td.bad { color: var(--bad) }
-td.warn, .warn h1 { color: var(--warn) } td.good, td.bad { font-weight: 600 }
-ul { margin: 6px 0 0; padding: 0; list-style: none; font-size: 17px }
-.dim, h2 span { color: var(--dim); font-weight: 400; font-size: 13px }
-#tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; margin-bottom: 12px }
-#tiles div { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
-  padding: 8px 12px; color: var(--dim); font-size: 13px }
-#tiles b { display: block; color: var(--text); font-size: 22px; font-variant-numeric: tabular-nums }
-#tiles .warn b { color: var(--warn) }
+.good { color: var(--good) } .bad { color: var(--bad) } .warn { color: var(--warn) }
+ul { margin: 6px 0 0; padding: 0; list-style: none; font-size: 17px; color: CanvasText }
+.dim, h2 span, th { color: GrayText; font-weight: 400; font-size: 13px }
 table { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums }
-th { text-align: left; color: var(--dim); font-size: 13px; font-weight: 400 }
-th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top }
-tr:last-child td { border-bottom: 0 } td:empty::after { content: "–"; color: var(--dim) }
-input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px; color: inherit;
-  background: var(--bg); border: 1px solid var(--line); border-radius: 6px }
-@media (max-width: 640px) { body { padding: 8px } thead { display: none }
-  #tiles { grid-template-columns: 1fr 1fr; gap: 8px }
+th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top;
+  text-align: left }
+td:empty::after { content: "–"; color: GrayText }
+#now td { font-size: 22px }
+input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px }
+@media (max-width: 640px) { thead { display: none } #now td { font-size: inherit }
   tr { display: block; padding: 6px 0; border-bottom: 1px solid var(--line) }
-  tr:last-child { border: 0 }
   td { display: flex; gap: 8px; padding: 1px 0; border: 0 }
-  td::before { content: attr(data-name); flex: 0 0 92px; color: var(--dim); font-weight: 400 } }
+  td::before { content: attr(data-name); flex: 0 0 92px; color: GrayText } }
 </style></head><body>
 <header id="health"><h1 id="word">…</h1><ul id="faults"></ul><div class="dim" id="facts"></div>
 </header>
-<div id="tiles"></div>
+<section><table id="now"></table></section>
 <section><h2>Rating APIs</h2><table id="apis"></table></section>
 <section><h2>Last warnings and errors <span>the last of each kind</span></h2>
 <table id="errors"></table></section>
@@ -8335,30 +8274,16 @@ input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px; color:
 <script>
 "use strict";
 const $ = id => document.getElementById(id);
+const CLASSES = { up: "good", down: "bad", error: "bad", warning: "warn" };
+const WARN = { clock_skew_ms: 2000, events_waiting: 100, events_rejected: 0, events_lost: 0 };
 let shown = null, before = null, answered = 0, run = 0;
 
 function add(parent, tag, text, kind) {
   const node = document.createElement(tag);
-  node.textContent = text ?? "";
-  if (kind) node.className = kind;
+  node.textContent = text;
+  node.className = kind ?? "";
   parent.append(node);
   return node;
-}
-
-// Rows are lists of cells; a cell is a text, or [text, class].
-function fill(id, names, rows) {
-  const table = document.createElement("table");
-  table.id = id;
-  const head = add(add(table, "thead"), "tr"), body = add(table, "tbody");
-  names.forEach(name => add(head, "th", name));
-  for (const row of rows.length ? rows : [["none"]]) {
-    const line = add(body, "tr");
-    row.forEach((cell, at) => {
-      const [text, kind] = Array.isArray(cell) ? cell : [cell];
-      add(line, "td", text, kind).dataset.name = rows.length ? names[at] : "";
-    });
-  }
-  $(id).replaceWith(table);
 }
 
 function span(seconds) {
@@ -8369,67 +8294,73 @@ function span(seconds) {
 const ago = time => time ? span(shown.time - time) + " ago" : "";
 const count = number => number.toLocaleString("en");
 
+// The text of a value of the agent's JSON; its name tells what is a time.
+function cell(name, value) {
+  if (/^(time|since|last_seen|last_error_at)$/.test(name)) return ago(value);
+  if (typeof value === "number") return count(value);
+  if (value && typeof value === "object")
+    return Object.entries(value).map(([kind, number]) => count(number) + " " + kind).join(", ");
+  return value ?? "";
+}
+
+// Objects of the agent's JSON as rows; the columns are names of their values, or all of the first.
+function draw(id, rows, columns) {
+  const table = document.createElement("table");
+  const names = columns ? columns.split(" ") : Object.keys(rows[0] ?? { "": 0 });
+  table.id = id;
+  const head = add(add(table, "thead", ""), "tr", ""), body = add(table, "tbody", "");
+  names.forEach(name => add(head, "th", name.replaceAll("_", " ")));
+  for (const row of rows) {
+    const line = add(body, "tr", "");
+    for (const name of names) {
+      const kind = Math.abs(row[name]) > WARN[name] ? "warn"
+        : CLASSES[name === "event" ? row.level : row[name]];
+      add(line, "td", cell(name, row[name]), kind).dataset.name = name.replaceAll("_", " ");
+    }
+  }
+  if (!rows.length) add(add(body, "tr", ""), "td", "none").colSpan = names.length;
+  $(id).replaceWith(table);
+}
+
+function list(faults) {
+  document.title = (faults.length ? "✖ " : "") + "rating agent";
+  $("faults").replaceChildren();
+  faults.forEach(fault => add($("faults"), "li", fault));
+}
+
 function perSecond(pattern) {
-  if (!before || shown.uptime <= before.uptime) return "–";
+  if (!before || shown.uptime <= before.uptime) return null;
   let sum = 0;
   for (const [name, total] of Object.entries(shown.counters))
     if (pattern.test(name)) sum += total - (before.counters[name] ?? 0);
-  return count(Math.round(sum / (shown.uptime - before.uptime)));
+  return Math.round(sum / (shown.uptime - before.uptime));
 }
 
 function show() {
   // An API that has just gone down does not make the agent unhealthy yet.
   const down = shown.apis.filter(api => api.state === "down");
-  const faults = shown.healthy ? down.map(api => "rating API " + api.url + " is down")
-    : shown.faults;
-  $("health").className = shown.healthy ? down.length ? "warn" : "good" : "bad";
-  $("word").textContent = shown.healthy ? down.length ? "Degraded" : "Healthy" : "Unhealthy";
-  document.title = (faults.length ? "✖ " : "") + "rating agent";
-  $("faults").replaceChildren();
-  faults.forEach(fault => add($("faults"), "li", fault));
-  const journal = shown.journal === null ? "no journal"
-    : shown.journal === "ok" ? "journal ok" : "journal failing";
-  $("facts").textContent = "up " + span(shown.uptime) + " · " + journal + " · last packet "
-    + (shown.counters["packets.received.udp"] || shown.counters["packets.received.tcp"]
-      ? ago(shown.heard) : "never")
-    + " · " + shown.listeners.map(x => x.transport + " " + x.address).join(" · ")
-    + " · version " + shown.version;
-  $("tiles").replaceChildren();
-  for (const [name, value, warn] of [
-    ["running calls", count(shown.calls.answered)], ["ringing", count(shown.calls.trying)],
-    ["begun / s", perSecond(/^calls.begun$/)], ["packets / s", perSecond(/^packets.received/)],
-    ["dropped / s", perSecond(/^packets.(dropped|malformed)/)],
-    ["events waiting", count(shown.waiting), shown.waiting > 100],
-    ["events rejected", count(shown.counters["events.rejected"] ?? 0),
-      shown.counters["events.rejected"]],
-    ["events lost", count(shown.counters["events.lost"] ?? 0), shown.counters["events.lost"]]]) {
-    const tile = add($("tiles"), "div", "", warn ? "warn" : "");
-    add(tile, "b", value);
-    add(tile, "span", name);
-  }
-  fill("apis", ["URL", "state", "since", "waiting", "last error"], shown.apis.map(api => [
-    api.url, [api.state, api.state === "up" ? "good" : "bad"], ago(api.since), count(api.waiting),
-    api.last_error ? api.last_error + " (" + ago(api.last_error_at) + ")" : ""]));
-  fill("errors", ["last", "event", "times", "text"], shown.last_errors.slice(0, 12).map(x => [
-    ago(x.time), [x.event, x.level === "error" ? "bad" : "warn"], count(x.count), x.text]));
+  const [word, kind] = !shown.healthy ? ["Unhealthy", "bad"]
+    : down.length ? ["Degraded", "warn"] : ["Healthy", "good"];
+  $("word").textContent = word;
+  $("health").className = kind;
+  list(shown.healthy ? down.map(api => "rating API " + api.url + " is down") : shown.faults);
+  const total = name => shown.counters[name] ?? 0;
+  const heard = Object.keys(shown.counters).some(name => name.startsWith("packets.received."));
+  $("facts").textContent = ["up " + span(shown.uptime), "journal: " + (shown.journal ?? "none"),
+    "last packet: " + (heard ? ago(shown.heard) : "never"),
+    ...shown.listeners.map(x => x.transport + " " + x.address), "version " + shown.version,
+  ].join(" · ");
+  draw("now", [{ running_calls: shown.calls.answered, ringing: shown.calls.trying,
+    "begun_/_s": perSecond(/^calls.begun$/), "packets_/_s": perSecond(/^packets.received/),
+    "dropped_/_s": perSecond(/^packets.(dropped|malformed)/), events_waiting: shown.waiting,
+    events_rejected: total("events.rejected"), events_lost: total("events.lost") }]);
+  draw("apis", shown.apis, "url state since waiting last_error last_error_at");
+  draw("errors", shown.last_errors.slice(0, 12), "time event count text");
   $("known").textContent = count(shown.known_senders) + " known";
-  fill("senders", ["address", "last seen", "packets", "dropped", "clock", "last fault"],
-    shown.senders.slice(0, 50).map(x => {
-      const dropped = Object.entries(x.dropped).map(([kind, n]) => count(n) + " " + kind);
-      const skew = x.clock_skew_ms;
-      return [x.address, ago(x.last_seen), count(x.packets), dropped.join(", "),
-        [skew === null ? "" : (skew > 0 ? "+" : "") + (skew / 1000).toFixed(1) + " s",
-          Math.abs(skew) > 2000 ? "warn" : ""], x.last_fault];
-    }));
-  fill("drops", ["what", "times"], Object.entries(shown.counters)
-    .filter(([name]) => /dropped|malformed|evicted|orphan|lost|rejected|errors|failed$/.test(name))
-    .map(([name, total]) => [name, count(total)]));
-}
-
-function showCalls(calls) {
-  fill("calls", ["Call-ID", "state", "for", "tenant", "caller", "callee"], calls.map(x => [
-    x.call_id, x.state + (x.rated === false ? ", not rated" : ""), span(shown.time - x.since),
-    x.tenant, x.account_tag, x.destination_account_tag]));
+  draw("senders", shown.senders.slice(0, 50),
+    "address last_seen packets dropped clock_skew_ms last_fault");
+  draw("drops", Object.entries(shown.counters).map(([name, times]) => ({ name, times })).filter(
+    x => /dropped|malformed|evicted|orphan|lost|rejected|errors|failed$/.test(x.name)));
 }
 
 async function load(path) {
@@ -8448,16 +8379,16 @@ async function refresh() {
     if (mine !== run) return;
     [before, shown, answered] = [shown, next, Date.now()];
     show();
-    showCalls(page.calls);
+    for (const call of page.calls) call.rated = call.rated === false ? "no" : call.rated && "yes";
+    draw("calls", page.calls,
+      "call_id state since rated tenant account_tag destination_account_tag");
   } catch (error) {
     if (mine !== run) return;
     $("health").className = "bad";
     $("word").textContent = "No answer";
-    document.title = "✖ rating agent";
-    const since = answered ? " What is below is " + span((Date.now() - answered) / 1000) + " old."
-      : "";
-    $("faults").replaceChildren();
-    add($("faults"), "li", "The agent does not answer this page: " + error.message + "." + since);
+    const fault = "The agent does not answer this page: " + error.message + ".";
+    const age = " What is below is " + span((Date.now() - answered) / 1000) + " old.";
+    list([fault + (answered ? age : "")]);
   }
   setTimeout(() => mine === run && refresh(), 2000);
 }
@@ -8467,8 +8398,12 @@ refresh();
 """
 
 
-class BadRequest(Exception):
-    """A reader asked for something that is not there; the text says what is."""
+class HttpError(Exception):
+    """A request for the status gets this HTTP status; the text says what is allowed."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 # Requests for the status at one time: some browsers, a monitor and a health check.
@@ -8477,15 +8412,29 @@ MAX_STATUS_CONNECTIONS = 32
 MAX_STATUS_REQUEST = 8_192
 # Seconds for one such request, from its first octet to the last of the answer.
 STATUS_TIMEOUT = 10.0
-# Senders that the status shows, those with most packets first: some 3 ms of work.
+# Senders that the status shows, those with most packets first.
 MAX_STATUS_SENDERS = 500
+_REQUEST = re.compile(rb"([A-Z]+) (/[^\s?]*)(?:\?(\S*))? HTTP/1\.[01]\r?\n")
+_HOST = re.compile(rb"\nhost[ \t]*:[ \t]*([^\r\n]*)", re.I)
+_PLAIN = "text/plain; charset=utf-8"
+
+_CALL_TESTS: dict[str, Callable[[Call, Any], bool]] = {
+    "state": lambda call, states: call.state in states,
+    "tenant": lambda call, tenant: call.tenant == tenant,
+    "account": lambda call, account: (
+        account in (call.shown.account_tag, call.shown.destination_account_tag)
+        if call.shown
+        else False
+    ),
+    "call_id": lambda call, part: part in printable_id(call.call_id),
+}
 
 
 class StatusServer(gevent.server.StreamServer):
     """The status over HTTP/1.1: GET and HEAD, one request a connection, all within STATUS_TIMEOUT.
 
-    gevent.pywsgi keeps idle connections for ever, takes 100 header lines of 64 KiB and writes to
-    stderr; all that is wanted of it are these few lines.
+    gevent.pywsgi bounds neither the time nor the octets of a request, and prints a traceback for
+    one with too many headers; to mend that takes as many lines as these few parts of HTTP.
     """
 
     kind = socket.SOCK_STREAM
@@ -8495,15 +8444,17 @@ class StatusServer(gevent.server.StreamServer):
         super().__init__(sock, handle=self._converse, spawn=MAX_STATUS_CONNECTIONS)
         self._agent = agent
         # One reader at a time looks through the calls; the others wait.
-        self._looking = gevent.lock.BoundedSemaphore(1)
+        self._reading_calls = gevent.lock.BoundedSemaphore(1)
         style, script = (
             b64encode(hashlib.sha256(re.findall(tag, PAGE, re.S)[0].encode()).digest()).decode()
             for tag in ("<style>(.*)</style>", "<script>(.*)</script>")
         )
-        self._policy = (
-            f"default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
-            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'"
+        self._headers = (
+            "Allow: GET, HEAD\r\nContent-Security-Policy: default-src 'none'; "
+            f"style-src 'sha256-{style}'; script-src 'sha256-{script}'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n"
+            "X-Content-Type-Options: nosniff\r\nReferrer-Policy: no-referrer\r\n"
+            "Cache-Control: no-store\r\nConnection: close\r\n\r\n"
         )
 
     def _converse(self, sock: socket.socket, address: tuple[Any, ...]) -> None:
@@ -8516,41 +8467,56 @@ class StatusServer(gevent.server.StreamServer):
                 request += data
             if request:
                 sock.sendall(self._answer(request if ended else b""))
-            # Closed with something unread, the answer may be lost on its way.
+            # If it were closed with something unread, the answer might get lost on its way.
             sock.shutdown(socket.SHUT_WR)
             while sock.recv(65_536):
                 gevent.sleep(0)
 
     def _answer(self, request: bytes) -> bytes:
         """The whole answer to a request, b"" for one that is none; never raises."""
-        line = re.match(rb"([A-Z]+) (/[^\s?]*)(?:\?(\S*))? HTTP/1\.[01]\r?\n", request)
-        kind, more = "text/plain; charset=utf-8", ""
+        line = _REQUEST.match(request)
         try:
             if line is None:
-                raise BadRequest(f"no HTTP request of less than {MAX_STATUS_REQUEST} octets")
-            method, path, query = (part.decode("latin-1") for part in (line.groups(b"")))
+                raise HttpError(400, f"no HTTP request of less than {MAX_STATUS_REQUEST} octets")
+            method, path, query = (part.decode("latin-1") for part in line.groups(b""))
+            for host in _HOST.findall(request):
+                self._check_host(host.decode("latin-1"))
             if method not in ("GET", "HEAD"):
-                status, body, more = 405, "allowed: GET, HEAD\n", "Allow: GET, HEAD\r\n"
-            elif path not in self._PATHS:
-                status, body = 404, f"allowed: {' '.join(self._PATHS)}\n"
-            else:
-                handler, kind = self._PATHS[path]
-                status, body = handler(self, query)
-        except BadRequest as error:
-            status, body = 400, f"{error}\n"
+                raise HttpError(405, "allowed: GET, HEAD")
+            if path not in self._PATHS:
+                raise HttpError(404, f"allowed: {' '.join(self._PATHS)}")
+            handler, kind = self._PATHS[path]
+            status, body = handler(self, query)
+        except HttpError as error:
+            status, body, kind = error.status, f"{error}\n", _PLAIN
         except Exception:
             extra = {"event": "internal_error"}
             log.warning("a status request failed", exc_info=True, extra=extra)
-            status, body, kind = 500, "the log says why\n", "text/plain"
+            status, body, kind = 500, "the log says why\n", _PLAIN
         content = body.encode()
         head = (
             f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
-            f"Content-Type: {kind}\r\nContent-Length: {len(content)}\r\n{more}"
-            f"Content-Security-Policy: {self._policy}\r\nX-Content-Type-Options: nosniff\r\n"
-            "Referrer-Policy: no-referrer\r\nCache-Control: no-store\r\nConnection: close\r\n\r\n"
+            f"Content-Type: {kind}\r\nContent-Length: {len(content)}\r\n{self._headers}"
         )
         head_only = line is not None and line[1] == b"HEAD"
         return head.encode("latin-1") + (b"" if head_only else content)
+
+    def _check_host(self, value: str) -> None:
+        """Refuse a request by a name that is not this machine's.
+
+        A web page may let its own name point to this machine (DNS rebinding), and its script would
+        then read what the browser can reach. To an address the browser would not let it.
+        """
+        name = re.sub(r":\d*$", "", value.strip()).strip("[]").rstrip(".").lower()
+        with suppress(ValueError):
+            ipaddress.ip_address(name)
+            return
+        own = socket.gethostname().lower()
+        given = split_address(self._agent.settings.listen_status)[0].lower()
+        # The full name comes last, for it may take a look-up.
+        names = {"localhost", own, given} - {""}
+        if name not in names and name != socket.getfqdn(own).lower():
+            raise HttpError(421, "allowed as Host: an address, or a name of this machine")
 
     def _health(self, query: str) -> tuple[int, str]:
         faults = self._agent.faults(time.monotonic())
@@ -8562,69 +8528,59 @@ class StatusServer(gevent.server.StreamServer):
         return 200, json.dumps(status) + "\n"
 
     def _metrics(self, query: str) -> tuple[int, str]:
-        agent = self._agent
+        agent, metrics = self._agent, self._agent.metrics
         gauges: dict[str, float] = {
             **agent.gauges(),
             "healthy": int(not agent.faults(time.monotonic())),
             "start_time_seconds": round(time.time() - time.monotonic() + agent.started, 3),
         }
-        metrics = agent.metrics
         return 200, prometheus_text(metrics.totals, gauges, metrics.timer_totals)
 
     def _page(self, query: str) -> tuple[int, str]:
         return 200, PAGE
 
     def _calls(self, query: str) -> tuple[int, str]:
-        """Calls that match, newest first; ``next`` is what ``after`` is to be for those behind."""
-        wanted = self._filter(query)
+        """Calls that match, newest first; ``next`` is the ``after`` of the page that follows."""
+        wanted = self._wanted(query)
         limit, after = wanted.pop("limit"), wanted.pop("after")
+        tests = [(_CALL_TESTS[name], value) for name, value in wanted.items()]
         deadline = time.monotonic() + CALLS_SECONDS
         offset = time.time() - time.monotonic()
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         row = after
-        with self._looking:
+        with self._reading_calls:
             for calls in chain.from_iterable(x.table.look() for x in self._agent.shards):
                 for call in calls:
-                    if (after and call.row >= after) or not self._matches(call, wanted):
+                    if (after and call.row >= after) or not all(test(call, x) for test, x in tests):
                         continue
-                    if len(found) == limit:
-                        return 200, json.dumps({"calls": found, "next": row}) + "\n"
+                    if len(rows) == limit:
+                        return 200, json.dumps({"calls": rows, "next": row}) + "\n"
                     row = call.row
-                    found.append(self._call_facts(call, offset))
+                    rows.append(self._call_facts(call, offset))
                 if time.monotonic() >= deadline:
-                    return 200, json.dumps({"calls": found, "next": calls[-1].row}) + "\n"
+                    return 200, json.dumps({"calls": rows, "next": calls[-1].row}) + "\n"
                 gevent.sleep(0)
-        return 200, json.dumps({"calls": found, "next": None}) + "\n"
+        return 200, json.dumps({"calls": rows, "next": None}) + "\n"
 
     @staticmethod
-    def _filter(query: str) -> dict[str, Any]:
-        """What ``/calls`` is to show. Raises BadRequest."""
+    def _wanted(query: str) -> dict[str, Any]:
+        """What ``/calls`` is to show. Raises HttpError."""
         wanted: dict[str, Any] = {"limit": 100, "after": 0}
         for name, text in parse_qsl(query, keep_blank_values=True, max_num_fields=20):
-            if name == "state" and set(text.split(",")) <= set(STATES):
-                wanted[name] = frozenset(text.split(","))
-            elif name in ("limit", "after") and re.fullmatch("[0-9]{1,18}", text, re.A):
+            if name in wanted and re.fullmatch("[0-9]{1,18}", text, re.A):
                 wanted[name] = int(text)
+            elif name == "state" and set(text.split(",")) <= set(STATES):
+                wanted[name] = text.split(",")
             elif name in ("tenant", "account", "call_id"):
                 wanted[name] = text
             else:
-                raise BadRequest(
+                raise HttpError(
+                    400,
                     f"{ascii(name)[:40]}; allowed: state={','.join(STATES)} tenant=TEXT "
-                    f"account=TEXT call_id=PART limit=1..{MAX_CALLS_PAGE} after=ROW"
+                    f"account=TEXT call_id=PART limit=1..{MAX_CALLS_PAGE} after=ROW",
                 )
         wanted["limit"] = min(max(wanted["limit"], 1), MAX_CALLS_PAGE)
         return wanted
-
-    @staticmethod
-    def _matches(call: Call, wanted: dict[str, Any]) -> bool:
-        known = call.shown
-        accounts = (known.account_tag, known.destination_account_tag) if known else ()
-        return (
-            ("state" not in wanted or call.state in wanted["state"])
-            and ("tenant" not in wanted or call.tenant == wanted["tenant"])
-            and ("account" not in wanted or wanted["account"] in accounts)
-            and ("call_id" not in wanted or wanted["call_id"] in printable_id(call.call_id))
-        )
 
     @staticmethod
     def _call_facts(call: Call, offset: float) -> dict[str, Any]:
@@ -8639,7 +8595,7 @@ class StatusServer(gevent.server.StreamServer):
             "account_tag": known.account_tag if known else "",
             "destination_account_tag": known.destination_account_tag if known else "",
             "transaction_tag": known.transaction_tag if known else "",
-            # What is over has forgotten whom it was charged to.
+            # A call that is over does not know any more whom it was charged to.
             "rated": known.rated and not call.tied if known and not call.ended_at else None,
             "answered": call.begun / 1_000_000 if call.state == ANSWERED else None,
             "capture_id": call.capture_id,
@@ -8654,66 +8610,39 @@ class StatusServer(gevent.server.StreamServer):
     }
 
 
+Server = UdpServer | TcpServer | StatusServer
+
+
 # Room: command line
 
 # Files that the process asks to open at one time, connections included, where it may.
 MAX_FILES = 65_536
-# Seconds between two looks at the deadlines of the call table.
+# Seconds between two checks of what is due in the call table.
 TICK = 0.1
 
 
 def run(configuration: Configuration) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit status."""
+    """Serve until SIGTERM or SIGINT; returns the exit status. Raises ConfigError."""
     settings = configuration.settings
     limiter = set_up_logging(settings, sys.stdout)
     for warning in configuration.warnings:
         log.warning(warning, extra={"event": "former_option"})
-    try:
-        journal = Journal(settings.state_dir) if settings.state_dir else None
-        agent = Agent(settings, configuration.rules, limiter, journal, configuration.tls)
-        if agent.cluster:
-            agent.cluster.try_to_join()
-    except ConfigError as error:
-        return _fail(str(error))
-    servers: list[UdpServer | TcpServer | StatusServer] = []
+    alone = not settings.cluster_url
+    journal = Journal(settings.state_dir) if alone and settings.state_dir else None
+    agent = Agent(settings, configuration.rules, limiter, journal, configuration.tls)
+    if agent.cluster:
+        agent.cluster.try_to_join()
     # The soft limit is 1,024 on most systems, for programs that use select().
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft < files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    for server_class in (UdpServer, TcpServer, TlsServer, StatusServer):
-        option = f"listen_{server_class.transport}"
-        address = getattr(settings, option)
-        # Unlike HEP, the status is for this machine unless told otherwise.
-        if option == "listen_status" and address.startswith(":"):
-            address = f"127.0.0.1{address}"
-        if address:
-            try:
-                sock = configuration.sockets.get(option) or bind(address, server_class.kind)
-                servers.append(server_class(sock, agent))
-            except (OSError, UnicodeError) as error:
-                reason = getattr(error, "strerror", None) or error
-                return _fail(f"{option}: {address}: {reason}; allowed: a free address of this host")
-    stop = gevent.event.Event()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            os._exit(1)
-        stop.set()
-
-    gevent.signal_handler(signal.SIGTERM, on_signal)
-    gevent.signal_handler(signal.SIGINT, on_signal)
+    servers = _open_servers(configuration, agent)
     notifier = Notifier(os.environ)
-    gevent.signal_handler(signal.SIGHUP, notifier.reload, agent)
-    gevent.signal_handler(signal.SIGUSR1, agent.log_status)
+    stop = _watch_signals(lambda: notifier.reload(agent), agent.log_status)
     for server in servers:
         server.start()
-        extra: dict[str, Any] = {"event": "listening", "address": bound_to(server.socket)}
-        extra["transport"] = server.transport
-        extra["inherited"] = f"listen_{server.transport}" in configuration.sockets
-        extra["receive_buffer"] = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-        agent.listeners.append({name: extra[name] for name in ("transport", "address")})
-        log.info("listening", extra=extra)
+        _tell_listening(agent, server, f"listen_{server.transport}" in configuration.sockets)
     background = [gevent.spawn(agent.flush_forever)]
     if journal:
         _tell_restored(agent, journal)
@@ -8737,9 +8666,55 @@ def run(configuration: Configuration) -> int:
     return 0
 
 
-# New objects after which the garbage collector looks at them: some 3 ms. It never looks at those
-# before them, which takes 0.2 s beside 200,000 calls, but while GC_FEW calls are open, each
-# GC_PAUSE seconds, or else each GC_LAST.
+def _open_servers(configuration: Configuration, agent: Agent) -> list[Server]:
+    """A server for each listener that is on, bound but not started. Raises ConfigError."""
+    servers: list[Server] = []
+    for server_class in (UdpServer, TcpServer, TlsServer, StatusServer):
+        option = f"listen_{server_class.transport}"
+        address = getattr(configuration.settings, option)
+        # Unlike HEP, the status is for this machine unless told otherwise.
+        if option == "listen_status" and address.startswith(":"):
+            address = f"127.0.0.1{address}"
+        if address:
+            try:
+                sock = configuration.sockets.get(option) or bind(address, server_class.kind)
+            except (OSError, UnicodeError) as error:
+                reason = getattr(error, "strerror", None) or error
+                text = f"{option}: {address}: {reason}; allowed: a free address of this host"
+                raise ConfigError(text) from None
+            servers.append(server_class(sock, agent))
+    return servers
+
+
+def _watch_signals(
+    reload: Callable[[], None], log_status: Callable[[], None]
+) -> gevent.event.Event:
+    """The event that SIGTERM and SIGINT set; a second one of them ends the process at once."""
+    stop = gevent.event.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)
+        stop.set()
+
+    gevent.signal_handler(signal.SIGTERM, on_signal)
+    gevent.signal_handler(signal.SIGINT, on_signal)
+    gevent.signal_handler(signal.SIGHUP, reload)
+    gevent.signal_handler(signal.SIGUSR1, log_status)
+    return stop
+
+
+def _tell_listening(agent: Agent, server: Server, inherited: bool) -> None:
+    where = {"transport": server.transport, "address": bound_to(server.socket)}
+    agent.listeners.append(where)
+    size = server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    extra = {"event": "listening", **where, "inherited": inherited, "receive_buffer": size}
+    log.info("listening", extra=extra)
+
+
+# New objects after which the garbage collector goes through them. It goes through all others only
+# each GC_PAUSE seconds, while fewer than GC_FEW calls are open, or else each GC_LAST: nothing runs
+# meanwhile, and that takes the longer the more calls there are.
 GC_OBJECTS = 20_000
 GC_FEW = 5_000
 GC_PAUSE = 600.0
@@ -8747,10 +8722,10 @@ GC_LAST = 86_400.0
 
 
 class Collector:
-    """Runs the garbage collector in place of its own rule, by which it looks at all calls at once.
+    """Runs the garbage collector in place of its own rule, which goes through all calls at once.
 
-    What was looked at is frozen: it goes by its reference count, as nearly all does, and no look
-    is taken at it again but by a full one.
+    Each collection freezes what it leaves: reference counts free nearly all of that, and the next
+    full collection finds the rest.
     """
 
     def __init__(self, now: float) -> None:
@@ -8759,7 +8734,7 @@ class Collector:
         self._full = now
 
     def step(self, calls: int, now: float) -> None:
-        """Look at what is new, if that is enough to look at; called at each tick."""
+        """Collect what is new if there is enough of it, or all in time; called at each tick."""
         if now - self._full >= (GC_PAUSE if calls < GC_FEW else GC_LAST):
             self._full = now
             gc.unfreeze()
@@ -8769,12 +8744,12 @@ class Collector:
         gc.freeze()
 
 
-# Seconds between two lines for `systemctl status`, more often only where the watchdog asks for it.
+# Seconds between two lines for `systemctl status`; the watchdog may ask for more.
 NOTIFY_INTERVAL = 10.0
 
 
 class Notifier:
-    """Tells systemd how the agent is, as sd_notify(3) does; without NOTIFY_SOCKET it does nothing.
+    """Tells systemd how the agent is (sd_notify(3)); it does nothing without NOTIFY_SOCKET.
 
     ``interval`` is the seconds between two calls of `alive`: half of what the watchdog allows, and
     NOTIFY_INTERVAL at most.
@@ -8818,7 +8793,7 @@ def _tell_restored(agent: Agent, journal: Journal) -> None:
     if journal.torn:
         extra = {"event": "journal_torn"}
         log.warning(
-            "the journal was cut, what was committed is there: %s", journal.torn, extra=extra
+            "the journal was cut; what was committed is there: %s", journal.torn, extra=extra
         )
     sizes = agent.sizes()
     counts = {"running": sizes[ANSWERED], "ringing": sizes[TRYING], "waiting": agent.waiting}
@@ -8827,14 +8802,14 @@ def _tell_restored(agent: Agent, journal: Journal) -> None:
 
 def _shut_down(
     agent: Agent,
-    servers: Sequence[UdpServer | TcpServer | StatusServer],
+    servers: Sequence[Server],
     background: list[gevent.Greenlet],
     inherited: Collection[str],
 ) -> None:
     log.info("stopping", extra={"event": "stopping", "waiting": len(agent.delivery)})
     timeout, in_memory = agent.settings.shutdown_timeout, agent.store_failure is None
     deadline = time.monotonic() + timeout
-    # Some of the time is for the last commit and the last metrics.
+    # The last commit and the last metrics need some of the time.
     last_send = deadline - min(timeout / 4, STATSD_FLUSH)
     for server in servers:
         # What waits in an inherited socket is the next agent's.
@@ -8871,21 +8846,26 @@ def _shut_down(
     log.info("stopped", extra={"event": "stopped"})
 
 
-# Seconds in which senders over TCP may close their connections when the agent stops; those that
-# look whether the other side has closed, as SIP servers do, need some ms.
+# Seconds in which senders over TCP may close their connections when the agent stops. Those that
+# notice that the other side has closed, as SIP servers do, need far less.
 HANG_UP = 0.5
 
 
 def _hang_up(servers: Sequence[TcpServer], deadline: float) -> None:
-    """Read what senders have sent until they know that they are not heard any more."""
+    """Read what senders send until they know that nobody listens any more."""
     last = min(time.monotonic() + HANG_UP, deadline)
-    # All, without a stop at the first that has some.
+    # `any` would not call the servers behind the first that has some.
     while sum(server.hang_up() for server in servers) and time.monotonic() < last:
         gevent.sleep(TICK / 10)
 
 
 def decode_files(names: Sequence[str], out: Any) -> int:
-    """Print captures as text: `.hepl` files, or files of concatenated HEP3 frames."""
+    """Print captures as text: `.hepl` files, or files of concatenated HEP3 frames.
+
+    Returns the exit status. Raises ConfigError without a file.
+    """
+    if not names:
+        raise ConfigError("decode: no file; allowed: decode FILE...")
     status = 0
     for name in names:
         try:
@@ -8899,7 +8879,7 @@ def decode_files(names: Sequence[str], out: Any) -> int:
 
 
 def outbox(settings: Settings, arguments: Sequence[str], out: Any) -> int:
-    """The command that shows what waits and what was rejected, also while an agent runs.
+    """The command that shows what waits and what was rejected; an agent may run meanwhile.
 
     ``arguments`` is "list", "retry" with any number of calls (none: all that were rejected), or
     "drop" with one at least; a call is named by its Call-ID or transaction tag. Returns the exit
@@ -8976,7 +8956,7 @@ def _events_of(db: sqlite3.Connection) -> Iterator[tuple[str, RatingEvent]]:
 
 
 def _reader_left(out: Any) -> int:
-    """The reader of our output, such as head, has seen enough."""
+    """End well when the reader of our output, such as head, has closed it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
     return 0
 
@@ -9036,6 +9016,17 @@ def _fail(text: str) -> int:
     return 2
 
 
+def check(configuration: Configuration, out: Any) -> int:
+    """Check the journal, then print the options in force. Raises ConfigError."""
+    if configuration.settings.state_dir:
+        inspect_journal(configuration.settings.state_dir)
+    for warning in configuration.warnings:
+        print(f"# {warning}", file=out)
+    for line in effective(configuration):
+        print(line, file=out)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status: 0, or 2 for what the operator has to mend."""
     try:
@@ -9043,28 +9034,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in PASSING:
             os.environ.pop(name, None)
         configuration = load_configuration(arguments, environ)
+        match configuration.command:
+            case "decode":
+                return decode_files(configuration.arguments, sys.stdout)
+            case "outbox":
+                return outbox(configuration.settings, configuration.arguments, sys.stdout)
+            case "check":
+                return check(configuration, sys.stdout)
+        return run(configuration)
     except ConfigError as error:
         return _fail(str(error))
-    command, arguments = configuration.command, configuration.arguments
-    if command == "decode":
-        if not arguments:
-            return _fail("decode: no file; allowed: decode FILE...")
-        return decode_files(arguments, sys.stdout)
-    folder = configuration.settings.state_dir
-    try:
-        if command == "outbox":
-            return outbox(configuration.settings, arguments, sys.stdout)
-        if command == "check" and folder:
-            inspect_journal(folder)
-    except ConfigError as error:
-        return _fail(str(error))
-    if command == "check":
-        for warning in configuration.warnings:
-            print(f"# {warning}")
-        for line in effective(configuration):
-            print(line)
-        return 0
-    return run(configuration)
 
 
 if __name__ == "__main__":

@@ -30,15 +30,19 @@ import socket
 import struct
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import gevent
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rating_agent_hep import MAX_HEP_FRAME, HepError, HepPacket, HepSplitter, decode_hep
+
 MAGICS = (b"HEP3", b"EEP3")
-MAX_FRAME = 65_535  # the total length of HEP3 is a u16
 MAX_DATAGRAM = 65_507  # IPv4: 65,535 less the IP and UDP headers
-PLAUSIBLE_S = range(946_684_800, 4_102_444_800)  # 2000 to 2100; tells the byte order of HEP2
 
 START_LINE = re.compile(rb"(?:\r?\n)*(?:SIP/2\.0 \d{3}|[A-Za-z0-9.!%*_+`'~-]+ \S+ SIP/2\.0)")
 END_OF_HEAD = re.compile(rb"\n\r?\n")
@@ -93,31 +97,27 @@ class Totals:
 
 
 class Framer:
-    """Cuts one TCP stream into HEP3 frames by their total length, its only framing."""
+    """Cuts one TCP stream into HEP3 frames, and knows where in the stream the next one begins."""
 
     def __init__(self) -> None:
-        self._rest = b""
-        self._octet = 0
+        self._splitter = HepSplitter()
+        self.octet = 0
 
     def feed(self, data: bytes) -> list[bytes]:
         """Return the frames that `data` completes; ReplayError if the stream is not HEP3."""
-        buffer, start, found = self._rest + data, 0, []
-        while len(buffer) - start >= 6:
-            length = int.from_bytes(buffer[start + 4 : start + 6], "big")
-            if buffer[start : start + 4] not in MAGICS or length < 6:
-                raise ReplayError(f"no HEP3 frame at octet {self._octet}")
-            if len(buffer) - start < length:
-                break
-            found.append(buffer[start : start + length])
-            start += length
-            self._octet += length
-        self._rest = buffer[start:]
+        found = []
+        try:
+            for frame in self._splitter.feed(data):
+                found.append(frame)
+                self.octet += len(frame)
+        except HepError:
+            raise ReplayError(f"no HEP3 frame at octet {self.octet}") from None
         return found
 
     @property
-    def pending(self) -> tuple[int, int]:
-        """Offset of the unfinished frame in the stream and the octets of it that are there."""
-        return self._octet, len(self._rest)
+    def unfinished(self) -> bool:
+        """Whether some octets of the next frame are there."""
+        return self._splitter.room < MAX_HEP_FRAME
 
 
 def read_capture(path: str) -> list[Event]:
@@ -188,9 +188,8 @@ def _read_plain(path: str, content: bytes) -> list[Event]:
         found = framer.feed(content)
     except ReplayError as error:
         raise ReplayError(f"{path}: {error}") from None
-    octet, rest = framer.pending
-    if rest:
-        raise ReplayError(f"{path}: the frame at octet {octet} is cut short")
+    if framer.unfinished:
+        raise ReplayError(f"{path}: the frame at octet {framer.octet} is cut short")
     # A plain file has no times of arrival; the frames' own stamps are the next best.
     stamps = [time_of(frame) for frame in found]
     first = next((stamp for stamp in stamps if stamp is not None), 0)
@@ -243,53 +242,35 @@ def arrange(events: list[Event], transport: str) -> list[Event]:
     result = []
     for event in events:
         if event.transport == "udp":
-            if event.data[:4] not in MAGICS or _chunks(event.data) is None:
+            packet = decoded(event.data)
+            if packet is None or packet.version != 3:
                 raise ReplayError("has datagrams that are not HEP3, these cannot go over TCP")
             event = event._replace(transport="tcp", conn=-1)
         result.append(event)
     return [Event(0.0, "tcp", -1, "open"), *result, Event(result[-1].t, "tcp", -1, "close")]
 
 
-def _chunks(frame: bytes) -> list[tuple[int, int, bytes]] | None:
-    """Vendor, type and value of each chunk of a HEP3 frame; None if its lengths are wrong."""
-    if len(frame) < 6 or int.from_bytes(frame[4:6], "big") != len(frame):
+def decoded(data: bytes) -> HepPacket | None:
+    """A packet as the agent reads it, with time 0 where it has none; None if it is damaged."""
+    try:
+        return decode_hep(data, 0)
+    except HepError:
         return None
-    found, at = [], 6
+
+
+def time_of(data: bytes) -> int | None:
+    """The time stamp of a HEP packet in microseconds since 1970, None if it has none."""
+    packet = decoded(data)
+    return packet.time or None if packet else None
+
+
+def _chunks(frame: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """Vendor, type and value of each chunk of a HEP3 frame that the agent can read."""
+    at = 6
     while at < len(frame):
-        if len(frame) - at < 6:
-            return None
         vendor, kind, length = struct.unpack_from("!HHH", frame, at)
-        if length < 6 or at + length > len(frame):
-            return None
-        found.append((vendor, kind, frame[at + 6 : at + length]))
+        yield vendor, kind, frame[at + 6 : at + length]
         at += length
-    return found
-
-
-def _hep2_time(data: bytes) -> tuple[int, str, int] | None:
-    """Offset, struct format and value (microseconds) of the HEP2 time, None without a sane one.
-
-    Kamailio sends it little-endian, others in their host's order: a date that makes sense tells.
-    """
-    at = 8 + 2 * {2: 4, 10: 16}.get(data[2], 0) if len(data) > 8 else 8
-    if at == 8 or data[0] != 2 or len(data) < at + 10:
-        return None
-    for layout in ("<II", ">II"):
-        seconds, micros = struct.unpack_from(layout, data, at)
-        if seconds in PLAUSIBLE_S and micros < 1_000_000:
-            return at, layout, seconds * 1_000_000 + micros
-    return None
-
-
-def time_of(packet: bytes) -> int | None:
-    """The time stamp of a HEP packet in microseconds since 1970 (chunks 0x09 and 0x0a, or the HEP2
-    header), None if it has none or it is zero."""
-    if packet[:4] not in MAGICS:
-        header = _hep2_time(packet)
-        return header[2] if header else None
-    values = {kind: value for vendor, kind, value in _chunks(packet) or () if vendor == 0}
-    seconds = int.from_bytes(values.get(0x09, b""), "big")
-    return seconds * 1_000_000 + int.from_bytes(values.get(0x0A, b""), "big") if seconds else None
 
 
 @dataclass(frozen=True)
@@ -309,9 +290,10 @@ class Rewriter:
 
         Raises ReplayError if the result does not fit in the u16 length of HEP3.
         """
-        if data[:4] in MAGICS:
-            return self._hep3(data)
-        return self._hep12(data) if data[:1] in (b"\x01", b"\x02") else data
+        packet = decoded(data)
+        if packet is None:
+            return data
+        return self._hep3(data, packet) if packet.version == 3 else self._hep12(data, packet)
 
     def sip(self, message: bytes) -> bytes:
         """Rewrite one SIP message; everything but the suffixes, and any other text, is kept."""
@@ -334,60 +316,40 @@ class Rewriter:
             )
         return name + colon + value
 
-    def _hep3(self, frame: bytes) -> bytes:
-        chunks = _chunks(frame)
-        if chunks is None:
-            return frame
-        stamp = time_of(frame) if self.shift_us else None
-        moved = divmod((stamp or 0) + self.shift_us, 1_000_000)
+    def _hep3(self, frame: bytes, packet: HepPacket) -> bytes:
+        shift = self.shift_us if packet.time else 0
+        moved = divmod(packet.time + shift, 1_000_000)
         out = [frame[:4], b"\0\0"]
-        for vendor, kind, value in chunks:
+        for vendor, kind, value in _chunks(frame):
             if vendor == 0 and self.suffix:
-                if kind == 0x10:
-                    kind, value = self._inflated(value)
+                if kind == 0x10:  # compressed
+                    kind, value = 0x0F, packet.payload
                 if kind == 0x0F:
                     value = self.sip(value)
                 elif kind == 0x11 and value:
                     value += self.suffix.encode()
-            if vendor == 0 and stamp is not None and kind in (0x09, 0x0A) and len(value) == 4:
+            if vendor == 0 and shift and kind in (0x09, 0x0A) and len(value) == 4:
                 value = struct.pack("!I", moved[kind - 0x09] & 0xFFFF_FFFF)
-            if len(value) > MAX_FRAME - 6:
+            if len(value) > MAX_HEP_FRAME - 6:
                 raise ReplayError("a payload is too long for HEP3 when rewritten")
             out += [struct.pack("!HHH", vendor, kind, len(value) + 6), value]
         total = sum(map(len, out))
-        if total > MAX_FRAME:
+        if total > MAX_HEP_FRAME:
             raise ReplayError("a packet is too long for HEP3 when rewritten")
         out[1] = struct.pack("!H", total)
         return b"".join(out)
 
-    @staticmethod
-    def _inflated(value: bytes) -> tuple[int, bytes]:
-        """Chunk 0x10 (zlib or gzip) as the chunk 0x0f it stands for, itself if it is damaged."""
-        inflater = zlib.decompressobj(wbits=47)
-        try:
-            payload = inflater.decompress(value, MAX_FRAME)
-        except zlib.error:
-            return 0x10, value
-        if inflater.eof:
-            return 0x0F, payload
-        if len(payload) == MAX_FRAME:
-            raise ReplayError("a compressed payload is too long for HEP3 when rewritten")
-        return 0x10, value
-
-    def _hep12(self, data: bytes) -> bytes:
-        addresses = 2 * {b"\x02": 4, b"\x0a": 16}.get(data[2:3], 0)
-        if not addresses:
-            return data
-        head = 8 + addresses
-        # Kamailio and OpenSIPS pad the time header of HEP2 to 12 octets, others send 10. These go
-        # first: "INVITE" without its first two letters is a well-formed method, too.
-        offsets = [head] if data[0] == 1 else [head + 10, head + 12]
-        at = next((at for at in offsets if START_LINE.match(data, at)), len(data))
-        header = bytearray(data[:at])
-        if self.shift_us and (found := _hep2_time(data)):
-            moved = divmod(found[2] + self.shift_us, 1_000_000)
-            struct.pack_into(found[1], header, found[0], moved[0] & 0xFFFF_FFFF, moved[1])
-        return bytes(header) + self.sip(data[at:])
+    def _hep12(self, data: bytes, packet: HepPacket) -> bytes:
+        header = bytearray(data[: len(data) - len(packet.payload)])
+        at = 8 + 2 * len(packet.source)
+        # The time is little-endian from Kamailio, in their host's order from others.
+        for layout in ("<II", ">II") if packet.time and self.shift_us else ():
+            seconds, micros = struct.unpack_from(layout, header, at)
+            if seconds * 1_000_000 + micros == packet.time:
+                moved = divmod(packet.time + self.shift_us, 1_000_000)
+                struct.pack_into(layout, header, at, moved[0] & 0xFFFF_FFFF, moved[1])
+                break
+        return bytes(header) + self.sip(packet.payload)
 
 
 @dataclass(frozen=True)
@@ -653,4 +615,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # The agent's module brings gevent, whose loop would print an interrupt before it passes it on.
+    gevent.get_hub().NOT_ERROR += (KeyboardInterrupt,)
     sys.exit(main())

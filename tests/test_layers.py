@@ -13,6 +13,7 @@ NAMES = (
     "imports",
     "limits",
     "errors and types",
+    "options",
     "HEP",
     "SIP",
     "routes",

@@ -295,6 +295,40 @@ def test_methods_paths_and_headers(running: harness.AgentProcess) -> None:
 
 
 @pytest.mark.parametrize(
+    ("host", "code"),
+    [
+        *((host, 200) for host in ("127.0.0.1", "127.0.0.1:9061", "[::1]:9061", "192.0.2.1:80")),
+        *((host, 200) for host in ("localhost", "LocalHost:9061", "localhost.")),
+        *((host, 200) for host in ("this-host", "This-Host:9061", "this-host.example:9061")),
+        *((host, 421) for host in ("evil.example", "evil.example:9061", "127.0.0.1.evil.example")),
+        *((host, 421) for host in ("localhost.evil.example", "this-host.evil.example", "", "[::1")),
+    ],
+)
+def test_a_name_that_is_not_of_this_machine_is_refused(
+    host: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a web page could let its own name point here, and read what the browser reaches."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "This-Host")
+    monkeypatch.setattr(socket, "getfqdn", lambda name: f"{name}.example")
+    with socket.socket() as sock:
+        server = agent.StatusServer(sock, a_whole_agent())
+        for path in ("/", "/status", "/calls", "/metrics", "/healthz"):
+            request = f"GET {path} HTTP/1.1\r\nA: b\r\nHOST: {host}\r\n\r\n".encode()
+            answer = server._answer(request)
+            assert answer.startswith(f"HTTP/1.1 {code} ".encode()), path
+            assert code == 200 or answer.endswith(
+                b"\r\n\r\nallowed as Host: an address, or a name of this machine\n"
+            )
+
+
+def test_the_name_that_the_status_listens_on_is_allowed() -> None:
+    with socket.socket() as sock:
+        server = agent.StatusServer(sock, a_whole_agent(listen_status="Agent.example:9061"))
+        answer = server._answer(b"GET /healthz HTTP/1.1\r\nHost: agent.example:9061\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
     "request_text",
     [b"\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/2.0\r\n\r\n", b"\x16\x03\x01\x00\xff" * 20]
     + [b"GET /" + b"x" * 20_000, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 5_000],
@@ -385,14 +419,14 @@ def test_last_errors_are_bounded_and_a_storm_pushes_nothing_out() -> None:
         limiter.filter(record("malformed_hep_magic", text="y" * 5_000, sender="192.0.2.1"))
     now = float(limiter._second)
     assert limiter.holds("malformed_hep_magic", now)
-    storm, first = limiter.last.newest_first()
+    storm, first = limiter.last_errors()
     assert (storm["event"], storm["count"]) == ("malformed_hep_magic", 10_001)
     assert len(storm["text"]) == agent.MAX_ERROR_TEXT
     assert (first["event"], first["level"]) == ("journal_failed", "error")
     assert first["text"] == "disk full api=http://a"
     for number in range(1_000):
         limiter.filter(record(f"kind_{number}"))
-    assert len(limiter.last.newest_first()) == agent.MAX_LAST_ERRORS
+    assert len(limiter.last_errors()) == agent.MAX_LAST_ERRORS
 
 
 # Signals and systemd
