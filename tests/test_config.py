@@ -480,7 +480,7 @@ FORMER_FILE = """\
 listen_udp: ":9061"
 listen_tcp: "127.0.0.1:9062"
 message_bus_uri: amqp://rating:busword@bus:5672
-state_manager: redis-state
+state_manager: other
 redis_address: redis-host:6379
 redis_password: rediswordy
 redis_db: 31
@@ -496,7 +496,7 @@ transaction_tags: one,two
 """
 FORMER_VALUES = {
     "message_bus_uri": "amqp://rating:busword@bus:5672",
-    "state_manager": "redis-state",
+    "state_manager": "other",
     "redis_address": "redis-host:6379",
     "redis_password": "rediswordy",
     "redis_db": "31",
