@@ -6856,6 +6856,9 @@ READ_WAIT = 0.1
 # Seconds for which an entry waits for others that belong before it: agents append what they take in
 # a little sooner or later, and an ACK that goes before its 200 begins the call at its own time.
 HOLD = 0.2
+# Seconds for which entries may wait before an agent calls itself unhealthy; a taken shard has those
+# of one lease.
+LAG_UNHEALTHY = 30.0
 # Seconds between two commits of what an agent owns.
 CLUSTER_COMMIT = 0.02
 # Seconds that a lease is longer than rating_api_timeout: so long may Redis be silent before nothing
@@ -7444,6 +7447,29 @@ class Cluster:
 
     # How things are, and the end
 
+    def faults(self) -> list[str]:
+        """Why this agent's part of the work is not done, each a line for a person."""
+        faults = []
+        if self.failure:
+            faults.append(f"Redis does not answer as it should: {self.failure}")
+        if self.lag() > LAG_UNHEALTHY:
+            faults.append(f"what was taken in waits for {self.lag():.0f} s in Redis")
+        return faults
+
+    def status(self) -> dict[str, Any]:
+        """What ``/status`` shows: the agents by name, and how far this one is."""
+        return {
+            "name": self.name,
+            "redis": self.failure or "ok",
+            "shards": len(self.owned),
+            "of": self.settings.cluster_shards,
+            "lag": round(self.lag(), 3),
+            "entries": self.entries,
+            "unappended": self._octets,
+            "shards_lost": self.lost,
+            "agents": self.agents,
+        }
+
     def lag(self) -> float:
         """Seconds for which what is still unread waits at most."""
         clocks = (shard.store.clock + shard.store.lag for shard in self.owned.values())
@@ -7878,7 +7904,15 @@ class Agent:
         gauges["events.waiting"] = self.waiting
         if (failure := self.store_failure) is not None:
             gauges["events.rejected_kept"] = self.rejected
-            gauges["journal.failing"] = int(bool(failure))
+            if not self.cluster:
+                gauges["journal.failing"] = int(bool(failure))
+        if self.cluster:
+            gauges["cluster.agents"] = len(self.cluster.agents)
+            gauges["cluster.shards"] = len(self.cluster.owned)
+            gauges["cluster.lag_ms"] = round(self.cluster.lag() * 1000)
+            gauges["cluster.entries"] = self.cluster.entries
+            gauges["cluster.unappended"] = self.cluster.unappended
+            gauges["cluster.failing"] = int(bool(self.cluster.failure))
         gauges["connections"] = self.connections
         return gauges
 
@@ -7899,7 +7933,9 @@ class Agent:
             for api in self.delivery.apis()
             if api["state"] == "down" and now - api["since"] >= API_DOWN_UNHEALTHY
         ]
-        if self.store_failure:
+        if self.cluster:
+            faults += self.cluster.faults()
+        elif self.store_failure:
             faults.append(f"the journal cannot be written: {self.store_failure}")
         longest = self.settings.status_max_silence
         if longest and now - self._heard >= longest:
@@ -7930,6 +7966,7 @@ class Agent:
             }
 
         faults = self.faults(now)
+        in_memory = self.cluster is not None or self.store_failure is None
         return {
             "version": __version__,
             "healthy": not faults,
@@ -7941,7 +7978,8 @@ class Agent:
             "calls": self.sizes(),
             "waiting": self.waiting,
             "rejected_kept": self.rejected,
-            "journal": None if self.store_failure is None else self.store_failure or "ok",
+            "journal": None if in_memory else self.store_failure or "ok",
+            "cluster": self.cluster.status() if self.cluster else None,
             "apis": [api_status(api) for api in self.delivery.apis()],
             "known_senders": len(self.senders),
             "senders": [
@@ -8263,6 +8301,8 @@ input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px }
 </header>
 <section><table id="now"></table></section>
 <section><h2>Rating APIs</h2><table id="apis"></table></section>
+<section id="cluster" hidden><h2>Cluster <span id="part"></span></h2>
+<table id="agents"></table></section>
 <section><h2>Last warnings and errors <span>the last of each kind</span></h2>
 <table id="errors"></table></section>
 <section><h2>Senders <span id="known"></span></h2><table id="senders"></table></section>
@@ -8355,6 +8395,13 @@ function show() {
     "dropped_/_s": perSecond(/^packets.(dropped|malformed)/), events_waiting: shown.waiting,
     events_rejected: total("events.rejected"), events_lost: total("events.lost") }]);
   draw("apis", shown.apis, "url state since waiting last_error last_error_at");
+  $("cluster").hidden = !shown.cluster;
+  if (shown.cluster) {
+    const { shards, of, lag, entries, redis } = shown.cluster;
+    $("part").textContent = [`${shards} of ${of} shards`, `lag ${lag} s`,
+      `${count(entries)} packets in Redis`, "Redis: " + redis].join(" · ");
+    draw("agents", shown.cluster.agents, "name shards version");
+  }
   draw("errors", shown.last_errors.slice(0, 12), "time event count text");
   $("known").textContent = count(shown.known_senders) + " known";
   draw("senders", shown.senders.slice(0, 50),
