@@ -55,6 +55,9 @@ setup(
             "hypothesis>=6.100",
             "mypy>=1.10",
             "pytest>=8",
+            # The extra `cluster`, against a real redis-server.
+            "redis>=5",
+            "hiredis>=3",
             # Formatting differs between versions, so that this one is the same for all.
             "ruff==0.17.6",
             # Certificates for the tests of TLS, made anew in each run.

@@ -9,18 +9,26 @@ last RESENT seconds: whatever was older has to be in Redis.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
+import re
 import signal
 import socket
+import subprocess
+import sys
 import time
+import urllib.error
+import urllib.request
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 import gevent
+import gevent.server
 import pytest
+import redis
 from redisserver import RedisServer, needs_redis
 from test_calls import ack, bye, bye_reply, invite, negative_ack, numbered, reply
 from test_captures import kind_of
@@ -38,6 +46,11 @@ TIMEOUT = 1.0
 LEASE = TIMEOUT + agent.LEASE_MARGIN
 # Seconds. An agent needs some 10 ms to append what it gets; on a machine that does much else, more.
 RESENT = 1.0
+
+
+def unique(payload: bytes, number: int) -> bytes:
+    """A message of a call with a Call-ID of its own, and with tags of its own as well."""
+    return numbered(payload, number).replace(b"tag=", f"tag=t{number:06}".encode())
 
 
 class Spray:
@@ -117,10 +130,9 @@ class Spray:
             steps += [(end, bye()), (end + 0.05, bye_reply())]
         for when, payload in steps:
             stamp = round((self._base + when) * 1_000_000)
-            # Tags of its own, by which no other call is tied to it.
-            payload = numbered(payload, number).replace(b"tag=", f"tag=t{number:06}".encode())
             self._count += 1
-            self._due.append((when, self._count, hepbuild.hep3(payload, time_us=stamp)))
+            frame = hepbuild.hep3(unique(payload, number), time_us=stamp)
+            self._due.append((when, self._count, frame))
 
 
 def owned(redis: RedisServer) -> None:
@@ -137,12 +149,13 @@ def unread(redis: RedisServer) -> int:
 class Several:
     """Agents, their Redis, their rating API and the calls; `finish` judges."""
 
-    def __init__(self, folder: Path, seed: int, *redis: str, agents: int = 3) -> None:
-        self.redis = RedisServer(folder / "redis", *redis)
+    def __init__(self, folder: Path, seed: int, *more: str, agents: int = 3) -> None:
+        self.redis = RedisServer(folder / "redis", *more)
         self.api = RatingApi()
         self.spray = Spray(seed)
         self.chance = random.Random(seed)
         self.lines: list[dict[str, Any]] = []
+        self.backs = 0
         self.options = [
             f"--cluster-url={self.redis.url}",
             f"--rating-api-url={self.api.url}",
@@ -152,6 +165,23 @@ class Several:
         ]
         self.agents = [harness.AgentProcess(*self.options) for _ in range(agents)]
         self.all_owned()
+
+    def client(self) -> Any:
+        """The client that the agent uses, too."""
+        return redis.Redis(port=self.redis.port)
+
+    def cluster(self) -> agent.Cluster:
+        """One that knows which call is in which shard, and takes no part."""
+        settings = agent.Settings(cluster_url=self.redis.url)
+        metrics = agent.Metrics(settings)
+        rules, delivery = agent.load_rules(settings), agent.Delivery(settings, metrics)
+        cluster = agent.Cluster(settings, rules, metrics, delivery)
+        cluster.join()
+        return cluster
+
+    def close(self) -> None:
+        self.redis.stop()
+        self.api.close()
 
     def all_owned(self) -> None:
         owned(self.redis)
@@ -249,8 +279,7 @@ class Several:
             print(f"missing: {sorted(missing)[:10]}, {len(missing)}")
         while self.agents:
             self.end(signal.SIGTERM)
-        self.redis.stop()
-        api.close()
+        self.close()
         assert api.faults == []
         assert api.running == {}
         assert set(api.records) == set(spray.ended)
@@ -360,6 +389,297 @@ def test_captures_cases_and_recordings_through_three_agents(routes: str, tmp_pat
         wrong += [f"{case}: {x}" for x in faults(case, events, frozenset(stamps(case, b"ACK")))]
     assert wrong == []
     assert told == {}
+
+
+# One agent dies
+
+
+def test_failover_and_what_a_kill_costs(tmp_path: Path) -> None:
+    """Nothing is sent again here: what is lost is what the killed agent had not appended."""
+    several = Several(tmp_path, 7, "appendonly yes", agents=2)
+    spray, redis = several.spray, several.redis
+    client = several.client()
+    several.run(1.5)
+    victim = several.agents.pop()
+    leases = client.mget([f"rating:lease:{number}" for number in range(64)])
+    lost = {number for number, owner in enumerate(leases) if f":{victim.pid}:" in owner.decode()}
+    assert 20 < len(lost) < 44, "both have their share"
+    victim.kill(signal.SIGKILL)
+    killed = time.monotonic()
+    assert victim.stop() == -signal.SIGKILL
+    # What it had sent arrives.
+    gevent.sleep(0.5)
+    known = set(several.api.bodies)
+    sent, again = spray.packets, 0.0
+    place = several.cluster()
+    while not again:
+        several.run(0.1)
+        fresh = {tag for _, tag in set(several.api.bodies) - known}
+        if any(place.shard_of(tag) in lost for tag in fresh):
+            again = time.monotonic() - killed
+        assert time.monotonic() - killed < LEASE + 20, "no failover"
+    spray.calling = False
+    while not spray.over:
+        several.run(0.5)
+    harness.wait_until(lambda: unread(redis) == 0, "all is read")
+    added = sum(
+        client.xinfo_stream(f"rating:stream:{number}")["entries-added"]
+        for number in range(64)
+        if client.exists(f"rating:stream:{number}")
+    )
+    missing = spray.packets - added
+    print(f"failover in {again:.1f} s, lease {LEASE:g} s; {missing} of {sent} packets lost")
+    # It may be none; the traffic of a second would be 700.
+    assert 0 <= missing < 350
+    while several.agents:
+        several.end(signal.SIGTERM)
+    several.close()
+    assert several.api.faults == []
+
+
+# What an operator does
+
+
+def test_rejected_events_are_listed_sent_again_and_dropped_from_any_machine(tmp_path: Path) -> None:
+    with RedisServer(tmp_path / "redis") as redis, harness.RatingServer() as api:
+        api.answer = lambda path, body: ("400 Bad Request", {})
+        options = [f"--cluster-url={redis.url}", f"--rating-api-url={api.url}", LOCAL]
+        agents = [harness.AgentProcess(*options) for _ in range(2)]
+        owned(redis)
+        chance = random.Random(8)
+        for number in range(6):
+            for payload in (invite(), reply(200), ack()):
+                frame = hepbuild.hep3(unique(payload, number))
+                harness.send_udp(chance.choice(agents).udp, [frame])
+
+        def outbox(*words: str) -> tuple[int, list[str]]:
+            out = io.StringIO()
+            settings = agent.Settings(cluster_url=redis.url)
+            return agent.outbox(settings, words, out), out.getvalue().splitlines()
+
+        def states() -> list[str]:
+            return [line.split()[0] for line in outbox("list")[1][1:]]
+
+        harness.wait_until(lambda: states() == ["rejected"] * 6, "all are rejected")
+        assert outbox("drop", "call-0@host") == (0, ["1 events dropped"])
+        assert outbox("drop", "call-0@host")[0] == 2, "nothing is left of it"
+        api.requests.clear()
+        api.answer = lambda path, body: ("200 OK", {"ok": True})
+        status, lines = outbox("retry", "call-1@host", "call-2@host")
+        assert (status, lines) == (
+            0,
+            ["2 events to be sent again, by a running agent within seconds"],
+        )
+        harness.wait_until(lambda: states() == ["rejected"] * 3, "two are taken up")
+        harness.wait_until(lambda: len(api.requests) == 2, "and sent")
+        assert outbox("retry")[1][0].startswith("3 events")
+        harness.wait_until(lambda: states() == [], "the others, too")
+        # The ends of what was begun again are sent, that of what was dropped is not.
+        for number in range(6):
+            for payload in (bye(), bye_reply()):
+                frame = hepbuild.hep3(unique(payload, number), time_us=hepbuild.TIME_US + 9_000_000)
+                harness.send_udp(chance.choice(agents).udp, [frame])
+        harness.wait_until(lambda: len(api.requests) >= 10, "they are ended")
+        # A look by both agents later there is no more.
+        gevent.sleep(2 * agent.BEAT)
+        tags = [body["transaction_tag"] for path, body in api.requests if "end" in path]
+        assert sorted(tags) == [f"call-{number}@host" for number in range(1, 6)]
+        assert all(process.stop() == 0 for process in agents)
+
+
+def test_status_of_a_cluster(tmp_path: Path) -> None:
+    with RedisServer(tmp_path / "redis") as redis:
+        options = [f"--cluster-url={redis.url}", "--listen-status=127.0.0.1:0"]
+        with harness.AgentProcess(*options) as one, harness.AgentProcess(*options) as other:
+            owned(redis)
+
+            def status(process: harness.AgentProcess) -> dict[str, Any]:
+                with urllib.request.urlopen(f"{process.status}/status") as answer:
+                    found: dict[str, Any] = json.load(answer)
+                return found
+
+            def shares() -> list[int]:
+                return [status(process)["cluster"]["shards"] for process in (one, other)]
+
+            harness.wait_until(lambda: shares() == [32, 32], "both have their share")
+
+            def told() -> list[int]:
+                return [x["shards"] for x in status(one)["cluster"]["agents"]]
+
+            harness.wait_until(lambda: told() == [32, 32], "and each knows of the other")
+            cluster = status(one)["cluster"]
+            assert {x["name"] for x in cluster["agents"]} >= {cluster["name"]}
+            assert (cluster["redis"], cluster["of"], cluster["unappended"]) == ("ok", 64, 0)
+            assert status(one)["healthy"] and status(one)["journal"] is None
+            redis.kill(signal.SIGSTOP)
+            harness.wait_until(lambda: not status(one)["healthy"], "it is seen")
+            assert "Redis does not answer" in status(one)["faults"][0]
+            with pytest.raises(urllib.error.HTTPError, match="503"):
+                urllib.request.urlopen(f"{one.status}/healthz")
+            redis.kill(signal.SIGCONT)
+            harness.wait_until(lambda: status(one)["healthy"], "it comes back by itself")
+            with urllib.request.urlopen(f"{one.status}/metrics") as answer:
+                metrics = answer.read().decode()
+            assert "\nrating_agent_hep_cluster_agents 2\n" in metrics
+            assert re.search(r"^rating_agent_hep_cluster_shards_taken_total [1-9]", metrics, re.M)
+
+
+# What is wrong with Redis
+
+
+@pytest.mark.parametrize(
+    ("redis", "option", "text"),
+    [
+        (["requirepass geheim"], [], "cluster_url, cluster_password: "),
+        (["requirepass geheim"], ["--cluster-password=falsch"], "cluster_url, cluster_password: "),
+        (["maxmemory 100mb", "maxmemory-policy allkeys-lru"], [], "allkeys-lru would lose calls"),
+        (["replicaof 127.0.0.1 1"], [], "cluster_url: a replica; "),
+        (["cluster-enabled yes"], [], "cluster_url: Redis Cluster; "),
+    ],
+    ids=["no password", "wrong password", "eviction", "replica", "Redis Cluster"],
+)
+def test_a_redis_that_is_refused(
+    redis: list[str], option: list[str], text: str, tmp_path: Path, capfd: Any
+) -> None:
+    with RedisServer(tmp_path / "redis", *redis) as server:
+        assert refused(server.url, *option).count(text) == 1
+
+
+def refused(url: str, *options: str) -> str:
+    """Start an agent that is refused with one line; returns that."""
+    command = [sys.executable, str(harness.ROOT / "rating_agent_hep.py"), f"--cluster-url={url}"]
+    command += ["--listen-udp=127.0.0.1:0", "--listen-tcp=127.0.0.1:0", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "; allowed: " in line and "geheim" not in line
+    assert '"listening"' not in done.stdout
+    return line
+
+
+def test_a_cluster_that_was_made_otherwise_is_refused(tmp_path: Path) -> None:
+    routes = tmp_path / "routes.yaml"
+    routes.write_text("- transaction_tag: correlation-id\n")
+    with RedisServer(tmp_path / "redis") as redis:
+        with harness.AgentProcess(f"--cluster-url={redis.url}") as process:
+            owned(redis)
+            assert process.stop() == 0
+        line = refused(redis.url, "--cluster-shards=32")
+        assert "cluster_shards: 32, but rating has 64; " in line
+        assert "routes: " in refused(redis.url, f"--routes={routes}")
+        redis.ask("SET", "other:config", "1")
+        assert "cluster_name: other: WRONGTYPE" in refused(redis.url, "--cluster-name=other")
+        redis.ask("HSET", "old:config", "version", "0")
+        assert "old has 0" in refused(redis.url, "--cluster-name=old")
+
+
+def test_an_old_redis_is_refused() -> None:
+    """No package has one that old: a server that says so."""
+
+    def serve(sock: Any, _: Any) -> None:
+        text = b"# Server\r\nredis_version:6.2.14\r\nrole:master\r\n"
+        while data := sock.recv(4096):
+            known = b"INFO" in data
+            answer = b"$%d\r\n%s\r\n" % (len(text), text) if known else b"+OK\r\n"
+            sock.sendall(answer * max(data.count(b"*"), 1))
+
+    server = gevent.server.StreamServer(("127.0.0.1", 0), serve)
+    server.start()
+    url = f"redis://127.0.0.1:{server.server_port}"
+    line = gevent.spawn(refused_in_process, url).get()
+    server.stop(timeout=0)
+    assert "Redis 6.2.14; allowed: Redis 7 or later" in line
+
+
+def refused_in_process(url: str) -> str:
+    settings = agent.Settings(cluster_url=url)
+    metrics = agent.Metrics(settings)
+    rules = agent.load_rules(settings)
+    with pytest.raises(agent.ConfigError) as caught:
+        agent.Cluster(settings, rules, metrics, agent.Delivery(settings, metrics)).join()
+    return str(caught.value)
+
+
+def test_without_the_client_one_line_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "redis.py").write_text("raise ImportError\n")
+    path = os.environ.get("PYTHONPATH", "")
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{path}"}
+    command = [sys.executable, str(harness.ROOT / "rating_agent_hep.py")]
+    done = subprocess.run(
+        [*command, "--cluster-url=redis://localhost"], env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "pip install 'rating-agent-hep[cluster]'" in done.stderr
+    # Who has no cluster needs no client.
+    done = subprocess.run([*command, "check"], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0
+
+
+def test_a_redis_that_fails_in_each_way_and_comes_back(tmp_path: Path) -> None:
+    """Under traffic, with an exact ledger: each costs time, and nothing else."""
+    several = Several(tmp_path, 9, agents=2)
+    redis = several.redis
+
+    def fails(text: str) -> None:
+        deadline = time.monotonic() + harness.DEADLINE
+        before = sum(len(x.events("redis_back")) for x in several.agents)
+        while not any(
+            text in x["message"] for y in several.agents for x in y.events("redis_failed")
+        ):
+            assert time.monotonic() < deadline, f"no {text}"
+            several.run(0.2)
+        several.backs = before
+
+    def is_back() -> None:
+        deadline = time.monotonic() + harness.DEADLINE
+        while sum(len(x.events("redis_back")) for x in several.agents) <= several.backs:
+            assert time.monotonic() < deadline, "it does not come back"
+            several.run(0.2)
+        several.run(0.5)
+
+    several.run(0.5)
+    redis.ask("SCRIPT", "FLUSH")
+    several.run(0.5)
+    redis.ask("REPLICAOF", "127.0.0.1", "1")
+    fails("read only replica")
+    redis.ask("REPLICAOF", "NO", "ONE")
+    is_back()
+    redis.ask("CONFIG", "SET", "maxmemory", "1")
+    fails("maxmemory")
+    redis.ask("CONFIG", "SET", "maxmemory", "0")
+    is_back()
+    redis.kill(signal.SIGSTOP)
+    fails("no answer in time")
+    redis.kill(signal.SIGCONT)
+    is_back()
+    several.finish()
+
+
+def test_agents_that_start_before_their_redis(tmp_path: Path) -> None:
+    redis = RedisServer(tmp_path / "redis")
+    redis.stop()
+    with harness.RatingServer() as api:
+        options = [f"--cluster-url={redis.url}", f"--rating-api-url={api.url}", LOCAL]
+        with harness.AgentProcess(*options) as process:
+            harness.wait_until(lambda: process.events("redis_failed"), "it says so")
+            steps = [hepbuild.hep3(x) for x in (invite(), reply(180), reply(200), ack())]
+            harness.send_udp(process.udp, steps)
+            redis.start()
+            harness.wait_until(lambda: api.requests, "the call is begun all the same")
+            assert process.stop() == 0
+    redis.stop()
+
+
+def test_datagrams_over_the_limit_are_dropped_counted_and_said() -> None:
+    settings = agent.Settings(cluster_url="redis://127.0.0.1:1")
+    metrics = agent.Metrics(settings)
+    delivery = agent.Delivery(settings, metrics)
+    cluster = agent.Cluster(settings, agent.load_rules(settings), metrics, delivery)
+    frame = bytes(60_000)
+    taken = 0
+    while cluster.append(["call"], frame):
+        taken += 1
+    assert taken == agent.MAX_UNAPPENDED // len(frame)
+    assert cluster.unappended == taken * len(frame) and cluster.behind
 
 
 FAULTS = ["kills", "terms", "zombies", "changes", "redis_restarts", "api_faults"]
