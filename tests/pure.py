@@ -102,7 +102,7 @@ class Core:
 
     def calls(self) -> list[agent.Call]:
         """All calls that the table knows."""
-        return [call for part in self.table.look() for call in part]
+        return [call for part in self.table.slices() for call in part]
 
 
 def by_tag(events: Iterable[agent.RatingEvent]) -> dict[str, list[agent.RatingEvent]]:

@@ -364,7 +364,7 @@ def test_ended_calls_leave_nothing_behind() -> None:
     scene.wait(agent.MAX_LOOK_AHEAD)
     table = scene.table
     assert len(table) == 0
-    assert not any((table._calls, table._from_tags, table._legs, table._tags["default"]))
+    assert not any((table._calls, table._from_tags, table._legs, table._tags))
     assert not any((table._slots, table._order, table._due, table._unanswered, table._answered))
 
 
@@ -557,7 +557,7 @@ def test_copies_of_one_branch_are_bounded() -> None:
         hops = [PROXY, (f"10.0.0.1:{number}", f"z9hG4bK-{number}"), UAC]
         scene.see(invite(vias=hops, uri=f"sip:{number}@h"))
     (call,) = scene.table._calls["call-1@host"]
-    sizes = [len(uris) + len(below) for uris, below in call.attempts[0].copies.values()]
+    sizes = [len(x.uris) + len(x.below) for x in call.attempts[0].copies]
     assert sum(sizes) < agent.MAX_COPY_VALUES + agent.MAX_VIAS
     assert len(agent.pack_call(call, 0)) < 50_000
     assert scene.see(ack()) == ["begin"]
@@ -766,6 +766,14 @@ def test_no_order_makes_a_refused_call_begin(name: str) -> None:
     for _ in range(200):
         chance.shuffle(messages)
         assert play(messages).events == []
+
+
+def test_a_late_answer_belongs_to_the_call_of_its_cseq() -> None:
+    """Not to an earlier attempt, which goes on as a call of its own behind the end."""
+    messages = list(enumerate(WHOLE_CALLS["challenged"]))
+    late = [messages[place] for place in (0, 3, 5, 6, 4)]
+    for gaps in ([0.0, 0.0, 2.2], [0.0, 0.0, 0.0, 2.2], [0.0, 0.0, 2.2, 2.2]):
+        assert [event.kind for event in play(late, gaps).events] == ["begin", "end"]
 
 
 @settings(max_examples=400, deadline=None)

@@ -344,6 +344,7 @@ def test_a_hundred_thousand_waiting_events(tmp_path: Path) -> None:
     started = time.monotonic()
     with harness.AgentProcess(*options, f"--state-dir={folder}") as process:
         took = time.monotonic() - started
+        harness.wait_until(lambda: process.events("journal_opened"), "it says what it has")
         assert process.events("journal_opened")[0]["waiting"] == 100_000
         harness.wait_until(lambda: process.events("api_down"), "the API is tried")
         gevent.sleep(1)

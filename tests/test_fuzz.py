@@ -73,9 +73,9 @@ def test_inputs_reach_what_they_are_for() -> None:
 
 
 BREAKS: dict[str, tuple[str, Any]] = {
-    "hep": ("_text", lambda value: value.decode("ascii") if value else ""),
+    "hep": ("_number", lambda chunks, kind: int.from_bytes(chunks[kind], "big")),
     "splitter": ("MAX_HEP_FRAME", 2_000),
-    "sip": ("_head_end", lambda payload, start: len(payload)),
+    "sip": ("_head_end", lambda payload, start: (len(payload), False)),
     "table": ("_note_bye", lambda call, bye, now: 1 / 0),
     "agent": ("printable_id", lambda text: text.encode("ascii").decode()),
 }

@@ -108,6 +108,15 @@ def test_no_restart_makes_a_refused_call_begin(name: str) -> None:
         assert play(messages, set(range(len(messages)))).events == []
 
 
+def test_an_earlier_ack_is_kept_over_a_restart() -> None:
+    """It is no evidence by itself, and yet begins the call once the INVITE comes."""
+    messages = [(6, reply(200)), (7, ack()), (5, ack()), (0, invite())]
+    for restarts in (set(), {0, 1, 2}):
+        scene = play(messages, restarts, begin_on="ack")
+        assert [event.kind for event in scene.events] == ["begin"]
+        assert scene.seconds() == 0.05
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_with_restarts_whatever_comes_is_what_came_without(data: st.DataObject) -> None:
@@ -455,18 +464,18 @@ def test_a_half_made_file_is_none(tmp_path: Path) -> None:
 # Versions
 
 
-@pytest.mark.parametrize(("version", "writer"), [(1, "an earlier tree"), (3, "a newer agent")])
+@pytest.mark.parametrize(("version", "writer"), [(2, "an earlier tree"), (4, "a newer agent")])
 def test_a_file_of_another_version_is_left_untouched(
     version: int, writer: str, tmp_path: Path, journals: Any
 ) -> None:
-    """Version 1 was of trees before the first release: it holds states, not facts."""
+    """Versions 1 and 2 were of trees before the first release."""
     journals().close(9)
     path = tmp_path / "state" / agent.JOURNAL_FILE
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA journal_mode = DELETE")
         db.execute(f"PRAGMA user_version = {version}")
     before = path.read_bytes()
-    expected = f"version {version}, written by {writer}, left untouched; allowed: version 2"
+    expected = f"version {version}, written by {writer}, left untouched; allowed: version 3"
     assert expected in refused(tmp_path / "state")
     assert path.read_bytes() == before
 
@@ -821,6 +830,55 @@ def test_overflow_while_the_journal_fails_is_delivered_in_order(
             assert ledger.index(("beg", tag)) < ledger.index(("end", tag))
         on.delivery.kill()
         state["full"] = False
+
+
+# Several shards
+
+
+def test_shards_share_delivery_and_have_stores_of_their_own(
+    journals: Any, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one store alone has is loaded from it, and a store that fails holds up its own only."""
+    monkeypatch.setattr(agent, "MAX_EVENTS_IN_MEMORY", 4)
+    monkeypatch.setattr(agent, "MAX_LOADED", 3)
+    stores = [journals(tmp_path / name) for name in "ab"]
+    chosen = agent.Settings(
+        sip_local_domains=("sip.canyan.io",), rating_api_url=server.url, reorder_window=0
+    )
+    rules = agent.load_rules(chosen)
+    on = agent.Agent(chosen, rules, agent.WarningLimiter(), stores[0])
+    table = agent.CallTable(chosen, rules)
+    on.shards.append(agent.Shard(table, on.delivery, on.metrics, stores[1]))
+    for number in range(1, 41):
+        for data in packets(number):
+            packet = agent.decode_hep(data, 0)
+            message = agent.parse_sip(packet.payload, packet.time)
+            assert message is not None
+            on.shards[number % 2].handle(agent.Sighting(packet, message), time.monotonic())
+    assert on.sizes()[agent.ENDED] == 40 and on.waiting == 80
+    write, stores[1]._write = stores[1]._write, lambda *_: "disk I/O error"
+    assert [shard.commit() for shard in on.shards] == [True, False]
+    assert on.store_failure == "disk I/O error" and on.commit(0.1) is False
+    (lane,) = on.delivery._lanes.values()
+    assert [lane.backlogs[store].count > 0 for store in stores] == [True, False]
+    stores[1]._write = write
+
+    def done() -> bool:
+        on.tick()
+        on.commit(harness.DEADLINE)
+        return len(server.requests) >= 80
+
+    harness.wait_until(done, "all are delivered")
+    assert on.commit(harness.DEADLINE) and on.store_failure == "" and on.waiting == 0
+    told = [(x.path[4:7], json.loads(x.body)["transaction_tag"]) for x in server.requests]
+    assert len(told) == len(set(told)) == 80
+    for number in range(1, 41):
+        tag = f"call-{number}@host"
+        assert told.index(("beg", tag)) < told.index(("end", tag))
+    for name in "ab":
+        kept = rows(tmp_path / name)
+        assert len(kept) == 20 and not any(row[4] or row[6] for row in kept)
+    on.delivery.kill()
 
 
 # The command

@@ -563,6 +563,7 @@ def test_address_errors(name, value, kind):
         # A quoted parameter may hold what looks like one.
         ('<sip:a@b>;note="a;tag=no";tag=x', "x"),
         ('<sip:a@b>;note="a;tag=no"', ""),
+        ('<sip:a@b>;note="a";tag="b;tag=no";x', '"b;tag=no"'),
         ("<sip:a@b>;mytag=no;tag=x", "x"),
         ("<sip:a@b>;tagged=no", ""),
         ("<sip:a@b>;tag=", ""),
@@ -671,8 +672,7 @@ def test_session_interval_absent_or_huge():
 def test_branch_is_that_of_the_lowest_hop(via, branch):
     message = parse(invite({"Via": via}))
     assert message.branch == branch
-    # The same by the long way, once the hops were read.
-    assert message.vias[-1].branch == message.branch == branch
+    assert message.vias[-1].branch == branch
 
 
 def test_branch_of_a_message_without_hops():
@@ -722,16 +722,14 @@ def test_way_is_request_uri_and_route():
         way("<sip:p1;lr>"),
         way("<sip:p2;lr>"),
         way("<sip:p1;lr>\r\nRoute: <sip:p2;lr>"),
-        # A fold must not hide where it goes.
-        way("\r\n <sip:p1;lr>"),
-        way("\r\n <sip:p2;lr>"),
         way("<sip:p1;lr>,\r\n\t<sip:p2;lr>"),
         way("<sip:" + "p" * 60_000 + "1>"),
         way("<sip:" + "p" * 60_000 + "2>"),
     ]
     assert len(set(ways)) == len(ways)
     assert all(len(each) <= agent.MAX_COMPARED for each in ways)
-    assert way("<sip:p1;lr>") == way("<sip:p1;lr>")
+    # A fold neither hides where it goes nor makes another way of it.
+    assert way("<sip:p1;lr>") == way("<sip:p1;lr>") == way("\r\n <sip:p1;lr>")
     assert parse(invite({"Record-Route": "<sip:p1>", "X": "Route: a"})).way == way(
         uri="sip:2001@sip.canyan.io"
     )
@@ -743,9 +741,9 @@ def test_parties():
     assert message.party("to") == agent.Uri("tel", "+1-201", "", None, True)
     assert message.party("request-uri") == agent.Uri("sip", "2001", "sip.canyan.io", None)
     odd = parse(invite({"From": "<nobody>;tag=a", "To": "x"}, start="INVITE x SIP/2.0"))
-    assert [odd.party(name) for name in ("from", "to", "request-uri")] == [None, None, None]
+    assert [odd.party(name) for name in ("from", "to", "request-uri")] == [agent.NO_URI] * 3
     # Once read it is kept.
-    assert odd.party("from") is None and message.party("from") is message.party("from")
+    assert message.party("from") is message.party("from")
 
 
 def test_head_is_start_line_and_headers():
@@ -884,57 +882,53 @@ def test_split_values(text, values):
 
 
 @pytest.mark.parametrize("text", ['"a,b', 'a,"', 'a, "\\"', '"a",b,"c,', '"a\\\\\\",b'])
-def test_split_values_with_an_open_quote(text):
-    with pytest.raises(agent.SipError) as caught:
-        agent.split_values(text)
-    assert caught.value.kind == "quote"
+def test_values_with_an_open_quote_are_one(text):
+    assert agent.split_values(text) == [text]
 
 
 @pytest.mark.parametrize(
-    ("text", "user", "host", "params"),
+    ("text", "user", "host", "tag"),
     [
-        ("<sip:a@b>", "a", "b", {}),
-        ("  < sip:a@b > ", "a", "b", {}),
-        ("sip:a@b", "a", "b", {}),
-        ("sip:a@b;x=1;Y", "a", "b", {"x": "1", "y": ""}),
-        ("<sip:a@b;x=1>;y=2", "a", "b", {"y": "2"}),
-        ("<sip:a;x=1@b>;Y = 2 ; z", "a;x=1", "b", {"y": "2", "z": ""}),
-        ("<sip:a@b?h=1,2>;tag=t", "a", "b", {"tag": "t"}),
-        ("Bob S. <sip:a@b>", "a", "b", {}),
-        ('"x <sip:no@no>; @," <sip:a@b>;t="u;v,w<>"', "a", "b", {"t": '"u;v,w<>"'}),
-        ('"\\"<" <sip:a@b>', "a", "b", {}),
-        ('""<sip:a@b>', "a", "b", {}),
-        ("<sip:[2001:DB8::1]:5060>;x", "", "2001:db8::1", {"x": ""}),
-        ("<sip:a@b>;x=1;x=2", "a", "b", {"x": "1"}),
-        ("<tel:+1-201;phone-context=x>;tag=1", "+1-201", "", {"tag": "1"}),
-        ("<sip:a@b>;x=a=b", "a", "b", {"x": "a=b"}),
+        ("<sip:a@b>", "a", "b", ""),
+        ("  < sip:a@b > ", "a", "b", ""),
+        ("sip:a@b", "a", "b", ""),
+        ("sip:a@b;x=1;Y", "a", "b", ""),
+        ("<sip:a@b;x=1>;y=2", "a", "b", ""),
+        ("<sip:a;x=1@b>;Y = 2 ; z", "a;x=1", "b", ""),
+        ("<sip:a@b?h=1,2>;tag=t", "a", "b", "t"),
+        ("Bob S. <sip:a@b>", "a", "b", ""),
+        ('"x <sip:no@no>; @," <sip:a@b>;t="u;tag=v,w<>"', "a", "b", ""),
+        ('"\\"<" <sip:a@b>', "a", "b", ""),
+        ('""<sip:a@b>', "a", "b", ""),
+        ("<sip:[2001:DB8::1]:5060>;x", "", "2001:db8::1", ""),
+        ("<sip:a@b>;tag=1;tag=2", "a", "b", "1"),
+        ("<tel:+1-201;phone-context=x>;tag=1", "+1-201", "", "1"),
+        ("<sip:a@b>;x=a=b", "a", "b", ""),
     ],
 )
-def test_parse_address(text, user, host, params):
-    address = agent.parse_address(text)
-    assert (address.uri.user, address.uri.host, address.params) == (user, host, params)
+def test_address(text, user, host, tag):
+    uri = agent.address_uri(text)
+    assert (uri.user, uri.host, agent._tag(text)) == (user, host, tag)
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"),
+    "text",
     [
-        ("", "uri"),
-        ("Bob", "uri"),
-        ("<>", "uri"),
-        ("<a@b>", "uri"),
-        (";tag=1", "uri"),
-        ("2000", "uri"),
-        ("<sip:a@b", "address"),
-        ("Bob <", "address"),
-        ('"Bob <sip:a@b>', "quote"),
-        ('<sip:a@b>;x="', "quote"),
-        ('"Bob\\" <sip:a@b>', "quote"),
+        "",
+        "Bob",
+        "<>",
+        "<a@b>",
+        ";tag=1",
+        "2000",
+        "<sip:a@b",
+        "Bob <",
+        '"Bob <sip:a@b>',
+        '<sip:a@b>;x="',
+        '"Bob\\" <sip:a@b>',
     ],
 )
-def test_parse_address_errors(text, kind):
-    with pytest.raises(agent.SipError) as caught:
-        agent.parse_address(text)
-    assert caught.value.kind == kind
+def test_what_is_no_address(text):
+    assert agent.address_uri(text) == agent.NO_URI
 
 
 @pytest.mark.parametrize(
@@ -985,10 +979,8 @@ def test_parse_uri(text, parts):
 
 
 @pytest.mark.parametrize("text", ["", "2000", "a@b", ":x", "+1:x", "s ip:a@b", "<sip:a@b>", "1a:b"])
-def test_parse_uri_errors(text):
-    with pytest.raises(agent.SipError) as caught:
-        uri(text)
-    assert caught.value.kind == "uri"
+def test_what_is_no_uri(text):
+    assert uri(text) == agent.NO_URI
 
 
 # Texts for the rating API
@@ -1145,46 +1137,25 @@ def test_rfc3339(time_us, text):
 
 # Anything at all
 
-KINDS = {"start-line", "missing", "duplicate", "cseq", "quote", "address", "uri"}
-
-
-NEVER = re.compile("(?!)")
-# The ways that the usual messages do not take.
-LONG_WAY = {
-    "_read_judged": lambda text: None,
-    "_NAME_ADDR": NEVER,
-    "_USUAL_TAG": NEVER,
-    "_PLAIN_URI": NEVER,
-}
+KINDS = {"start-line", "missing", "duplicate", "cseq", "quote", "address"}
 
 
 def outcome(payload: bytes) -> object:
-    """What a message says, or what is wrong with it, to compare."""
+    """The tags of a message, or what is wrong with it, to compare."""
     try:
         message = agent.parse_sip(payload, TIME)
     except agent.SipError as error:
         return error.kind, str(error)
-    if message is None:
-        return None
-    facts = [message.method, message.status, message.request_uri, message.call_id, message.cseq]
-    facts += [message.cseq_method, message.from_tag, message.to_tag, message.vias]
-    facts += [message.session_interval, message.branch, message.way, message.goes_no_further]
-    for name in ("from", "to"):
-        try:
-            facts.append(agent.parse_address(message.header(name)[0]))
-        except agent.SipError as error:
-            facts.append((error.kind, str(error)))
-    # A header with a compact name: for one all lines are read.
-    return [*facts, message.header("subject"), message.headers]
+    return message and (message.from_tag, message.to_tag)
 
 
 def check(payload: bytes) -> None:
     """A SipMessage that can be used, None, or SipError with a kind, and nothing else.
 
-    The same by the short way and by the long one.
+    Its tags are the same by the short way and by the long one.
     """
     short = outcome(payload)
-    with patch.multiple(agent, **LONG_WAY):
+    with patch.object(agent, "_USUAL_TAG", re.compile("(?!)")):
         assert outcome(payload) == short
     try:
         message = agent.parse_sip(payload, TIME)
@@ -1202,11 +1173,7 @@ def check(payload: bytes) -> None:
     assert len(message.way) <= agent.MAX_COMPARED and message.goes_no_further in (True, False)
     texts = [message.request_uri, message.header("from")[0], message.header("to")[0]]
     for text in texts:
-        try:
-            parsed = agent.parse_address(text).uri
-        except agent.SipError as error:
-            assert error.kind in KINDS
-            continue
+        parsed = agent.address_uri(text)
         assert agent.uri_text(parsed).isascii()
         agent.account_text(parsed).encode()
 
@@ -1371,18 +1338,18 @@ def test_splitting_takes_linear_time(form):
     [
         (agent.split_values, "{}"),
         (agent.split_values, '"a" <sip:a@b>{}'),
-        (agent.parse_address, "{}"),
-        (agent.parse_address, "<sip:a@b>{}"),
-        (agent.parse_address, '"{}" <sip:a@b>'),
+        (agent.address_uri, "{}"),
+        (agent.address_uri, "<sip:a@b>{}"),
+        (agent.address_uri, '"{}" <sip:a@b>'),
         (lambda text: suppressed(agent._tag, text), "<sip:a@b>;tag={}"),
         # What fits up to its last octet is tried at each length, if a regexp leaves a choice.
         (lambda text: suppressed(agent._tag, text), '<sip:a@b>;tag={}"'),
         (lambda text: suppressed(agent._tag, text), '<sip:a@b>;tag=a{}"'),
         (lambda text: suppressed(agent._tag, text), '<sip:a@b>{};tag=a"'),
-        (lambda text: suppressed(agent.address_uri, text), '<sip:a@b>{}"'),
-        (lambda text: suppressed(agent.address_uri, text), '<sip:{}@b>"'),
-        (lambda text: suppressed(agent.parse_uri, text), "sip:{}@b!"),
-        (lambda text: suppressed(agent.parse_uri, text), "sip:a@{}!"),
+        (agent.address_uri, '<sip:a@b>{}"'),
+        (agent.address_uri, '<sip:{}@b>"'),
+        (agent.parse_uri, "sip:{}@b!"),
+        (agent.parse_uri, "sip:a@{}!"),
         (agent.parse_uri, "{}"),
         (agent.parse_uri, "sip:{}"),
         (agent.parse_uri, "tel:{}"),

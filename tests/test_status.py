@@ -248,7 +248,7 @@ def test_calls_that_change_while_they_are_looked_through(monkeypatch: pytest.Mon
 
     for number in range(1, 31):
         take(invite(), number)
-    looking = table.look()
+    looking = table.slices()
     rows = [call.row for call in next(looking)]
     assert rows == list(range(30, 20, -1))
     # The oldest go, and others come.
@@ -272,9 +272,9 @@ def test_calls_are_newest_first_after_a_restart_too() -> None:
         message = agent.parse_sip(packet.payload, packet.time)
         assert message is not None
         tables[0].handle(agent.Sighting(packet, message), now)
-    kept = [(call.row, agent.pack_call(call, 0.0)) for part in tables[0].look() for call in part]
+    kept = [(call.row, agent.pack_call(call, 0.0)) for part in tables[0].slices() for call in part]
     tables[1].restore(sorted(kept), 100, 4.0, 0.0)
-    seen = [[call.call_id for part in table.look() for call in part] for table in tables]
+    seen = [[call.call_id for part in table.slices() for call in part] for table in tables]
     assert seen[0] == seen[1] == ["call-3@host", "call-2@host", "call-1@host"]
 
 
@@ -377,9 +377,8 @@ def test_half_a_million_calls_do_not_hold_the_loop() -> None:
     message = agent.parse_sip(numbered(invite(), 1))
     assert message is not None
     for row in range(1, 500_001):
-        one = agent.Call.__new__(agent.Call)
+        one = agent.Call()
         one.call_id, one.row, one.state, one.entered = f"call-{row}@host", row, agent.TRYING, 0.0
-        one.identity, one.attempts = None, ()
         whole.shards[0].table._calls[one.call_id] = (one,)
     pauses = []
 

@@ -27,7 +27,7 @@ IGNORED = Outcome.IGNORED
 ERROR = Outcome.ERROR
 
 # Keys of an expected message: the attributes of SipMessage; `via` is the first of `vias`;
-# `from_*`, `to_*` and `request_*` (scheme, user, host, port) are read with parse_address;
+# `from_*`, `to_*` and `request_*` (scheme, user, host, port) are read with address_uri;
 # `header:NAME` is header(NAME). A key that is left out is not compared.
 Expected = Outcome | Mapping[str, object]
 
