@@ -7,10 +7,12 @@ SOURCES := rating_agent_hep.py setup.py scripts tests
 
 # The profiles of docker-compose.yaml say what runs in Docker.
 COMPOSE := docker compose
-ALL_PROFILES := --profile opensips --profile kamailio --profile tester --profile canyan --profile statsd
+ALL_PROFILES := --profile cluster --profile opensips --profile kamailio --profile tester \
+  --profile canyan --profile statsd
 SCENARIO := /scenarios/test_
 
-.PHONY: demo run test chaos bench fuzz soak lint format docs clean sip-servers browser test-opensips \
+.PHONY: demo demo-cluster run test chaos bench fuzz soak lint format docs clean sip-servers browser \
+  redis-server test-opensips docker-start-cluster \
   test-kamailio test-images \
   docker-build docker-pull docker-start docker-start-opensips docker-start-kamailio \
   docker-start-canyan docker-start-statsd docker-test-opensips docker-test-kamailio docker-test \
@@ -19,16 +21,21 @@ SCENARIO := /scenarios/test_
 demo: $(VENV)/.runs
 	@$(BIN)/python scripts/demo.py
 
+# Redis, three agents and a kill.
+demo-cluster: $(VENV)/.runs redis-server
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cluster]'
+	@$(BIN)/python scripts/demo_cluster.py
+
 run: $(VENV)/.runs
 	@$(BIN)/python scripts/demo.py --stay
 
-test: lint sip-servers browser
+test: lint sip-servers browser redis-server
 	$(BIN)/python -m pytest --durations=5
 
-# This runs ten times as many kills and restarts of tests/test_crash.py and tests/test_sockets.py. It
-# takes some ten minutes.
+# This runs ten times as many kills and restarts of tests/test_crash.py and tests/test_sockets.py, which
+# takes some ten minutes, and those of tests/test_cluster.py, which takes half an hour.
 chaos: $(VENV)/.tests
-	CHAOS=10 $(BIN)/python -m pytest -rP tests/test_crash.py tests/test_sockets.py
+	CHAOS=10 $(BIN)/python -m pytest -rP tests/test_crash.py tests/test_sockets.py tests/test_cluster.py
 
 # This takes ten minutes and feeds inputs that no server would send. FUZZ=--seed=7 makes other inputs.
 FUZZ := --seconds 600 --processes 2
@@ -48,6 +55,11 @@ bench: $(VENV)/.runs
 # This installs Kamailio and SIPp if packages can be installed. Otherwise the tests say what they skip.
 sip-servers:
 	@sh scripts/install_for_tests.sh "Kamailio, SIPp and ip" "kamailio sipp ip" "kamailio sip-tester iproute2"
+
+# Redis for the tests of several agents, and nginx for the balancer before them; likewise.
+redis-server:
+	@sh scripts/install_for_tests.sh "Redis and nginx" "redis-server nginx" \
+	  "redis-server nginx-light libnginx-mod-stream"
 
 # This installs Chromium for the test of the status page, in the same way.
 browser:
@@ -100,6 +112,9 @@ docker-start-kamailio:
 
 docker-start-canyan:
 	RATING_API_URL=http://rating-agent:8000 $(COMPOSE) --profile canyan up --detach --build
+
+docker-start-cluster:
+	$(COMPOSE) --profile cluster up --detach --build
 
 docker-start-statsd:
 	STATSD_HOST=statsd-exporter $(COMPOSE) --profile statsd up --detach --build

@@ -571,7 +571,7 @@ MAX_SHARDS = 4_096
 
 
 def redis_url(text: str) -> str:
-    """Check the URL of a Redis, or "" for none. Raises ConfigError, which does not show it."""
+    """Check the URL of a Redis, or "" for none. Raises ConfigError, which shows no password."""
     with suppress(ValueError):
         parts = urlsplit(text)
         if parts.password is not None:
@@ -580,8 +580,9 @@ def redis_url(text: str) -> str:
         known = parts.scheme in ("redis", "rediss", "unix", "sentinel")
         if not text or (known and (parts.netloc or parts.path)):
             return text
+    shown = "no URL of Redis" if "@" in text else repr(text)
     raise ConfigError(
-        "no URL of Redis; allowed: redis://HOST:PORT/DB, rediss://..., unix:///PATH, "
+        f"{shown}; allowed: redis://HOST:PORT/DB, rediss://..., unix:///PATH, "
         "sentinel://HOST:PORT,HOST:PORT/MASTER/DB"
     )
 

@@ -487,6 +487,38 @@ def test_rejected_events_are_listed_sent_again_and_dropped_from_any_machine(tmp_
         assert all(process.stop() == 0 for process in agents)
 
 
+def test_a_leg_in_another_shard_ends_the_call_whose_tags_it_has(tmp_path: Path) -> None:
+    """Behind a proxy that hides the topology a BYE has another Call-ID, and so another shard."""
+    several = Several(tmp_path, 11, agents=2)
+    place = several.cluster()
+    here = place.shard_of("call-1@host")
+    other = next(n for n in range(2, 99) if place.shard_of(f"call-{n}@host") != here)
+    start = several.chance.choice
+    steps = [(invite(), 0.0), (reply(180), 0.1), (reply(200), 0.5), (ack(), 0.6)]
+    legs = [(bye(), 5.0), (bye_reply(), 5.1)]
+    base = hepbuild.TIME_US
+
+    def send(payload: bytes, number: int, at: float) -> None:
+        payload = numbered(payload, number).replace(b"tag=", b"tag=long-enough-")
+        frame = hepbuild.hep3(payload, time_us=base + round(at * 1e6))
+        harness.send_udp(start(several.agents).udp, [frame])
+
+    for payload, at in steps:
+        send(payload, 1, at)
+    harness.wait_until(lambda: several.api.running, "the call is begun")
+    tags = several.client().hgetall("rating:tags")
+    assert tags == {b"long-enough-c": str(here).encode()}
+    for payload, at in legs:
+        send(payload, other, at)
+    harness.wait_until(lambda: several.api.records, "the leg has ended it")
+    (body,) = [json.loads(end) for _, end in several.api.records.values()]
+    assert harness.seconds(body["timestamp_end"]) == pytest.approx(base / 1e6 + 5.0, abs=0.002)
+    harness.wait_until(lambda: not several.client().hgetall("rating:tags"), "its tag is free")
+    while several.agents:
+        several.end(signal.SIGTERM)
+    several.close()
+
+
 def test_status_of_a_cluster(tmp_path: Path) -> None:
     with RedisServer(tmp_path / "redis") as redis:
         options = [f"--cluster-url={redis.url}", "--listen-status=127.0.0.1:0"]

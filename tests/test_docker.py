@@ -47,6 +47,7 @@ def test_profiles_are_those_of_the_issue() -> None:
             profiles.setdefault(profile, set()).add(name)
     assert profiles == {
         "default": {"rating-agent-hep", "sandbox"},
+        "cluster": {"redis", "agent-1", "agent-2", "balancer"},
         "opensips": {"opensips", "carrier"},
         "kamailio": {"kamailio", "carrier"},
         "tester": {"tester"},
@@ -73,13 +74,18 @@ def test_every_variable_has_a_default_and_every_host_is_a_service() -> None:
     variables = re.findall(r"\$\{([^}]+)\}", COMPOSE)
     assert len(variables) > 10 and all(":-" in variable for variable in variables)
     text = without_comments(COMPOSE) + MAKEFILE + (OPENSIPS / "opensips.cfg").read_text()
+    text += without_comments((harness.ROOT / "conf" / "nginx" / "nginx.conf").read_text())
     hosts = set(
-        re.findall(r"(?:https?://|mongodb://|sip:|\}@|--target |_HOST=)([a-z][a-z-]+)", text)
+        re.findall(
+            r"(?:https?://|mongodb://|redis://|sip:|\}@|--target |_HOST=|server )([a-z][a-z-]+\d?)",
+            text,
+        )
     )
     hosts |= set(re.findall(r"\[hid\] ([\w-]+):9060", text))
     assert hosts == {
         *("rating-agent-hep", "sandbox", "carrier", "opensips", "kamailio", "mongodb"),
         *("rabbitmq", "rating-api", "rating-agent", "statsd-exporter"),
+        *("redis", "agent-1", "agent-2"),
     }
     assert hosts <= set(SERVICES)
 
