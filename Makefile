@@ -56,7 +56,7 @@ bench: $(VENV)/.runs
 sip-servers:
 	@sh scripts/install_for_tests.sh "Kamailio, SIPp and ip" "kamailio sipp ip" "kamailio sip-tester iproute2"
 
-# Redis for the tests of several agents, and nginx for the balancer before them; likewise.
+# This installs Redis and nginx for the tests of several agents, in the same way.
 redis-server:
 	@sh scripts/install_for_tests.sh "Redis and nginx" "redis-server nginx" \
 	  "redis-server nginx-light libnginx-mod-stream"
