@@ -1839,7 +1839,7 @@ def _in_networks(address: bytes | str, networks: Sequence[_Network]) -> bool:
 # Theory of operation. A message decides nothing when it comes: it adds a fact to its call (`note`),
 # and `judge` says what follows from all facts that are known by now. Facts have no order and a copy
 # adds none, so doubled, shuffled and late messages give the same charge. What is not certain yet
-# has a moment at which it will be (`Verdict.look`), and then it is judged again. What was reported
+# has a moment at which it will be (`Verdict.due`), and then it is judged again. What was reported
 # is never taken back: it is one more thing that `judge` is told.
 #
 # A call is a Call-ID and the caller's From tag (rule 2 of the reference). It has
@@ -1848,8 +1848,8 @@ def _in_networks(address: bytes | str, networks: Sequence[_Network]) -> bool:
 # - dialogs, one for each To tag: the 2xx, the ACKs, the BYEs of both sides with their answers;
 # - `replied`: whether the mirror has shown replies of this call. Only then are answers expected.
 #
-# Who writes what: a caller writes every field of a request; a final reply comes from the other side
-# or from the proxy. So where replies are mirrored they decide, and requests alone do not:
+# A caller writes every field of a request; a final reply comes from the other side or from the
+# proxy. So where replies are mirrored they decide, and requests alone do not:
 #
 # evidence                 replies of the call mirrored        requests only             rule
 # 2xx to an INVITE         begins at its time, at once                                   6
@@ -2009,6 +2009,10 @@ class InviteCopy:
     below: set[str] = field(default_factory=set)
 
 
+# Address and port.
+Side = tuple[bytes, int]
+
+
 @dataclass(slots=True, eq=False)
 class Attempt:
     """One INVITE transaction of the caller: a CSeq, and the branch of its lowest Via."""
@@ -2022,8 +2026,8 @@ class Attempt:
     # addresses and ports the copy went that is nearest to the caller.
     copies: tuple[InviteCopy, ...] = ()
     caller: str = ""
-    sender: tuple[bytes, int] = (b"", 0)
-    receiver: tuple[bytes, int] = (b"", 0)
+    sender: Side = (b"", 0)
+    receiver: Side = (b"", 0)
     # Top branches of final non-2xx replies, and of 1xx.
     refusals: tuple[str, ...] = ()
     rang: tuple[str, ...] = ()
@@ -2340,8 +2344,10 @@ def note_invite(
     ``keep`` says that other routes are possible, so that the text of a copy that came before one
     nearer to the caller may be needed once more.
     """
-    message = sighting.message
-    attempt, hops, sender, receiver = _find_attempt(call, sighting)
+    message, packet = sighting.message, sighting.packet
+    sender = (packet.source, packet.source_port)
+    receiver = (packet.destination, packet.destination_port)
+    attempt, hops = _find_attempt(call, message, sender, receiver)
     new = attempt.note_copy(message)
     # After 32 s it is no retransmission, but the branch used again.
     if not 0 < attempt.time <= message.time <= attempt.time + LINGER * 1_000_000:
@@ -2370,19 +2376,16 @@ def note_invite(
 
 
 def _find_attempt(
-    call: Call, sighting: Sighting
-) -> tuple[Attempt, int, tuple[bytes, int], tuple[bytes, int]]:
-    """The attempt of an INVITE copy, maybe a new one, its hops, and whence and whither it went."""
-    message, packet = sighting.message, sighting.packet
-    cseq, branch, hops = message.cseq, message.branch, len(message.vias)
-    sender = (packet.source, packet.source_port)
-    receiver = (packet.destination, packet.destination_port)
+    call: Call, message: SipMessage, sender: Side, receiver: Side
+) -> tuple[Attempt, int]:
+    """The attempt of an INVITE copy, maybe a new one, and the hops that the copy has behind it."""
+    branch, hops = message.branch, len(message.vias)
     found = None
     for attempt in call.attempts:
-        if attempt.cseq != cseq:
+        if attempt.cseq != message.cseq:
             continue
         if attempt.branch == branch:
-            return attempt, hops, sender, receiver
+            return attempt, hops
         # A proxy that hides the Vias below it sends the copy from where it received it.
         if attempt.identity is not None:
             if sender == attempt.receiver and sender[1]:
@@ -2390,9 +2393,9 @@ def _find_attempt(
             elif receiver == attempt.sender and receiver[1]:
                 found, hops, attempt.branch = attempt, attempt.identity.hops - 1, branch
     if found is None:
-        found = Attempt(cseq, branch)
+        found = Attempt(message.cseq, branch)
         call.attempts += (found,)
-    return found, hops, sender, receiver
+    return found, hops
 
 
 def _note_attempt(call: Call, message: SipMessage) -> int:
@@ -2565,12 +2568,12 @@ def _find_bye(dialog: Dialog, message: SipMessage, from_caller: bool) -> Bye:
     branch = message.branch
     ours = [x for x in dialog.byes if x.from_caller == from_caller]
     alike = [x for x in ours if x.branch == branch]
-    for bye in alike:
-        if bye.cseq == message.cseq:
-            return bye
-    for bye in sorted(alike, key=lambda bye: bye.status not in _CARRIED_OUT):
-        if bool(bye.seen) == bool(message.status):
-            return bye
+    exact = [x for x in alike if x.cseq == message.cseq]
+    if exact:
+        return exact[0]
+    unpaired = [x for x in alike if bool(x.seen) == bool(message.status)]
+    if unpaired:
+        return min(unpaired, key=lambda bye: bye.status not in _CARRIED_OUT)
     if len(ours) >= MAX_REQUESTS:
         spare = next((x for x in ours if x.status not in _CARRIED_OUT), ours[0])
         dialog.byes = tuple(x for x in dialog.byes if x is not spare)
@@ -2680,7 +2683,7 @@ def _begin_of_answer(
     call: Call, dialog: Dialog, attempts: list[Attempt], settings: Settings
 ) -> tuple[Begin | None, float]:
     """Rules 6, 9 and 14: a 2xx, and from when on that is certain."""
-    if dialog.unacknowledged or _is_void(call, dialog, dialog.answered):
+    if dialog.unacknowledged or (dialog.byes and _is_void(call, dialog, dialog.answered)):
         return None, inf
     time, reason = dialog.answered, "answer"
     if settings.begin_on == "ack":
@@ -2767,8 +2770,6 @@ def _is_followed(call: Call, dialog: Dialog, ack: Ack) -> bool:
 
 def _is_void(call: Call, dialog: Dialog, answered: int) -> bool:
     """Rule 14: whether a BYE had ended the early dialog before its answer."""
-    if not dialog.byes:
-        return False
     early = [bye for bye in dialog.byes if bye.seen and bye.time < answered]
     if call.replied:
         return any(200 <= bye.status < 300 for bye in early)
@@ -3387,8 +3388,8 @@ class CallTable:
         if not call.begun_at:
             call.heard = self._now
         new = note(call, message, self._now)
-        if new:
-            self._touch(call)
+        if new and self.changed is not None:
+            self.changed[call.row] = call
         if call.byes_refused != refused and call.begun_at:
             self.count("calls.bye_refused")
             self._notice("bye_refused", call, {"status": message.status})
@@ -3482,16 +3483,11 @@ class CallTable:
             if not dialog.answered and dialog.acks:
                 dialog.answered = dialog.acked = min(ack.time for ack in dialog.acks)
             dialog.acks = ()
-        acks = list(call.acks)
         rung = self._now - call.begun_at - self.settings.invite_timeout
         rung_out = call.begun + rung * 1_000_000
-        call.attempts = tuple(
-            attempt
-            for attempt in call.attempts
-            if not call.is_answered(attempt)
-            and attempt.time > rung_out
-            and not attempt.refused(acks)
-        )
+        others = [x for x in call.attempts if x.time > rung_out and not call.is_answered(x)]
+        acks = list(call.acks) if others else []
+        call.attempts = tuple([x for x in others if not x.refused(acks)])
 
     def _leave(self, call: Call) -> None:
         """The call is forgotten."""

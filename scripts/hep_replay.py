@@ -11,7 +11,8 @@ plain files of concatenated HEP3 frames. Several files are played one after the 
 A call that is played again needs a new identity, or the agent rightly takes it for a copy. So from
 the second repetition on (`--fresh`: from the first) Call-ID, tags, Via branches and HEP correlation
 ids get a suffix. Other headers that may quote them (Replaces, Record-Route's `ftag`) stay as
-recorded. Exit status: 0 sent, 1 network, 2 usage or file, 130 interrupted.
+recorded. HEP is read by the agent's own decoder, so the agent's module and libraries are needed.
+Exit status: 0 sent, 1 network, 2 usage or file, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -103,7 +103,6 @@ def metrics_of_the_code() -> dict[str, str]:
     found = dict.fromkeys(first_texts("count"), "counter")
     # The module's own clock is called time as well, without a name.
     found |= {name: "timer" for name in first_texts("time") if "." in name}
-    found |= dict.fromkeys(agent.CallTable._GONE.values(), "counter")
     whole = agent.Agent(agent.Settings(), [], agent.WarningLimiter())
     found |= {re.sub(r"^(calls\.state\.).*", r"\1*", name): "gauge" for name in whole.gauges()}
     for node in ast.walk(TREE):
