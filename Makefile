@@ -7,8 +7,7 @@ SOURCES := rating_agent_hep.py setup.py scripts tests
 
 # The profiles of docker-compose.yaml say what runs in Docker.
 COMPOSE := docker compose
-ALL_PROFILES := --profile cluster --profile opensips --profile kamailio --profile tester \
-  --profile canyan --profile statsd
+ALL_PROFILES := $(addprefix --profile ,cluster opensips kamailio tester canyan statsd)
 SCENARIO := /scenarios/test_
 
 .PHONY: demo demo-cluster run test chaos bench fuzz soak lint format docs clean sip-servers browser \

@@ -14,6 +14,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,13 +24,14 @@ import urllib.error
 import urllib.request
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
 import gevent.server
 import pytest
 import redis
-from redisserver import RedisServer, needs_redis
+from redisserver import RedisServer, free_port, needs_redis
 from test_calls import ack, bye, bye_reply, invite, negative_ack, numbered, reply
 from test_captures import kind_of
 from test_cases import CAPTURES, CASES, FIELD, Case, arrivals, faults, stamps
@@ -40,6 +42,7 @@ import hepbuild
 import rating_agent_hep as agent
 
 pytestmark = needs_redis
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 
 TIMES = int(os.environ.get("CHAOS", "1"))
 TIMEOUT = 1.0
@@ -517,6 +520,41 @@ def test_a_leg_in_another_shard_ends_the_call_whose_tags_it_has(tmp_path: Path) 
     while several.agents:
         several.end(signal.SIGTERM)
     several.close()
+
+
+@pytest.mark.skipif(not NGINX, reason="no nginx; make redis-server installs it")
+def test_the_example_of_a_balancer_and_that_of_redis(tmp_path: Path) -> None:
+    """conf/redis and conf/nginx as they are, but for addresses, ports and folders."""
+    conf = harness.ROOT / "conf"
+    example = (conf / "redis" / "redis.conf").read_text()
+    lines = [x for x in example.splitlines() if x and not x.startswith(("#", "save"))]
+    several = Several(tmp_path, 12, *lines, agents=2)
+    port = free_port()
+    text = (conf / "nginx" / "nginx.conf").read_text().replace("listen 9060", f"listen {port}")
+    for name, process in zip(("agent-1:9060", "agent-2:9060"), several.agents, strict=True):
+        # They have a port for TCP and another for UDP.
+        for _, number in (process.tcp, process.udp):
+            text = text.replace(f"server {name}", f"server 127.0.0.1:{number}", 1)
+    (tmp_path / "nginx.conf").write_text(text)
+    more = f"daemon off; pid {tmp_path}/nginx.pid; error_log {tmp_path}/error.log;"
+    command = [str(NGINX), "-c", str(tmp_path / "nginx.conf"), "-g", more]
+    nginx = subprocess.Popen(command)
+    balancer: Any = SimpleNamespace(pid=nginx.pid, udp=("127.0.0.1", port), tcp=("127.0.0.1", port))
+
+    def listens() -> bool:
+        with socket.socket() as sock:
+            return sock.connect_ex(balancer.tcp) == 0
+
+    try:
+        harness.wait_until(listens, "nginx listens")
+        several.spray.run([balancer], 3.0)
+        several.spray.calling = False
+        while not several.spray.over:
+            several.spray.run([balancer], 0.5)
+        several.finish()
+    finally:
+        nginx.terminate()
+        nginx.wait()
 
 
 def test_status_of_a_cluster(tmp_path: Path) -> None:

@@ -189,6 +189,7 @@ BAD: dict[str, list[str]] = {
     "rating_api_ca_file": ["/no/such/file", "/", "/dev/null", __file__],
     "rating_api_token_file": ["/no/such/file", "/", "/dev/null", __file__],
     "rating_api_password_file": ["/no/such/file", "/", "/dev/null", __file__],
+    "cluster_password_file": ["/no/such/file", "/", "/dev/null", __file__],
     # What can't stand in a header would fail at each request, and the log would show it.
     "rating_api_token": ["one\ntwo", "one\rtwo", "one\x00two", "one\u2603two"],
     "tenant": [""],
