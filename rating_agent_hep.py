@@ -5614,14 +5614,16 @@ class RedisStore:
     another agent may be the owner by now.
     """
 
-    def __init__(self, pool: RedisPool, prefix: str, number: int, token: str) -> None:
+    def __init__(
+        self, pool: RedisPool, prefix: str, number: int, token: str, due: gevent.event.Event
+    ) -> None:
         self.number = number
         self.token = token
         self.position = b"0-0"
         self.clock = self.lag = 0.0
         self.lost = self.leaving = False
         self.failure = ""
-        self.due = gevent.event.Event()
+        self.due = due
         self.last_serial = number << _ROW_BITS
         self.answered: list[RatingEvent] = []
         # Seconds of `boottime` at which the lease ends at the earliest.
@@ -6616,21 +6618,17 @@ def ties_legs(rules: Iterable[Rule]) -> bool:
 class _Entry(NamedTuple):
     """An entry of a stream; ``frame`` is empty for a stray, which goes no further.
 
-    ``time`` is the stream's, in seconds of UNIX time, ``read_at`` ours, of a monotonic clock;
-    ``packet`` is None for what is no frame.
+    ``time`` is the stream's, in seconds of UNIX time, ``read_at`` ours, of a monotonic clock,
+    ``hep_time`` that of the packet, in microseconds; ``packet`` is None for what is no frame.
     """
 
     number: bytes
     time: float
     read_at: float
+    hep_time: int
     packet: HepPacket | None
     sender: str
     frame: bytes
-
-    @property
-    def hep_time(self) -> int:
-        """When the message was seen, in microseconds of UNIX time."""
-        return self.packet.time if self.packet else 0
 
 
 class StreamShard(Shard):
@@ -6696,8 +6694,9 @@ class Cluster:
         self.owned: dict[int, StreamShard] = {}
         self.agents: list[dict[str, Any]] = []
         self.rejected = self.entries = self.lost = 0
-        self.failure = "not connected yet"
         self.fatal = ""
+        # Why a greenlet gets nothing done, by what it does.
+        self._faults = {"beat": "not connected yet"}
         self.name = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
         self._metrics = metrics
         self._delivery = delivery
@@ -6784,32 +6783,44 @@ class Cluster:
         for shard in self.owned.values():
             shard.table.rules = rules
 
+    @property
+    def failure(self) -> str:
+        """Why Redis does not answer as it should, "" while it does."""
+        return next(iter(self._faults.values()), "")
+
     def start(self) -> None:
         """Take part: the greenlets that append, own, read and commit."""
-        steps = (self._append, self._read, self._commit, self._beat)
-        self._greenlets = [
-            gevent.spawn(self._repeat, step, RedisLink(self._pool)) for step in steps
-        ]
+        steps = {
+            "append": self._append,
+            "read": self._read,
+            "commit": self._commit,
+            "beat": self._beat,
+        }
+        self._greenlets = [gevent.spawn(self._repeat, *item) for item in steps.items()]
 
-    def _repeat(self, step: Callable[[RedisLink], None], link: RedisLink) -> None:
+    def _repeat(self, name: str, step: Callable[[RedisLink], None]) -> None:
+        link = RedisLink(self._pool)
         while True:
             try:
                 step(link)
             except RedisError as error:
-                self._fail(error)
                 link.close()
+                self._fail(name, error)
                 gevent.sleep(REDIS_RETRY)
             except Exception:
+                link.close()
                 self._metrics.count("packets.internal_error")
                 extra = {"event": "internal_error"}
-                log.error("the cluster: %s failed", step.__name__, exc_info=True, extra=extra)
+                log.error("the cluster: %s failed", name, exc_info=True, extra=extra)
                 gevent.sleep(REDIS_RETRY)
+            else:
+                self._work(name)
 
-    def _fail(self, error: RedisError) -> None:
+    def _fail(self, name: str, error: RedisError) -> None:
         self._metrics.count("cluster.errors")
-        if not self.failure:
+        if name == "beat" and name not in self._faults:
             self._away = (self._answered, inf)
-        self.failure = str(error)
+        self._faults[name] = str(error)
         self._beat_due.set()
         now = time.monotonic()
         if now - self._said >= REDIS_SAID:
@@ -6817,16 +6828,20 @@ class Cluster:
             extra = {"event": "redis_failed", "unappended": self._octets}
             log.error("Redis does not answer as it should: %s", error, extra=extra)
 
-    def _recover(self) -> None:
-        """Redis answers again: the clocks go on where they stood, once all have told all."""
+    def _work(self, name: str) -> None:
+        """A step was done: its fault is over, if it had one."""
+        if self._faults.pop(name, "") and not self._faults and self._said > -inf:
+            self._said = -inf
+            log.warning("Redis answers again", extra={"event": "redis_back"})
+
+    def _come_back(self) -> None:
+        """Redis is back: the clocks go on where they stood, once all agents have told all."""
         if self._away[1] == inf:
             self._away = (self._away[0], self._answered + SETTLE)
             for shard in self.owned.values():
                 self._skip(shard.store)
         if self._said > -inf:
             self._settled = time.monotonic() + SETTLE
-            log.warning("Redis answers again", extra={"event": "redis_back"})
-        self.failure, self._said = "", -inf
 
     def _skip(self, store: RedisStore) -> None:
         """Let a clock stand still over the time in which Redis was away last."""
@@ -6852,7 +6867,7 @@ class Cluster:
     @property
     def behind(self) -> bool:
         """Whether senders over TCP have to wait."""
-        return bool(self.failure) or self._octets > TCP_UNAPPENDED
+        return bool(self._faults) or self._octets > TCP_UNAPPENDED
 
     def append(self, call_ids: Iterable[str], frame: bytes) -> bool:
         """Hand a frame to the shards of its calls; False where too much waits: it was dropped."""
@@ -6927,8 +6942,9 @@ class Cluster:
                 store.lost = True
             elif not store.lost:
                 self._lose(self.owned[store.number], "another agent has it")
-        if self.failure:
-            self._recover()
+        if "beat" in self._faults:
+            self._come_back()
+            self._work("beat")
         for number in map(int, retries):
             shard = self.owned.get(number)
             if shard is not None and shard.owned and shard.take_up(shard.store):
@@ -6943,7 +6959,7 @@ class Cluster:
         try:
             self.join()
         except RedisError as error:
-            self._fail(error)
+            self._fail("beat", error)
 
     def _take_share(self, free: Sequence[int]) -> None:
         """Take free shards up to the share of one agent, or give some back."""
@@ -6965,10 +6981,13 @@ class Cluster:
             for number in numbers:
                 if not self._stopping:
                     self._take(link, number)
-        except RedisError as error:
-            self._fail(error)
+        except RedisError:
+            # The beat says so. What was not taken whole is free again when its lease ends.
+            self._metrics.count("cluster.errors")
+        except Exception:
+            self._metrics.count("packets.internal_error")
+            log.error("a shard was not taken", exc_info=True, extra={"event": "internal_error"})
         finally:
-            # What was not taken whole is given back when its lease ends.
             self._taking.clear()
             link.close()
             taken = [shard for number, shard in self.owned.items() if number not in before]
@@ -6980,7 +6999,8 @@ class Cluster:
 
     def _take(self, link: RedisLink, number: int) -> None:
         self._tokens += 1
-        store = RedisStore(self._pool, self._prefix, number, f"{self.name}:{self._tokens}")
+        token = f"{self.name}:{self._tokens}"
+        store = RedisStore(self._pool, self._prefix, number, token, self._commit_due)
         started = boottime()
         lease = round(self._lease * 1000)
         meta = link.run(TAKE_SCRIPT, self._prefix, number, store.token, lease)
@@ -7039,9 +7059,9 @@ class Cluster:
         try:
             names = ((shard.store.number, shard.store.token) for shard in shards)
             link.run(RELEASE_SCRIPT, self._prefix, *chain.from_iterable(names))
-        except RedisError as error:
+        except RedisError:
             # The leases end by themselves.
-            self._fail(error)
+            self._metrics.count("cluster.errors")
         finally:
             link.close()
         self._metrics.count("cluster.shards.given_back", len(shards))
@@ -7054,7 +7074,7 @@ class Cluster:
         """One look at the streams of all shards, and at what is due in them."""
         shards = [shard for shard in self.owned.values() if shard.owned]
         crowded = sum(shard.unwritten for shard in shards) > MAX_UNWRITTEN
-        if not shards or self.failure or crowded or time.monotonic() < self._settled:
+        if not shards or "beat" in self._faults or crowded or time.monotonic() < self._settled:
             gevent.sleep(CLUSTER_COMMIT)
             return
         streams = [f"{self._prefix}stream:{shard.store.number}" for shard in shards]
@@ -7095,8 +7115,17 @@ class Cluster:
         except (HepError, struct.error, IndexError):
             # It was whole when it was appended: another program writes here.
             self._metrics.count("packets.dropped.cluster_foreign")
-        kept = b"" if stray else frame
-        shard.held.append(_Entry(entry, appended, time.monotonic(), packet, sender, kept))
+        shard.held.append(
+            _Entry(
+                number=entry,
+                time=appended,
+                read_at=time.monotonic(),
+                hep_time=packet.time if packet else 0,
+                packet=packet,
+                sender=sender,
+                frame=b"" if stray else frame,
+            )
+        )
 
     def _feed(self, shard: StreamShard, until: float) -> None:
         """Handle the entries up to a time of the stream in the order of their HEP time, in one go.
@@ -7110,8 +7139,8 @@ class Cluster:
         latest = max((entry.hep_time for entry in held[:number]), default=0)
         for index in range(number, len(held)):
             if held[index].hep_time < latest:
+                latest = max(latest, *(entry.hep_time for entry in held[number:index]))
                 number = index + 1
-                latest = max(entry.hep_time for entry in held[:number])
         if not number:
             return
         batch = sorted(held[:number], key=attrgetter("hep_time"))
@@ -7208,19 +7237,26 @@ class Cluster:
         clocks = (shard.store.clock + shard.store.lag for shard in self.owned.values())
         return max(self._answered - min(clocks, default=self._answered), 0.0)
 
-    def stop(self, deadline: float) -> bool:
+    def stop(self, deadline: float) -> None:
         """Append what waits and give all back, until a time of the monotonic clock.
 
-        Returns whether that was done; else the leases end by themselves.
+        What could not be given back is free when its lease ends.
         """
         self._stopping = True
         while self._pending and not self.failure and time.monotonic() < deadline:
             gevent.sleep(APPEND_INTERVAL)
         leaving = gevent.spawn(self._give_back, list(self.owned.values()))
         leaving.join(timeout=max(deadline - time.monotonic(), 0.1))
-        done = leaving.ready() and not self.owned and not self._pending
         gevent.killall([leaving, *self._greenlets])
-        return done
+        if self._pending:
+            extra = {"event": "unappended", "packets": len(self._pending)}
+            log.error("packets are lost that Redis did not take", extra=extra)
+        # The others share what is free from their next beat on.
+        with suppress(RedisError):
+            RedisLink(self._pool).ask(
+                ("ZREM", f"{self._prefix}agents", self.name),
+                ("HDEL", f"{self._prefix}agent", self.name),
+            )
 
 
 class ClusterOutbox:
