@@ -7139,7 +7139,7 @@ class Cluster:
         latest = max((entry.hep_time for entry in held[:number]), default=0)
         for index in range(number, len(held)):
             if held[index].hep_time < latest:
-                latest = max(latest, *(entry.hep_time for entry in held[number:index]))
+                latest = max([latest, *(entry.hep_time for entry in held[number:index])])
                 number = index + 1
         if not number:
             return
