@@ -6590,7 +6590,7 @@ READ_GROUP = 128
 READ_WAIT = 0.1
 # Seconds for which an entry waits for others that belong before it: agents append what they take in
 # a little sooner or later, and an ACK that goes before its 200 begins the call at its own time.
-HOLD = 0.2
+HOLD = 0.3
 # Seconds for which entries may wait before an agent calls itself unhealthy; a taken shard has those
 # of one lease.
 LAG_UNHEALTHY = 30.0
@@ -6603,7 +6603,7 @@ LEASE_MARGIN = 5.0
 BEAT = 1.0
 AGENT_GONE = 5.0
 # Seconds between two attempts while Redis gives no answer, and between two lines that say so.
-REDIS_RETRY = 0.25
+REDIS_RETRY = 0.1
 REDIS_SAID = 10.0
 # Seconds after Redis was away in which all agents see that it is back and append what they kept,
 # before anything is read: then an ACK does not go before its 200 that another agent kept.
