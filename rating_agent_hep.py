@@ -6830,7 +6830,11 @@ class Cluster:
 
     def _work(self, name: str) -> None:
         """A step was done: its fault is over, if it had one."""
-        if self._faults.pop(name, "") and not self._faults and self._said > -inf:
+        if not self._faults.pop(name, "") or self._said == -inf:
+            return
+        # The others may see it later, and have more to tell.
+        self._settled = time.monotonic() + SETTLE
+        if not self._faults:
             self._said = -inf
             log.warning("Redis answers again", extra={"event": "redis_back"})
 
@@ -6840,8 +6844,6 @@ class Cluster:
             self._away = (self._away[0], self._answered + SETTLE)
             for shard in self.owned.values():
                 self._skip(shard.store)
-        if self._said > -inf:
-            self._settled = time.monotonic() + SETTLE
 
     def _skip(self, store: RedisStore) -> None:
         """Let a clock stand still over the time in which Redis was away last."""
