@@ -6711,6 +6711,7 @@ class Cluster:
         self._tokens = 0
         # Shards whose lease we have, but not all of the rest yet.
         self._taking: list[RedisStore] = []
+        self._taker: gevent.Greenlet | None = None
         # Redis' time of its last answer, and from when to when it was away last.
         self._answered = 0.0
         self._away = (0.0, 0.0)
@@ -6965,7 +6966,7 @@ class Cluster:
 
     def _take_share(self, free: Sequence[int]) -> None:
         """Take free shards up to the share of one agent, or give some back."""
-        if self._taking or self._stopping:
+        if self._stopping or (self._taker is not None and not self._taker.ready()):
             return
         share = -(-self.settings.cluster_shards // max(len(self.agents), 1))
         staying = [shard for shard in self.owned.values() if shard.owned]
@@ -6974,7 +6975,7 @@ class Cluster:
         elif len(staying) < share and free:
             free = [number for number in free if number not in self.owned]
             chosen = random.sample(free, min(len(free), share - len(staying)))
-            self._greenlets.append(gevent.spawn(self._take_all, chosen))
+            self._taker = gevent.spawn(self._take_all, chosen)
 
     def _take_all(self, numbers: Iterable[int]) -> None:
         link = RedisLink(self._pool)
@@ -6997,7 +6998,6 @@ class Cluster:
             extra["calls"] = sum(len(shard.table) for shard in taken)
             if taken:
                 log.info("shards were taken", extra=extra)
-            self._greenlets.remove(gevent.getcurrent())
 
     def _take(self, link: RedisLink, number: int) -> None:
         self._tokens += 1
@@ -7249,7 +7249,7 @@ class Cluster:
             gevent.sleep(APPEND_INTERVAL)
         leaving = gevent.spawn(self._give_back, list(self.owned.values()))
         leaving.join(timeout=max(deadline - time.monotonic(), 0.1))
-        gevent.killall([leaving, *self._greenlets])
+        gevent.killall([leaving, *filter(None, [self._taker]), *self._greenlets])
         if self._pending:
             extra = {"event": "unappended", "packets": len(self._pending)}
             log.error("packets are lost that Redis did not take", extra=extra)
