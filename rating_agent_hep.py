@@ -26,7 +26,7 @@ dropped is counted and says why.
 
 The rooms: imports; limits; errors and types; options; HEP; SIP; routes; the call: facts and a
 judge; call table; outbox; configuration; logs and metrics; store; Redis; rating API; delivery;
-cluster; agent; servers; command line.
+cluster; forwarding; agent; servers; command line.
 """
 
 # Room: imports
@@ -529,6 +529,28 @@ def split_address(text: str) -> tuple[str, int]:
     return bare, int(port)
 
 
+# Targets of hep_forward: each costs a system call a packet, and a queue when it is down.
+MAX_FORWARD_TARGETS = 8
+
+
+def forward_targets(text: str) -> tuple[str, ...]:
+    """A list of udp://HOST:PORT, tcp://HOST:PORT and tls://HOST:PORT. Raises ConfigError."""
+    found = words(text)
+    for word in found:
+        valid = re.fullmatch(r"(?:udp|tcp|tls)://([\w.-]+|\[[\w:.%]+\]):([0-9]{1,5})", word)
+        try:
+            if valid:
+                valid[1].encode("idna")
+        except UnicodeError:
+            valid = None
+        if not valid or not 1 <= int(valid[2]) <= 65_535:
+            allowed = "udp://HOST:PORT, tcp://HOST:PORT, tls://HOST:PORT"
+            raise ConfigError(f"{word!r} is no target; allowed: {allowed}")
+    if len(found) > MAX_FORWARD_TARGETS or len(found) > len(set(found)):
+        raise ConfigError(f"too many; allowed: {MAX_FORWARD_TARGETS} targets, each once")
+    return found
+
+
 def api_url(text: str) -> str:
     """Check the base URL of a rating API and return it without a last slash. Raises ConfigError."""
     if "@" in text:
@@ -634,6 +656,15 @@ class Settings:
     )
     hep_idle_timeout: float = _option(
         0.0, number(0, 604_800), "seconds after which a silent connection is closed; 0: never"
+    )
+    hep_forward: tuple[str, ...] = _option(
+        (),
+        forward_targets,
+        "list of udp://HOST:PORT, tcp://... and tls://... to which packets go on",
+        group="Forwarding",
+    )
+    hep_forward_ca_file: str = _option(
+        "", str, "PEM file of CAs to trust at tls:// targets; empty: the system's"
     )
     listen_status: str = _option(
         "", listener, "address for the status over HTTP; empty: off", group="Status"
@@ -3755,6 +3786,11 @@ MAX_UNKNOWN_PARTIES = 10_000
 MAX_ONE_SIDED = 1_000_000
 
 
+def retry_delay(failures: int) -> float:
+    """Seconds to wait after so many failures in a row, one or more; a caller adds its jitter."""
+    return min(RETRY_FIRST * 2.0 ** min(failures - 1, 16), RETRY_LAST)
+
+
 class Outbox:
     """The events that wait for one API: which may be sent when, in order for each call.
 
@@ -4054,7 +4090,7 @@ class Outbox:
         return removed
 
     def _backoff(self, failures: int) -> float:
-        return min(RETRY_FIRST * 2.0 ** min(failures - 1, 16), RETRY_LAST) * self._jitter()
+        return retry_delay(failures) * self._jitter()
 
     def _delay(self, event: RatingEvent, now: float, failures: int) -> None:
         self._sequence += 1
@@ -4229,6 +4265,7 @@ class Configuration(NamedTuple):
     """What the command line, environment and files say together.
 
     ``sockets`` are those that were passed, by option; such an option is its socket's address.
+    ``reread`` reads the options once more; it raises ConfigError.
     """
 
     command: str
@@ -4238,36 +4275,78 @@ class Configuration(NamedTuple):
     warnings: list[str]
     tls: ssl.SSLContext | None
     sockets: dict[str, socket.socket]
+    reread: Callable[[], Settings]
 
 
 def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configuration:
     """Read and check everything before a socket opens. Raises ConfigError with one line."""
+    former: dict[str, str] = {}
+    settings, command, arguments = _read_options(argv, environ, former)
+    sockets = passed_sockets(environ)
+    bound: dict[str, Any] = {option: bound_to(sock) for option, sock in sockets.items()}
+    settings = replace(settings, **bound)
+    if not any((settings.listen_udp, settings.listen_tcp, settings.listen_tls)):
+        raise ConfigError(
+            "listen_udp, listen_tcp, listen_tls: all empty; allowed: at least one address"
+        )
+    for name in ("rating_api_ca_file", "hep_forward_ca_file"):
+        if ca_file := getattr(settings, name):
+            client_tls(name, ca_file)
+    names = ", ".join(sorted(former))
+    warnings = [f"options of the former agent that have no effect: {names}"] if former else []
+    if settings.cluster_url and settings.state_dir:
+        warnings.append("with cluster_url there is no journal: state_dir has no effect")
+    rules, tls = load_rules(settings), load_tls(settings)
+
+    def reread() -> Settings:
+        return _read_options(argv, environ, {})[0]
+
+    return Configuration(command, arguments, settings, rules, warnings, tls, sockets, reread)
+
+
+# The options that SIGHUP reads again: who may send, and what the rating API asks for.
+RELOADED = (
+    "hep_allow",
+    "hep_auth_key",
+    "hep_auth_key_file",
+    "rating_api_token",
+    "rating_api_token_file",
+    "rating_api_username",
+    "rating_api_password",
+    "rating_api_password_file",
+)
+
+
+def read_again(configuration: Configuration, running: Settings) -> tuple[Settings, list[str]]:
+    """The running settings with the options of RELOADED as they are set now.
+
+    With it come the names of all options whose value has changed. Raises ConfigError.
+    """
+    fresh = configuration.reread()
+    changed = [
+        option.name
+        for option in OPTIONS
+        if getattr(fresh, option.name) != getattr(running, option.name)
+        # The place of these was taken by sockets.
+        and option.name not in configuration.sockets
+    ]
+    return replace(running, **{name: getattr(fresh, name) for name in RELOADED}), changed
+
+
+def _read_options(
+    argv: Sequence[str], environ: dict[str, str], former: dict[str, str]
+) -> tuple[Settings, str, list[str]]:
+    """The options, the command and its arguments; ``former`` is as for `_option_parser`."""
     if _PREFIX + "LISTEN" in environ:
         environ = {_PREFIX + "LISTEN_UDP": environ[_PREFIX + "LISTEN"], **environ}
-    former: dict[str, str] = {}
     known, unknown = _option_parser(former).parse_known_args(list(argv), env_vars=environ)
     texts = vars(known)
     for name in _FORMER:
         if _PREFIX + name.upper() in environ:
             former[name] = environ[_PREFIX + name.upper()]
     texts |= _former_redis(former, texts)
-    command, arguments = _command(texts["words"], unknown)
-    values = {option.name: _convert_option(option, texts) for option in OPTIONS}
-    sockets = passed_sockets(environ)
-    values.update((option, bound_to(sock)) for option, sock in sockets.items())
-    settings = Settings(**values)
-    if not any((settings.listen_udp, settings.listen_tcp, settings.listen_tls)):
-        raise ConfigError(
-            "listen_udp, listen_tcp, listen_tls: all empty; allowed: at least one address"
-        )
-    if settings.rating_api_ca_file:
-        api_tls(settings.rating_api_ca_file)
-    names = ", ".join(sorted(former))
-    warnings = [f"options of the former agent that have no effect: {names}"] if former else []
-    if settings.cluster_url and settings.state_dir:
-        warnings.append("with cluster_url there is no journal: state_dir has no effect")
-    rules, tls = load_rules(settings), load_tls(settings)
-    return Configuration(command, arguments, settings, rules, warnings, tls, sockets)
+    settings = Settings(**{option.name: _convert_option(option, texts) for option in OPTIONS})
+    return settings, *_command(texts["words"], unknown)
 
 
 def _former_redis(former: dict[str, str], texts: Mapping[str, str | None]) -> dict[str, str]:
@@ -4429,18 +4508,16 @@ def load_tls(settings: Settings) -> ssl.SSLContext | None:
 
 
 @cache
-def api_tls(ca_file: str) -> ssl.SSLContext:
-    """The CAs that a rating API's certificate may come from: those of a file, else the system's.
+def client_tls(option: str, ca_file: str) -> ssl.SSLContext:
+    """The CAs that a server's certificate may come from: those of a file, else the system's.
 
-    It is loaded once, for that is slow. Raises ConfigError.
+    ``option`` names the file. It is loaded once, for that is slow. Raises ConfigError.
     """
     if not ca_file:
         return ssl.create_default_context()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     allowed = "certificates of CAs, PEM"
-    _load_pem(
-        "rating_api_ca_file", ca_file, lambda: context.load_verify_locations(ca_file), allowed
-    )
+    _load_pem(option, ca_file, lambda: context.load_verify_locations(ca_file), allowed)
     return context
 
 
@@ -4596,6 +4673,10 @@ LABELS = {
     "calls.unrated": ("calls_unrated", "reason"),
     "api.answers": ("api_answers", "answer"),
     "api.errors": ("api_errors", "error"),
+    "forward.connected": ("forward_connected", "target"),
+    "forward.dropped": ("forward_dropped", "target"),
+    "forward.errors": ("forward_errors", "target"),
+    "forward.sent": ("forward_sent", "target"),
     "packets.dropped": ("packets_dropped", "reason"),
     "packets.malformed": ("packets_malformed", "reason"),
     "packets.received": ("packets_received", "transport"),
@@ -5918,7 +5999,21 @@ class RatingApi:
         self._timeout = settings.rating_api_timeout
         parts = urllib3.util.parse_url(url)
         self._prefix = parts.path or ""
+        self._netloc = parts.netloc
+        self.authorize(settings)
+        self._address: dict[str, Any] = {"host": str(parts.host), "port": parts.port}
+        self._class: Any = urllib3.connection.HTTPConnection
+        if parts.scheme == "https":
+            self._class = urllib3.connection.HTTPSConnection
+            ca_file = settings.rating_api_ca_file
+            self._address["ssl_context"] = client_tls("rating_api_ca_file", ca_file)
+        # Connections that are open and have nothing to do; a worker uses one at a time.
+        self._idle: list[Any] = []
+
+    def authorize(self, settings: Settings) -> None:
+        """Send the token, or the user and password, of these settings from now on."""
         headers = {
+            "Host": self._netloc,
             "Content-Type": "application/json",
             "Accept": "application/json",
             "Accept-Encoding": "identity",
@@ -5930,14 +6025,7 @@ class RatingApi:
             pair = f"{settings.rating_api_username}:{settings.rating_api_password}"
             headers["Authorization"] = "Basic " + b64encode(pair.encode()).decode()
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        self._head = f"HTTP/1.1\r\nHost: {parts.netloc}\r\n{head}Content-Length: "
-        self._address: dict[str, Any] = {"host": str(parts.host), "port": parts.port}
-        self._class: Any = urllib3.connection.HTTPConnection
-        if parts.scheme == "https":
-            self._class = urllib3.connection.HTTPSConnection
-            self._address["ssl_context"] = api_tls(settings.rating_api_ca_file)
-        # Connections that are open and have nothing to do; a worker uses one at a time.
-        self._idle: list[Any] = []
+        self._head = f"HTTP/1.1\r\n{head}Content-Length: "
 
     def send(self, event: RatingEvent) -> str:
         """Tell the API one event: DELIVERED, REFUSED_BY_API (``ok: false``) or REJECTED (4xx).
@@ -6203,6 +6291,12 @@ class Delivery:
         for lane in self._lanes.values():
             lane.backlogs.pop(store, None)
             lane.outbox.forget(store)
+
+    def authorize(self, settings: Settings) -> None:
+        """Send the token, or the user and password, of these settings with each later request."""
+        self._settings = settings
+        for lane in self._lanes.values():
+            lane.api.authorize(settings)
 
     def kill(self) -> None:
         """End the workers, wherever they are."""
@@ -7333,6 +7427,266 @@ class ClusterOutbox:
                 yield text, event
 
 
+# Room: forwarding
+
+# Octets of packets that wait for one target, with what each takes in memory besides its own: the
+# head of a bytes object, the allocator's rounding and a place in the queue. 30 s of 500 packets a
+# second, 1 kB each: the time in which Homer restarts.
+FORWARD_QUEUE = 16 * 1024 * 1024
+_PACKET_OVERHEAD = 64
+# Packets that go to one target in one go, some 1 ms of work, and seconds until the next: to wake a
+# greenlet takes as long as to send a packet, so it is woken for many. 128,000 a second may go.
+FORWARD_PACKETS = 256
+FORWARD_PAUSE = 0.002
+# Seconds for a connection to one address, and for its TLS handshake.
+FORWARD_CONNECT = 10.0
+# Seconds for which a target over TCP may take no octets, or its host be gone without a word: the
+# kernel itself would wait for some 15 minutes.
+FORWARD_STALLED = 30.0
+# Seconds after which the name of a UDP target is resolved anew; others are at each connection.
+FORWARD_RESOLVE = 60.0
+# Seconds between two warnings of one kind about one target.
+FORWARD_WARN = 60.0
+# Seconds at most for what waits when the agent stops.
+FORWARD_LAST = 1.0
+
+
+class Forwarder:
+    """Sends the packets that were let in on to one target of hep_forward, octet by octet.
+
+    `put` only queues; a greenlet of its own resolves, connects and sends. What finds the queue full
+    is dropped and counted, and so is what a broken connection may have lost: to send it again would
+    keep the target at a packet that it refuses. A stream has no frames but HEP3's, so HEP1 and HEP2
+    go on over UDP only. ``listeners`` is what this agent listens on, as the status has it.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        settings: Settings,
+        metrics: Metrics,
+        listeners: Sequence[Mapping[str, str]],
+    ) -> None:
+        self.target = target
+        self._scheme, _, address = target.partition("://")
+        self._host, self._port = split_address(address)
+        ca_file = settings.hep_forward_ca_file
+        self._tls = client_tls("hep_forward_ca_file", ca_file) if self._scheme == "tls" else None
+        self._stream = self._scheme != "udp"
+        # Dots would divide a metric's name.
+        self._name = re.sub("[^A-Za-z0-9-]+", "_", target)
+        self._metrics = metrics
+        self._listeners = listeners
+        self.last_error, self._failed_at = "", 0.0
+        self._warned: dict[str, float] = {}
+        self._queue: deque[bytes] = deque()
+        self._octets = 0
+        self._due, self._stopping = gevent.event.Event(), gevent.event.Event()
+        self.greenlet = gevent.Greenlet(self._run)
+
+    def __len__(self) -> int:
+        """How many packets wait."""
+        return len(self._queue)
+
+    def put(self, data: bytes) -> None:
+        """Queue a packet, or drop it; never waits."""
+        size = len(data) + _PACKET_OVERHEAD
+        if self._octets + size > FORWARD_QUEUE:
+            self._drop(1, "its queue is full")
+        elif self._stream and data[:4] not in _MAGIC:
+            self._drop(1, "HEP1 and HEP2 go over UDP only")
+        else:
+            self._queue.append(data)
+            self._octets += size
+            if not self._due.is_set():
+                self._due.set()
+
+    def counts(self) -> dict[str, int]:
+        """The totals of the metrics ``forward.*`` for this target."""
+        totals = self._metrics.totals
+        kinds = ("sent", "dropped", "connected", "errors")
+        return {kind: totals.get(f"forward.{kind}.{self._name}", 0) for kind in kinds}
+
+    def status(self, offset: float) -> dict[str, Any]:
+        """What the status shows; ``offset`` makes UNIX time of the monotonic clock's."""
+        return {
+            "target": self.target,
+            "waiting": len(self),
+            **self.counts(),
+            "last_error": self.last_error,
+            "last_error_at": round(self._failed_at + offset, 3) if self._failed_at else None,
+        }
+
+    def finish(self) -> None:
+        """Let the greenlet end once it has sent what waits, or can't."""
+        self._stopping.set()
+        self._due.set()
+
+    def close(self) -> None:
+        """End the greenlet; what waits still is dropped."""
+        self.greenlet.kill()
+        if self._queue:
+            self._drop(len(self._queue), "the agent stops")
+            self._queue.clear()
+            self._octets = 0
+
+    def _run(self) -> None:
+        failures = 0
+        while self._wait():
+            started = time.monotonic()
+            try:
+                with closing(self._open()) as sock:
+                    (self._send_stream if self._stream else self._send_datagrams)(sock)
+            except Exception as error:
+                self._note(error)
+                if self._stopping.is_set():
+                    return
+                # A target that takes connections only to close them is no better than one that
+                # refuses them.
+                failures = 1 if time.monotonic() - started > RETRY_LAST else failures + 1
+                self._stopping.wait(retry_delay(failures) * random.uniform(1 - JITTER, 1 + JITTER))
+
+    def _wait(self, reader: gevent.Greenlet | None = None) -> bool:
+        """Wait for a packet; False at the end of the agent, or of a connection with its reader."""
+        while not self._queue:
+            if self._stopping.is_set() or (reader is not None and reader.ready()):
+                return False
+            self._due.clear()
+            self._due.wait()
+        return reader is None or not reader.ready()
+
+    def _take(self) -> list[bytes]:
+        """The next packets to go, FORWARD_PACKETS at most."""
+        queue = self._queue
+        batch = [queue.popleft() for _ in range(min(len(queue), FORWARD_PACKETS))]
+        self._octets -= sum(map(len, batch)) + len(batch) * _PACKET_OVERHEAD
+        return batch
+
+    def _send_datagrams(self, sock: Any) -> None:
+        """Send what waits and what comes until the agent stops."""
+        until = time.monotonic() + FORWARD_RESOLVE
+        try:
+            while self._wait():
+                if time.monotonic() >= until:
+                    until = time.monotonic() + FORWARD_RESOLVE
+                    sock = self._renewed(sock)
+                sent = 0
+                for data in self._take():
+                    try:
+                        sock.send(data)
+                        sent += 1
+                    except OSError as error:
+                        # Such as an ICMP error that an earlier packet brought about.
+                        self._note(error)
+                        self._drop(1, str(error))
+                self._metrics.count(f"forward.sent.{self._name}", sent)
+                gevent.sleep(FORWARD_PAUSE)
+        finally:
+            sock.close()
+
+    def _renewed(self, sock: Any) -> Any:
+        """A socket to the address that the name has now; the old one if it can't be told."""
+        try:
+            fresh = self._open()
+        except OSError as error:
+            self._note(error)
+            return sock
+        sock.close()
+        return fresh
+
+    def _send_stream(self, sock: Any) -> None:
+        """Send what waits and what comes until the agent stops. Raises OSError at a broken end."""
+        self._metrics.count(f"forward.connected.{self._name}")
+        self._warned.clear()
+        extra = {"event": "forward_connected", "target": self.target}
+        log.info("connected to a target of hep_forward", extra=extra)
+        reader = gevent.spawn(self._read, sock)
+        reader.link(lambda _: self._due.set())
+        try:
+            while self._wait(reader):
+                batch = self._take()
+                try:
+                    sock.sendall(b"".join(batch))
+                except BaseException as error:
+                    self._drop(len(batch), str(error))
+                    raise
+                self._metrics.count(f"forward.sent.{self._name}", len(batch))
+                gevent.sleep(FORWARD_PAUSE)
+            if reader.ready():
+                raise ConnectionError("the target closed the connection")
+            # The end of its side says that it has read all. Not SSLSocket's own, which would end
+            # the reading, too.
+            socket.socket.shutdown(sock, socket.SHUT_WR)
+            reader.join()
+        finally:
+            reader.kill()
+
+    @staticmethod
+    def _read(sock: Any) -> None:
+        # Targets say nothing; an end is to be seen before a packet is written to it in vain.
+        with suppress(OSError):
+            while sock.recv(4096):
+                pass
+
+    def _open(self) -> Any:
+        """A connected socket. Raises OSError."""
+        failure = OSError("the name has no address")
+        kind = socket.SOCK_STREAM if self._stream else socket.SOCK_DGRAM
+        for family, _, _, _, address in socket.getaddrinfo(self._host, self._port, 0, kind):
+            sock: Any = socket.socket(family, kind)
+            try:
+                sock.settimeout(FORWARD_CONNECT)
+                sock.connect(address)
+                if self._is_self(sock):
+                    raise OSError("the target is this agent itself")
+                if self._tls:
+                    sock = self._tls.wrap_socket(sock, server_hostname=self._host)
+                if self._stream:
+                    limit = int(FORWARD_STALLED * 1000)
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit)
+                sock.settimeout(None)
+                return sock
+            except OSError as error:
+                failure = error
+                sock.close()
+            except BaseException:
+                sock.close()
+                raise
+        raise failure
+
+    def _is_self(self, sock: Any) -> bool:
+        """Whether a listener of this agent is at the other end: packets would go round for ever."""
+        host, port = sock.getpeername()[:2]
+        if sock.getsockname()[0] != host:
+            return False
+        own = [x["address"] for x in self._listeners if x["transport"] == self._scheme]
+        return any(split_address(x) in [(y, port) for y in (host, "0.0.0.0", "::")] for x in own)
+
+    def _note(self, error: Exception) -> None:
+        self.last_error, self._failed_at = str(error)[:MAX_ERROR_TEXT], time.monotonic()
+        self._metrics.count(f"forward.errors.{self._name}")
+        self._warn(f"a target of hep_forward fails: {self.last_error}", "forward_failed")
+
+    def _drop(self, number: int, reason: str) -> None:
+        self._metrics.count(f"forward.dropped.{self._name}", number)
+        self._warn(f"packets are not forwarded: {reason}", "forward_dropped")
+
+    def _warn(self, text: str, event: str) -> None:
+        now = time.monotonic()
+        if now >= self._warned.get(event, 0.0):
+            self._warned[event] = now + FORWARD_WARN
+            log.warning(text, extra={"event": event, "target": self.target})
+
+
+def finish_forwarding(forwarders: Sequence[Forwarder], seconds: float) -> None:
+    """Give what waits so much time to go, then end."""
+    for forwarder in forwarders:
+        forwarder.finish()
+    gevent.joinall([forwarder.greenlet for forwarder in forwarders], timeout=seconds)
+    for forwarder in forwarders:
+        forwarder.close()
+
+
 # Room: agent
 
 # Share of a new packet in the smoothed clock skew of a sender.
@@ -7390,8 +7744,14 @@ class Senders:
     """
 
     def __init__(self, networks: Sequence[str] = ()) -> None:
-        self._networks = [_network(text) for text in networks]
         self._known: OrderedDict[str, Sender] = OrderedDict()
+        self.allow(networks)
+
+    def allow(self, networks: Sequence[str]) -> None:
+        """From now on those in these networks may send; all, if there is none."""
+        self._networks = [_network(text) for text in networks]
+        for sender in self:
+            sender.allowed = self._may_send(sender.address)
 
     def __iter__(self) -> Iterator[Sender]:
         return iter(self._known.values())
@@ -7421,9 +7781,11 @@ class Senders:
             oldest, sender = self._known.popitem(last=False)
             if sender.connections:
                 self._known[oldest] = sender
-        allowed = not self._networks or _in_networks(address, self._networks)
-        sender = self._known[address] = Sender(address, allowed)
+        sender = self._known[address] = Sender(address, self._may_send(address))
         return sender
+
+    def _may_send(self, address: str) -> bool:
+        return not self._networks or _in_networks(address, self._networks)
 
 
 # What some senders send to keep a path through a firewall open.
@@ -7458,6 +7820,10 @@ class Agent:
         self.connections = 0
         # What listens, as the log says it, for the status.
         self.listeners: list[dict[str, Any]] = []
+        self.forwarders = tuple(
+            Forwarder(target, settings, self.metrics, self.listeners)
+            for target in settings.hep_forward
+        )
         self.started = self._heard = time.monotonic()
         self._taken_in = 0
         self._limiter = limiter
@@ -7537,6 +7903,8 @@ class Agent:
         try:
             packet = decode_hep(data, arrival)
             if self._may_enter(packet, sender, now):
+                for forwarder in self.forwarders:
+                    forwarder.put(data)
                 # Without a time stamp the packet has the arrival's.
                 if packet.time != arrival:
                     sender.note_skew((arrival - packet.time) / 1000)
@@ -7752,6 +8120,7 @@ class Agent:
             "journal": None if in_memory else self.store_failure or "ok",
             "cluster": self.cluster.status() if self.cluster else None,
             "apis": [api_status(api) for api in self.delivery.apis()],
+            "forward": [forwarder.status(offset) for forwarder in self.forwarders],
             "known_senders": len(self.senders),
             "senders": [
                 sender_status(sender)
@@ -7772,23 +8141,33 @@ class Agent:
             gevent.sleep(STATSD_FLUSH)
             self.flush(time.monotonic())
 
-    def reload(self) -> None:
-        """Read the routes and certificates again, all or nothing.
+    def reload(self, configuration: Configuration) -> None:
+        """Read routes, certificates and the options of RELOADED again, all or nothing.
 
-        Calls keep the route they have, connections the certificate that they began with.
+        Calls keep the route they have, connections the certificate that they began with. A sender
+        that may not send any more keeps its connections, but its packets are dropped.
         """
         try:
-            rules, tls = load_rules(self.settings), load_tls(self.settings)
+            settings, changed = read_again(configuration, self.settings)
+            rules, tls = load_rules(settings), load_tls(settings)
             if self.cluster:
                 self.cluster.change_rules(rules)
-            self.tls = tls
         except ConfigError as error:
             log.error("not reloaded: %s", error, extra={"event": "reload_failed"})
-        else:
-            for shard in self.shards:
-                shard.table.rules = rules
-            extra = {"event": "reloaded", "rules": len(rules) - 1}
-            log.info("routes and certificates reloaded", extra=extra)
+            return
+        self.settings, self.tls = settings, tls
+        for shard in self.shards:
+            shard.table.rules = rules
+        self.senders.allow(settings.hep_allow)
+        self._keys = [key.encode() for key in settings.hep_auth_key]
+        self.delivery.authorize(settings)
+        extra = {
+            "event": "reloaded",
+            "rules": len(rules) - 1,
+            "changed": [name for name in changed if name in RELOADED],
+            "needs_restart": [name for name in changed if name not in RELOADED],
+        }
+        log.info("routes, certificates, hep_allow, keys and secrets reloaded", extra=extra)
 
 
 # Room: servers
@@ -8074,6 +8453,7 @@ input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px }
 <section><h2>Rating APIs</h2><table id="apis"></table></section>
 <section id="cluster" hidden><h2>Cluster <span id="part"></span></h2>
 <table id="agents"></table></section>
+<section id="forwarding" hidden><h2>Forwarding</h2><table id="targets"></table></section>
 <section><h2>Last warnings and errors <span>the last of each kind</span></h2>
 <table id="errors"></table></section>
 <section><h2>Senders <span id="known"></span></h2><table id="senders"></table></section>
@@ -8086,7 +8466,8 @@ input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px }
 "use strict";
 const $ = id => document.getElementById(id);
 const CLASSES = { up: "good", down: "bad", error: "bad", warning: "warn" };
-const WARN = { clock_skew_ms: 2000, events_waiting: 100, events_rejected: 0, events_lost: 0 };
+const WARN = { clock_skew_ms: 2000, dropped: 0, events_waiting: 100, events_rejected: 0,
+  events_lost: 0 };
 let shown = null, before = null, answered = 0, run = 0;
 
 function add(parent, tag, text, kind) {
@@ -8173,6 +8554,8 @@ function show() {
       `${count(entries)} packets in Redis`, "Redis: " + redis].join(" · ");
     draw("agents", shown.cluster.agents, "name shards version");
   }
+  $("forwarding").hidden = !shown.forward.length;
+  draw("targets", shown.forward, "target sent waiting dropped last_error last_error_at");
   draw("errors", shown.last_errors.slice(0, 12), "time event count text");
   $("known").textContent = count(shown.known_senders) + " known";
   draw("senders", shown.senders.slice(0, 50),
@@ -8455,11 +8838,13 @@ def run(configuration: Configuration) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     servers = _open_servers(configuration, agent)
     notifier = Notifier(os.environ)
-    stop = _watch_signals(lambda: notifier.reload(agent), agent.log_status)
+    stop = _watch_signals(lambda: notifier.reload(agent, configuration), agent.log_status)
     for server in servers:
         server.start()
         _tell_listening(agent, server, f"listen_{server.transport}" in configuration.sockets)
     background = [gevent.spawn(agent.flush_forever)]
+    for forwarder in agent.forwarders:
+        forwarder.greenlet.start()
     if journal:
         _tell_restored(agent, journal)
         background += [gevent.spawn(shard.commit_forever) for shard in agent.shards]
@@ -8598,10 +8983,10 @@ class Notifier:
         text = printable(f"{faults or 'healthy'}: {running} calls, {agent.waiting} events wait")
         self.say(*["WATCHDOG=1"] * self._watched, f"STATUS={text[:MAX_ERROR_TEXT]}")
 
-    def reload(self, agent: Agent) -> None:
+    def reload(self, agent: Agent, configuration: Configuration) -> None:
         """Reload what the agent reads again, and say so before and after."""
         self.say("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        agent.reload()
+        agent.reload(configuration)
         self.say("READY=1")
 
 
@@ -8650,6 +9035,7 @@ def _shut_down(
     saved = not in_memory and agent.commit(max(deadline - time.monotonic(), 0.1))
     if not saved and not agent.cluster:
         agent.delivery.stop()
+    finish_forwarding(agent.forwarders, max(min(deadline - time.monotonic(), FORWARD_LAST), 0.1))
     with gevent.Timeout(max(min(deadline - time.monotonic(), STATSD_FLUSH), 0.1), False):
         agent.flush(time.monotonic())
     running = agent.sizes()[ANSWERED]

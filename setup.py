@@ -58,6 +58,8 @@ setup(
             # The extra `cluster`, against a real redis-server.
             "redis>=5",
             "hiredis>=3",
+            # Several tests at one time: most of the long ones wait.
+            "pytest-xdist>=3.6",
             # Formatting differs between versions, so that this one is the same for all.
             "ruff==0.17.6",
             # Certificates for the tests of TLS, made anew in each run.

@@ -397,8 +397,8 @@ def be_agent(arguments: list[str]) -> int:
 
 
 def be_drain(arguments: list[str]) -> int:
-    """The baseline of all that comes over UDP: receive and throw away."""
-    os.sched_setaffinity(0, {AGENT_CORE})
+    """Receive over UDP and throw away: the baseline, or a target on the core of an argument."""
+    os.sched_setaffinity(0, {int(arguments[0]) if arguments else AGENT_CORE})
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 * 1024 * 1024)
     with contextlib.suppress(OSError):
@@ -772,6 +772,42 @@ class Bench:
                 wanted, met = (f"<= {target}", value <= target) if target else ("", None)
                 yield Figure(f"CPU a call {name}, {transport}", value, "us", wanted, met)
 
+    def forward(self) -> Iterator[Figure]:
+        """CPU for a packet with one UDP target of hep_forward, as a part of that without."""
+        number = 1_500 if self.brief else 5_000
+        kinds: dict[str, Callable[[], Iterable[bytes]]] = {
+            "of a call": lambda: self._calls(number),
+            "that can't matter": self._ignored,
+        }
+        ratios: dict[str, list[float]] = {kind: [] for kind in kinds}
+        costs: dict[str, list[float]] = {kind: [] for kind in kinds}
+        with Process("drain", str(OTHER_CORE)) as sink, contextlib.ExitStack() as stack:
+            target = f"--hep-forward=udp://127.0.0.1:{sink.address('udp')[1]}"
+            agents = [
+                stack.enter_context(self.start_agent(*options, NULL_API="1"))
+                for options in ((), (target,))
+            ]
+            for turn in range(2 * self.rounds):
+                for kind, packets in kinds.items():
+                    pair = {}
+                    for index in (0, 1) if turn % 2 else (1, 0):
+                        pair[index] = self._cpu(agents[index], packets(), True)
+                    ratios[kind].append(pair[1] / pair[0])
+                    costs[kind].append(pair[0])
+        for kind in kinds:
+            ratio = statistics.median(ratios[kind])
+            without = statistics.median(costs[kind])
+            spread = f"{min(ratios[kind]):.2f} to {max(ratios[kind]):.2f}"
+            yield Figure(
+                f"forwarding: CPU a packet {kind}, part of that without",
+                ratio,
+                "",
+                "<= 1.3",
+                ratio <= 1.3,
+                f"{without:.1f} us without",
+                spread,
+            )
+
     # Bursts
 
     def burst(self) -> Iterator[Figure]:
@@ -924,6 +960,7 @@ FIGURES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "core": Bench.core,
     "cpu-ignored": Bench.cpu_ignored,
     "cpu-call": Bench.cpu_call,
+    "forward": Bench.forward,
     "burst": Bench.burst,
     "memory": Bench.memory,
     "growth": Bench.growth,

@@ -27,6 +27,7 @@ SELECTION = ROOT / "tests" / "captures"
 ALL = ROOT.parent / "shared" / "captures"
 # Seconds for anything that has to happen; far more than it takes on a busy machine.
 DEADLINE = 30.0
+LOCAL = "--sip-local-domains=sip.canyan.io"
 TOLERANCE = 0.050  # seconds between a message and its forwarded copy
 
 
@@ -105,6 +106,19 @@ class RatingServer:
         self._server.stop(timeout=1)
 
 
+def kinds(api: RatingServer) -> list[tuple[str, str]]:
+    """(begin or end, Call-ID) of each request."""
+    return [
+        (path.removeprefix("/v1/").partition("_")[0], body["transaction_tag"])
+        for path, body in api.requests
+    ]
+
+
+def whole(number: int) -> list[tuple[str, str]]:
+    """What `kinds` says of a call that was reported once, as `dialog.call` numbers it."""
+    return [("begin", f"call-{number}@host"), ("end", f"call-{number}@host")]
+
+
 # Becomes the command that it is given, with sockets as systemd passes them: from descriptor 3 on,
 # and with the pid of the process that they are for.
 PASSER = """
@@ -130,7 +144,7 @@ class AgentProcess:
     """The agent on ports of its own choice; `lines` are its JSON log lines, parsed.
 
     With `--listen-tls=...` among the options it has an address `tls`, too. `files` is how many it
-    may open at one time, `sockets` are passed to it as systemd does.
+    may open at one time, `sockets` are passed to it as systemd does; `flags` say where it listens.
     """
 
     def __init__(
@@ -139,6 +153,7 @@ class AgentProcess:
         env: dict[str, str] | None = None,
         files: int | None = None,
         sockets: Mapping[str, socket.socket] | None = None,
+        flags: Sequence[str] = ("--listen-udp=127.0.0.1:0", "--listen-tcp=127.0.0.1:0"),
     ) -> None:
         self.lines: list[dict[str, Any]] = []
         before = ["prlimit", f"--nofile={files}"] if files else []
@@ -148,8 +163,7 @@ class AgentProcess:
                 *before,
                 sys.executable,
                 str(ROOT / "rating_agent_hep.py"),
-                "--listen-udp=127.0.0.1:0",
-                "--listen-tcp=127.0.0.1:0",
+                *flags,
                 *options,
             ],
             stdout=subprocess.PIPE,

@@ -116,3 +116,14 @@ def by_tag(events: Iterable[agent.RatingEvent]) -> dict[str, list[agent.RatingEv
 def settings(**options: Any) -> agent.Settings:
     """Settings with the domain of all recordings."""
     return agent.Settings(**{"sip_local_domains": ("sip.canyan.io",), **options})
+
+
+def kind_of(frame: bytes) -> bytes:
+    """Call, method or status, and CSeq: alike for a message, its copies and retransmissions."""
+    start = max(frame.find(b"SIP/2.0 "), 0)
+    status = frame[start : start + 11] if frame.find(b" SIP/2.0\r") < 0 else b""
+    call_id = next(
+        (x for x in frame.split(b"\r\n") if x.lower().startswith((b"call-id:", b"i:"))), b""
+    )
+    cseq = next((x for x in frame.split(b"\r\n") if x.lower().startswith(b"cseq:")), frame[-20:])
+    return b"|".join((call_id, status, cseq))

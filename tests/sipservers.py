@@ -18,7 +18,6 @@ import harness
 SCENARIOS = harness.ROOT / "tests" / "scenarios"
 CONFIGURATION = harness.ROOT / "conf" / "kamailio" / "kamailio.cfg"
 RUN_SCENARIO = str(harness.ROOT / "scripts" / "run_scenario.py")
-LOCAL = "--sip-local-domains=sip.canyan.io"
 OPTIONS = """OPTIONS sip:ping@{target} SIP/2.0\r
 Via: SIP/2.0/UDP {me};branch=z9hG4bK-ready\r
 From: <sip:ready@{me}>;tag=1\r

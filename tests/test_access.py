@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import logging
 import signal
 import socket
 import ssl
@@ -18,13 +17,13 @@ from typing import Any
 import gevent
 import gevent.server
 import pytest
-from test_agent import LOCAL, call, frames, kinds, whole
-from test_calls import ack, bye, bye_reply, invite, reply
-from test_delivery import event
 
 import harness
 import hepbuild
 import rating_agent_hep as agent
+from dialog import ack, bye, bye_reply, call, frames, invite, reply
+from harness import LOCAL, kinds, whole
+from ratings import event
 
 KEY = "first key"
 
@@ -34,17 +33,6 @@ def make_agent(**options: Any) -> agent.Agent:
     return agent.Agent(
         settings, agent.load_rules(settings), agent.WarningLimiter(), tls=agent.load_tls(settings)
     )
-
-
-@pytest.fixture
-def lines() -> Iterator[list[logging.LogRecord]]:
-    """What is logged meanwhile, before any limit of lines a second."""
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    agent.log.addHandler(handler)
-    yield records
-    agent.log.removeHandler(handler)
 
 
 def send_from(source: str, address: tuple[str, int], datagrams: Iterable[bytes]) -> None:
@@ -515,6 +503,86 @@ def test_sighup_reloads_certificates_whole_or_not_at_all(
             before.sendall(b"".join(call(1)[1:]))
             harness.wait_until(lambda: len(api.requests) == 2, "the old connection lives")
     assert kinds(api) == whole(1)
+
+
+def test_sighup_reads_who_may_send_and_secrets_again_whole_or_not_at_all(
+    api: harness.RatingServer, tmp_path: Path
+) -> None:
+    keys, token, config = (tmp_path / name for name in ("keys", "token", "config.yaml"))
+
+    def write(allow: str, key: str, secret: str, tenant: str = "one") -> None:
+        keys.write_text(f"{key}\n")
+        token.write_text(f"{secret}\n")
+        config.write_text(
+            f"rating_api_url: {api.url}\nsip_local_domains: sip.canyan.io\ntenant: {tenant}\n"
+            f"hep_allow: [{allow}]\nhep_auth_key_file: {keys}\nrating_api_token_file: {token}\n"
+        )
+
+    def asked() -> list[str]:
+        """The token that each call was reported with."""
+        return [headers["HTTP_AUTHORIZATION"] for headers in api.headers]
+
+    write("127.0.0.0/8", KEY, "old")
+    with harness.AgentProcess("-c", str(config)) as process:
+        with socket.create_connection(process.tcp, source_address=("127.0.0.3", 0)) as third:
+            third.sendall(b"".join(with_key(1, KEY)))
+            harness.wait_until(lambda: len(api.requests) == 2, "the first call is reported")
+            # One of them is bad: none is taken.
+            write("127.0.0.2", "second", "new")
+            token.write_text("two\nlines\n")
+            process.kill(signal.SIGHUP)
+            harness.wait_until(lambda: process.events("reload_failed"), "the token is refused")
+            third.sendall(b"".join(with_key(2, "second") + with_key(3, KEY)))
+            harness.wait_until(lambda: len(api.requests) == 4, "the old key is in force")
+            write("127.0.0.2", "second", "new", tenant="two")
+            process.kill(signal.SIGHUP)
+            harness.wait_until(lambda: process.events("reloaded"), "all is taken")
+            # From a network that may not send any more; with the old key; and as it is to be.
+            third.sendall(b"".join(with_key(4, "second")))
+            harness.wait_until(lambda: process.events("dropped_not_allowed"), "it is refused")
+            send_from("127.0.0.2", process.udp, with_key(5, KEY) + with_key(6, "second"))
+            harness.wait_until(lambda: len(api.requests) == 6, "the new key is in force")
+        assert process.stop() == 0
+    assert kinds(api) == whole(1) + whole(3) + whole(6)
+    assert asked() == ["Bearer old"] * 4 + ["Bearer new"] * 2
+    (failed,) = process.events("reload_failed")
+    assert f"rating_api_token_file: {token}: several lines; allowed: " in failed["message"]
+    (line,) = process.events("reloaded")
+    assert line["changed"] == ["hep_allow", "hep_auth_key", "rating_api_token"]
+    assert line["needs_restart"] == ["tenant"]
+    assert {body["tenant"] for _, body in api.requests} == {"one"}
+    assert not any(text in str(process.lines) for text in (KEY, "second", "Bearer"))
+
+
+@pytest.mark.parametrize("change", ["token", "password"])
+def test_an_api_is_asked_with_the_secret_in_force(api: harness.RatingServer, change: str) -> None:
+    before = agent.Settings(rating_api_token="old")
+    client = agent.RatingApi(api.url, before)
+    client.send(event("begin"))
+    more: dict[str, Any] = {"rating_api_token": "new"}
+    if change == "password":
+        more = {"rating_api_username": "a", "rating_api_password": "b"}
+    client.authorize(agent.Settings(**more))
+    client.send(event("begin"))
+    got = [headers["HTTP_AUTHORIZATION"] for headers in api.headers]
+    assert got == ["Bearer old", {"token": "Bearer new", "password": "Basic YTpi"}[change]]
+
+
+def test_a_reload_with_passed_sockets_and_no_address(tmp_path: Path) -> None:
+    """What sockets took the place of is not read again, and nothing of it needs a restart."""
+    config = tmp_path / "config.yaml"
+    config.write_text("listen_udp: ''\nlisten_tcp: ''\n")
+    names = {"hep-udp": socket.SOCK_DGRAM, "hep-tcp": socket.SOCK_STREAM}
+    sockets = {name: agent.bind("127.0.0.1:0", kind) for name, kind in names.items()}
+    with harness.AgentProcess("-c", str(config), flags=(), sockets=sockets) as process:
+        config.write_text("listen_udp: ''\nlisten_tcp: ''\nhep_allow: [192.0.2.0/24]\n")
+        process.kill(signal.SIGHUP)
+        harness.wait_until(lambda: process.events("reloaded"), "the network is taken")
+        assert process.stop() == 0
+    for sock in sockets.values():
+        sock.close()
+    (line,) = process.events("reloaded")
+    assert line["changed"] == ["hep_allow"] and line["needs_restart"] == []
 
 
 # The rating API over HTTPS

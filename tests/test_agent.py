@@ -11,33 +11,12 @@ from typing import Any
 
 import gevent
 import pytest
-from test_calls import ack, bye, bye_reply, in_dialog, invite, numbered, reply
 
 import harness
 import hepbuild
 import rating_agent_hep as agent
-
-LOCAL = "--sip-local-domains=sip.canyan.io"
-
-
-def frames(*payloads: bytes, number: int = 1, **more: Any) -> list[bytes]:
-    return [hepbuild.hep3(numbered(payload, number), **more) for payload in payloads]
-
-
-def call(number: int) -> list[bytes]:
-    return frames(invite(), reply(200), ack(), bye(), bye_reply(), number=number)
-
-
-def kinds(api: harness.RatingServer) -> list[tuple[str, str]]:
-    """(begin or end, Call-ID) of each request."""
-    return [
-        (path.removeprefix("/v1/").partition("_")[0], body["transaction_tag"])
-        for path, body in api.requests
-    ]
-
-
-def whole(number: int) -> list[tuple[str, str]]:
-    return [("begin", f"call-{number}@host"), ("end", f"call-{number}@host")]
+from dialog import ack, bye, bye_reply, call, frames, in_dialog, invite, numbered, reply
+from harness import LOCAL, kinds, whole
 
 
 @pytest.fixture

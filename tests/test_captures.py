@@ -15,6 +15,7 @@ from pathlib import Path
 import gevent
 import gevent.pool
 import pytest
+from pure import kind_of
 
 import harness
 import rating_agent_hep as agent
@@ -79,17 +80,6 @@ def shuffled(events: list[Event], seed: int) -> list[bytes]:
     order = [(chance.random(), kind) for kind, copies in kinds.items() for _ in copies]
     queues = {kind: iter(sorted(copies)) for kind, copies in kinds.items()}
     return [next(queues[kind])[1] for _, kind in sorted(order)]
-
-
-def kind_of(frame: bytes) -> bytes:
-    """Call, method or status, and CSeq: alike for a message, its copies and retransmissions."""
-    start = max(frame.find(b"SIP/2.0 "), 0)
-    status = frame[start : start + 11] if frame.find(b" SIP/2.0\r") < 0 else b""
-    call_id = next(
-        (x for x in frame.split(b"\r\n") if x.lower().startswith((b"call-id:", b"i:"))), b""
-    )
-    cseq = next((x for x in frame.split(b"\r\n") if x.lower().startswith(b"cseq:")), frame[-20:])
-    return b"|".join((call_id, status, cseq))
 
 
 def read_all() -> dict[str, list[Event]]:

@@ -23,8 +23,7 @@ from typing import Any
 import gevent
 import pure
 import pytest
-from pure import Arrival
-from test_captures import kind_of
+from pure import Arrival, kind_of
 
 import harness
 import rating_agent_hep as agent

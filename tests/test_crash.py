@@ -5,8 +5,9 @@ The agent is a process, the sockets are real, the rating API is a server that th
 
 A mirror does not send again what it sent to a dead agent. What the agent had read in its last
 10 ms, and what still lay in the socket's buffer, is gone with a kill -9; so that the ledger must be
-exact all the same, the generator sends once more what it had sent in the last RESENT seconds before
-the kill. Whatever was older has to be on disk, and what is sent twice must not count twice.
+exact all the same, the generator sends once more what it had sent before the kill: from RESENT
+seconds before the agent had last read all on. Whatever was older has to be on disk, and what is
+sent twice must not count twice.
 """
 
 from __future__ import annotations
@@ -15,180 +16,32 @@ import json
 import os
 import random
 import signal
-import socket
 import time
-from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gevent
-import gevent.pool
-import gevent.server
 import pytest
-from test_calls import ack, bye, bye_reply, invite, negative_ack, numbered, reply
-from test_delivery import Request, Server, answer
-from test_journal import fill
 
 import harness
-import hepbuild
 import rating_agent_hep as agent
+from chaos import RatingApi, Traffic
+from harness import LOCAL
+from ratings import fill
 
-LOCAL = "--sip-local-domains=sip.canyan.io"
 TIMES = int(os.environ.get("CHAOS", "1"))
-# Calls a second, and seconds before a kill of which everything is sent again.
-RATE = 120
-RESENT = 0.2
 
 
-class RatingApi(Server):
-    """A rating API with the ledger of reference/rating-api.md, and faults by `mode`."""
-
-    def __init__(self) -> None:
-        self.mode = "ok"
-        self.running: dict[str, tuple[bytes, set[str]]] = {}
-        self.records: dict[str, tuple[bytes, bytes]] = {}
-        self.faults: list[str] = []
-        self.bodies: dict[tuple[str, str], str] = {}
-        self.repeats = 0
-        self.rude: dict[str, int] = {}
-        self._thaw = gevent.event.Event()
-        super().__init__(self._behave)
-
-    def change(self, mode: str) -> None:
-        """ok, refuse (connections), 500, hang, dead (its storage), close, busy (503)."""
-        port = self._server.server_port
-        if mode == "refuse":
-            self._server.stop(timeout=0)
-        elif self.mode == "refuse":
-            self._server = gevent.server.StreamServer(
-                ("127.0.0.1", port), self._serve, spawn=gevent.pool.Pool()
-            )
-            self._server.start()
-        self.mode = mode
-        if mode == "hang":
-            self._thaw.clear()
-        else:
-            self._thaw.set()
-
-    def _behave(self, _: Any, request: Request) -> bytes | None:
-        mode = self.mode
-        self.rude[mode] = self.rude.get(mode, 0) + 1
-        if mode == "500":
-            return answer(500, b"Internal Server Error")
-        if mode == "busy":
-            return answer(503, Retry_After="2")
-        if mode == "dead":
-            return answer(200, {"ok": False})
-        if mode == "hang":
-            # Requests of a frozen engine are carried out after the thaw.
-            self._thaw.wait()
-        kind = request.path.rpartition("/")[2].partition("_")[0]
-        tag = json.loads(request.body)["transaction_tag"]
-        if mode != "close" or random.random() < 0.5:
-            ok = self._carry_out(kind, tag, request.body)
-        return None if mode == "close" else answer(200, {"ok": ok})
-
-    def _carry_out(self, kind: str, tag: str, body: bytes) -> bool:
-        content = json.loads(body)
-        # While its storage is dead it refuses both parties, and then one alone may be tried.
-        parties = {name for name in content if name.endswith("account_tag")}
-        content = {name: content[name] for name in content if name not in parties}
-        rest = json.dumps(content)
-        known = self.bodies.setdefault((kind, tag), rest)
-        self.repeats += known is not rest
-        if known != rest:
-            self.faults.append(f"{tag}: {kind} with other octets")
-        if kind == "begin":
-            if tag in self.records:
-                self.faults.append(f"{tag}: begun again after its end")
-            self.running[tag] = (body, parties | self.running.get(tag, (b"", set()))[1])
-            return True
-        if tag not in self.running:
-            if tag not in self.records:
-                self.faults.append(f"{tag}: ended without its begin")
-            return False
-        begin, begun = self.running.pop(tag)
-        if begun != parties:
-            self.faults.append(f"{tag}: begun for {begun}, ended for {parties}")
-        self.records[tag] = (begin, body)
-        return True
+STARTED: list[harness.AgentProcess] = []
 
 
-class Traffic:
-    """Calls at a rate a second over UDP and TCP; some ring for long, some are refused.
-
-    Each call keeps to one of the two: spread over both, its ACK may be read before all its replies,
-    and then the call begins with the ACK, some ms late, as in a mirror without replies.
-    """
-
-    def __init__(self, seed: int, rate: float = RATE) -> None:
-        self._rate = rate
-        self._chance = random.Random(seed)
-        self._due: list[tuple[float, int, bytes]] = []
-        self._sent: deque[tuple[float, int, bytes]] = deque()
-        self._base = time.time()
-        self._clock = 0.0
-        self.number = 0
-        self.packets = 0
-        self.calling = True
-        self.ended: dict[str, tuple[float, float]] = {}
-        self.refused: set[str] = set()
-        self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._tcp: socket.socket | None = None
-
-    def run(self, to: harness.AgentProcess, seconds: float) -> None:
-        """Send for some seconds of the generator's own clock, which stands still between runs."""
-        self._tcp = socket.create_connection(to.tcp)
-        again = [kept for kept in self._sent if kept[0] > self._clock - RESENT]
-        for _, number, data in again:
-            self._sent.append((self._clock, number, data))
-            self._send(to, number, data)
-        started, begun = time.monotonic(), self._clock
-        while self._clock < begun + seconds:
-            gevent.sleep(0.004)
-            self._clock = begun + time.monotonic() - started
-            while self.calling and self.number < self._clock * self._rate:
-                self._call()
-            self._due.sort()
-            while self._due and self._due[0][0] <= self._clock:
-                _, number, data = self._due.pop(0)
-                self._sent.append((self._clock, number, data))
-                self._send(to, number, data)
-            while self._sent and self._sent[0][0] < self._clock - 2 * RESENT:
-                self._sent.popleft()
-        self._tcp.close()
-
-    @property
-    def over(self) -> bool:
-        return not self._due
-
-    def _send(self, to: harness.AgentProcess, number: int, data: bytes) -> None:
-        self.packets += 1
-        if number % 2:
-            self._udp.sendto(data, to.udp)
-        else:
-            assert self._tcp is not None
-            self._tcp.sendall(data)
-
-    def _call(self) -> None:
-        self.number += 1
-        chance, number = self._chance, self.number
-        start = self._clock
-        answered = start + chance.choice((0.05, 0.3, 1.5))
-        end = answered + chance.choice((0.05, 0.4, 1.0, 2.5))
-        steps = [(start, invite()), (start + 0.02, reply(180))]
-        tag = f"call-{number}@host"
-        if chance.random() < 0.1:
-            self.refused.add(tag)
-            steps += [(answered, reply(486)), (answered + 0.01, negative_ack())]
-        else:
-            self.ended[tag] = (self._base + answered, self._base + end)
-            steps += [(answered, reply(200)), (answered + 0.01, ack())]
-            steps += [(end, bye()), (end + 0.01, bye_reply())]
-        for when, payload in steps:
-            stamp = round((self._base + when) * 1_000_000)
-            data = hepbuild.hep3(numbered(payload, number), time_us=stamp)
-            self._due.append((when, number, data))
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    """A test that fails leaves no agent behind."""
+    yield
+    while STARTED:
+        STARTED.pop().__exit__()
 
 
 class Chaos:
@@ -208,7 +61,8 @@ class Chaos:
         self.lines: list[dict[str, Any]] = []
 
     def start(self) -> harness.AgentProcess:
-        return harness.AgentProcess(*self.options)
+        STARTED.append(harness.AgentProcess(*self.options))
+        return STARTED[-1]
 
     def stop(self, process: harness.AgentProcess, number: int) -> int:
         status = process.stop(number)

@@ -20,7 +20,11 @@ import gevent.monkey
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_calls import (
+
+import harness
+import hepbuild
+import rating_agent_hep as agent
+from dialog import (
     REFUSED_CALLS,
     WHOLE_CALLS,
     Scene,
@@ -32,14 +36,9 @@ from test_calls import (
     numbered,
     reply,
 )
-from test_delivery import Server, event, log, server
-
-import harness
-import hepbuild
-import rating_agent_hep as agent
 from hep_replay import frames, read_capture
+from ratings import Server, event, fill
 
-assert server and log  # fixtures
 OFFSET = 1_700_000_000.0  # UNIX time less the monotonic clock
 
 
@@ -265,15 +264,6 @@ def journals(tmp_path: Path) -> Iterator[Callable[..., agent.Journal]]:
     yield make
     for journal in made:
         journal.close(harness.DEADLINE)
-
-
-def fill(journal: agent.Journal, number: int, url: str = "http://127.0.0.1:1") -> None:
-    """Calls that began and ended and left the table; both events wait."""
-    for index in range(number):
-        for offset, kind in enumerate(("begin", "end"), 2):
-            serial = index * 3 + offset
-            journal.put_event(event(kind, f"c{index}", url, row=index * 3 + 1, serial=serial))
-        journal.drop_call(index * 3 + 1)
 
 
 def rows(folder: Path, table: str = "calls") -> list[tuple[Any, ...]]:

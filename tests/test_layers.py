@@ -27,6 +27,7 @@ NAMES = (
     "rating API",
     "delivery",
     "cluster",
+    "forwarding",
     "agent",
     "servers",
     "command line",

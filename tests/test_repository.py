@@ -120,7 +120,7 @@ def test_example_configuration_has_every_option_with_its_default() -> None:
     assert list(lines) and set(lines) == {option.name for option in agent.OPTIONS}
     # These show an example in the place of an empty default.
     examples = {"sip_local_domains", "account_tag_match_regexp", "routes"}
-    examples |= {"listen_tls", "tls_cert", "tls_key", "hep_allow"}
+    examples |= {"listen_tls", "tls_cert", "tls_key", "hep_allow", "hep_forward"}
     examples |= {"hep_auth_key_file", "rating_api_token_file", "cluster_password_file"}
     shown = {name: value for name, value in lines.items() if name not in examples}
     path = harness.ROOT / "conf" / "rating-agent-hep.yaml"

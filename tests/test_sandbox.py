@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rating_sandbox as rs
@@ -1342,6 +1342,7 @@ def test_as_a_library_the_time_is_an_argument() -> None:
 
 
 @given(st.datetimes(timezones=st.timezones()))
+@settings(deadline=None)
 def test_any_time_stamp_that_python_writes_is_read(moment: datetime) -> None:
     text = moment.isoformat()
     try:
@@ -1355,6 +1356,7 @@ def test_any_time_stamp_that_python_writes_is_read(moment: datetime) -> None:
 
 
 @given(st.text().filter(lambda text: not any(character.isdigit() for character in text)))
+@settings(deadline=None)
 def test_other_text_is_no_time_stamp(text: str) -> None:
     with pytest.raises(ValueError):
         rs.read_timestamp(text)

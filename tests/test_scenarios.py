@@ -58,7 +58,7 @@ def stack(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Sta
     defines = ["REQUESTS_ONLY"] if request.param == "requests only" else []
     with contextlib.ExitStack() as cleanup:
         api_url = cleanup.enter_context(sipservers.sandbox(folder))
-        options = [f"--rating-api-url={api_url}", sipservers.LOCAL]
+        options = [f"--rating-api-url={api_url}", harness.LOCAL]
         options += [f"--max-call-duration={MAX_CALL_DURATION}"]
         agent = cleanup.enter_context(harness.AgentProcess(*options))
         target = cleanup.enter_context(sipservers.proxy(agent.udp, folder, *defines))
@@ -127,7 +127,7 @@ def ended_by_the_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sta
     without.write_text(text.replace(OWN_REQUESTS, ""), encoding="utf-8")
     with contextlib.ExitStack() as cleanup:
         api_url = cleanup.enter_context(sipservers.sandbox(folder))
-        options = [f"--rating-api-url={api_url}", sipservers.LOCAL]
+        options = [f"--rating-api-url={api_url}", harness.LOCAL]
         agent = cleanup.enter_context(
             harness.AgentProcess(*options, f"--max-call-duration={DEADLINE}")
         )
@@ -186,7 +186,7 @@ def test_a_call_through_kamailio_mirrored_over_tcp(tmp_path: Path) -> None:
     scenario = run_scenario.load(sipservers.SCENARIOS / "test_kamailio_call.yaml", "1")
     sipp = sipservers.program("sipp")
     with harness.RatingServer() as api:
-        options = [f"--rating-api-url={api.url}", sipservers.LOCAL]
+        options = [f"--rating-api-url={api.url}", harness.LOCAL]
         with harness.AgentProcess(*options) as agent:
             host, port = agent.tcp
             own = sipservers.free_port(socket.SOCK_STREAM)
@@ -226,7 +226,7 @@ def test_what_users_are_told_to_write_can_stop_no_call(name: str) -> None:
 def test_opensips_scenario_with_a_recorded_opensips(capture: str, tmp_path: Path) -> None:
     """OpenSIPS is no package of Debian's: its own recorded mirror takes its place."""
     with sipservers.sandbox(tmp_path) as api_url:
-        options = [f"--rating-api-url={api_url}", sipservers.LOCAL]
+        options = [f"--rating-api-url={api_url}", harness.LOCAL]
         with harness.AgentProcess(*options) as agent:
             host, port = agent.tcp
             status, output = sipservers.ScenarioRun(

@@ -17,13 +17,13 @@ import gevent
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from test_agent import LOCAL, call
-from test_calls import ack, bye, bye_reply, invite, numbered, reply
 
 import browser
 import harness
 import hepbuild
 import rating_agent_hep as agent
+from dialog import ack, bye, bye_reply, call, invite, numbered, reply
+from harness import LOCAL
 
 HOSTILE = """<script>document.title="owned"</script></script>'"&<img/src=x/onerror=owned()>"""
 
@@ -483,6 +483,32 @@ def test_page_asks_nobody_else_and_pastes_nothing() -> None:
     assert re.findall(r"https?://", agent.PAGE) == []
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", agent.PAGE)
     assert 'src="' not in agent.PAGE and agent.PAGE.count("<script>") == 1
+
+
+def test_page_shows_targets_of_hep_forward_and_nothing_of_them_without(
+    api: harness.RatingServer, running: harness.AgentProcess
+) -> None:
+    options = ("--rating-api-url", api.url, "--listen-status=127.0.0.1:0")
+    shown = "getComputedStyle(document.getElementById('forwarding')).display"
+    rows = "[...document.querySelectorAll('#targets tbody td')].map(x => x.innerText)"
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sink,
+        browser.Browser() as page,
+    ):
+        sink.bind(("127.0.0.1", 0))
+        target = f"udp://127.0.0.1:{sink.getsockname()[1]}"
+        with harness.AgentProcess(*options, f"--hep-forward={target}") as process:
+            harness.send_udp(process.udp, live(invite(), reply(200), number=1))
+            page.open(process.status)
+            harness.wait_until(
+                lambda: page.run(rows)[:4] == [target, "2", "0", "0"], "the target is shown"
+            )
+            assert page.run(shown) == "block"
+        page.open(running.status)
+        harness.wait_until(
+            lambda: page.run("document.getElementById('word')?.innerText") == "Healthy", "filled"
+        )
+        assert page.run(shown) == "none"
 
 
 def test_page_in_a_browser(api: harness.RatingServer, running: harness.AgentProcess) -> None:

@@ -16,16 +16,15 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
-from test_calls import ack, bye, bye_reply, invite, numbered, reply
-from test_delivery import URL, deliveries, failure, log, outbox, put, server, taken, work
 
 import harness
 import hepbuild
 import rating_agent_hep as agent
+from dialog import ack, bye, bye_reply, invite, numbered, reply
+from harness import LOCAL
 from rating_agent_hep import DELIVERED, REFUSED_BY_API, REJECTED, DeliveryError, Outbox
+from ratings import URL, failure, outbox, put, taken, work
 
-assert deliveries and log and server  # fixtures
-LOCAL = "--sip-local-domains=sip.canyan.io"
 BOTH, CALLER, CALLEE = ["2000", "39"], ["2000"], ["39"]
 # Random lives of one call; each takes some 0.5 ms.
 MODEL_SEEDS = 4_000
