@@ -31,15 +31,16 @@ import gevent
 import gevent.server
 import pytest
 import redis
+from pure import kind_of
 from redisserver import RedisServer, free_port, needs_redis
-from test_calls import ack, bye, bye_reply, invite, negative_ack, numbered, reply
-from test_captures import kind_of
 from test_cases import CAPTURES, CASES, FIELD, Case, arrivals, faults, stamps
-from test_crash import LOCAL, RATE, RatingApi
 
 import harness
 import hepbuild
 import rating_agent_hep as agent
+from chaos import RATE, RatingApi
+from dialog import ack, bye, bye_reply, invite, negative_ack, numbered, reply
+from harness import LOCAL
 
 pytestmark = needs_redis
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -82,6 +83,8 @@ class Spray:
         self._base = time.time()
         self._clock = 0.0
         self._count = 0
+        # Of each packet when it went where, for what a failure says.
+        self.went: dict[bytes, list[str]] = {}
         self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._tcp: dict[int, socket.socket] = {}
 
@@ -116,7 +119,10 @@ class Spray:
         for to in self._chance.sample(agents, 2 if self.twice else 1):
             self.packets += 1
             self._sent.append((self._clock, to.pid, data))
-            if self._chance.random() < 0.5:
+            udp = self._chance.random() < 0.5
+            where = f"{self._clock:.3f} {to.pid} {'udp' if udp else 'tcp'}"
+            self.went.setdefault(kind_of(data), []).append(where)
+            if udp:
                 self._udp.sendto(data, to.udp)
                 continue
             if to.pid not in self._tcp:
@@ -325,7 +331,8 @@ class Several:
             begin, finish = (json.loads(body) for body in api.records[tag])
             late = harness.seconds(begin["timestamp_begin"]) - answered
             longer = harness.seconds(finish["timestamp_end"]) - end
-            assert max(abs(late), abs(longer)) < 0.002, f"{tag}: {late:.3f} {longer:.3f}"
+            went = {kind: at for kind, at in spray.went.items() if tag.encode() in kind}
+            assert max(abs(late), abs(longer)) < 0.002, f"{tag}: {late:.3f} {longer:.3f} {went}"
         bad = [x for x in self.lines if x["level"] == "ERROR" or "internal" in x.get("event", "")]
         bad = [x for x in bad if x.get("event") != "redis_failed"]
         assert bad == []
