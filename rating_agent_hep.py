@@ -5568,14 +5568,14 @@ class RedisLink:
         self._pool = pool
         self._connection: Any = None
 
-    def ask(self, *commands: Sequence[Any], wait: float = 0.0) -> list[Any]:
+    def ask(self, *commands: Sequence[Any]) -> list[Any]:
         """The answers to some commands; one that Redis refused is a RedisError in its place.
 
-        ``wait`` is how many seconds longer they may take. Raises RedisError where no answer came;
-        whether the commands were carried out is unknown, then.
+        Raises RedisError where no answer came; whether the commands were carried out is unknown,
+        then.
         """
         pool = self._pool
-        limit = gevent.Timeout(REDIS_TIMEOUT + wait)
+        limit = gevent.Timeout(REDIS_TIMEOUT)
         try:
             with limit:
                 if self._connection is None:
@@ -5608,9 +5608,9 @@ class RedisLink:
         except self._pool.refusal as error:
             return RedisError(type(error).__name__, str(error))
 
-    def one(self, *command: Any, wait: float = 0.0) -> Any:
+    def one(self, *command: Any) -> Any:
         """The answer to one command. Raises RedisError, also for a refusal."""
-        (answer,) = self.ask(command, wait=wait)
+        (answer,) = self.ask(command)
         if isinstance(answer, RedisError):
             raise answer
         return answer
@@ -6679,17 +6679,18 @@ TCP_UNAPPENDED = 1024 * 1024
 # Seconds for which frames are gathered, and frames of one pipeline.
 APPEND_INTERVAL = 0.005
 APPEND_GROUP = 256
-# Entries of one stream read at once, some 10 ms of work, and seconds that a read waits for some.
+# Entries of one stream read at once, some 10 ms of work, and seconds between two looks at all
+# streams, which cost the more the more shards there are.
 READ_GROUP = 128
-READ_WAIT = 0.1
+READ_INTERVAL = 0.05
 # Seconds for which an entry waits for others that belong before it: agents append what they take in
 # a little sooner or later, and an ACK that goes before its 200 begins the call at its own time.
 HOLD = 0.3
 # Seconds for which entries may wait before an agent calls itself unhealthy; a taken shard has those
 # of one lease.
 LAG_UNHEALTHY = 30.0
-# Seconds between two commits of what an agent owns.
-CLUSTER_COMMIT = 0.02
+# Seconds between two commits of what an agent owns: what is sooner goes in one.
+CLUSTER_COMMIT = 0.05
 # Seconds that a lease is longer than rating_api_timeout: so long may Redis be silent before nothing
 # is sent any more.
 LEASE_MARGIN = 5.0
@@ -7175,10 +7176,10 @@ class Cluster:
             return
         streams = [f"{self._prefix}stream:{shard.store.number}" for shard in shards]
         after = [shard.read for shard in shards]
-        wait = round(READ_WAIT * 1000)
-        command = ("XREAD", "COUNT", READ_GROUP, "BLOCK", wait, "STREAMS", *streams, *after)
+        started = time.monotonic()
+        command = ("XREAD", "COUNT", READ_GROUP, "STREAMS", *streams, *after)
         # The time first: what is appended later is not older.
-        (seconds, micros), found = link.ask(("TIME",), command, wait=READ_WAIT)
+        (seconds, micros), found = link.ask(("TIME",), command)
         if isinstance(found, RedisError):
             raise found
         now = int(seconds) + int(micros) / 1_000_000
@@ -7199,6 +7200,8 @@ class Cluster:
                 # Others first that have something to do.
                 gevent.idle(gevent.get_hub().loop.MAXPRI)
         self._answered = max(self._answered, now)
+        if all(len(batch) < READ_GROUP for batch in entries.values()):
+            gevent.sleep(max(READ_INTERVAL - (time.monotonic() - started), 0.001))
 
     def _hold(self, shard: StreamShard, entry: bytes, frame: bytes, stray: bool) -> None:
         """Decode an entry of a stream, and keep it until its turn comes."""
