@@ -58,9 +58,11 @@ soak: $(VENV)/.tests
 bench: $(VENV)/.runs
 	$(BIN)/python scripts/benchmark.py
 
-# This installs Kamailio and SIPp if packages can be installed. Otherwise the tests say what they skip.
+# This installs Kamailio, SIPp and tcpdump if packages can be installed. Otherwise the tests say
+# what they skip.
 sip-servers:
-	@sh scripts/install_for_tests.sh "Kamailio, SIPp and ip" "kamailio sipp ip" "kamailio sip-tester iproute2"
+	@sh scripts/install_for_tests.sh "Kamailio, SIPp, ip and tcpdump" "kamailio sipp ip tcpdump" \
+	  "kamailio sip-tester iproute2 tcpdump"
 
 # This installs Redis and nginx for the tests of several agents, in the same way.
 redis-server:

@@ -25,8 +25,8 @@ was taken in is lost; nothing grows without bound; one bad packet costs only its
 dropped is counted and says why.
 
 The rooms: imports; limits; errors and types; options; HEP; SIP; routes; the call: facts and a
-judge; call table; outbox; configuration; logs and metrics; store; Redis; rating API; delivery;
-cluster; forwarding; agent; servers; command line.
+judge; call table; call records; outbox; configuration; logs and metrics; store; Redis; rating API;
+delivery; cluster; forwarding; agent; servers; recordings; command line.
 """
 
 # Room: imports
@@ -37,10 +37,12 @@ from gevent import monkey
 
 monkey.patch_all()
 
+import csv
 import difflib
 import errno
 import fcntl
 import gc
+import gzip
 import hashlib
 import heapq
 import hmac
@@ -70,7 +72,7 @@ from contextlib import closing, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from itertools import accumulate, chain, islice, takewhile
 from math import inf
 from operator import attrgetter
@@ -3739,6 +3741,292 @@ class CallTable:
         self._leave(call)
 
 
+# Room: call records
+#
+# What became of each call, charged or not: one record when it is over. The call table itself knows
+# no more than it needs to charge; who wants records takes a `RecordedTable` in its place.
+
+CHARGED, REFUSED, CANCELLED, NOT_ANSWERED = "charged", "refused", "cancelled", "not answered"
+NO_ACCOUNT, IGNORED, TIED, MISSING = "no account", "ignored by route", "tied", "evidence missing"
+# Why a call is charged or not. TIED is a leg of a call that another leg is charged for, MISSING one
+# of which too little was seen to tell.
+OUTCOMES = (CHARGED, REFUSED, CANCELLED, NOT_ANSWERED, NO_ACCOUNT, IGNORED, TIED, MISSING)
+# Attempts of one Call-ID of which the replies are kept, 0.4 kB each: those of a call and of some
+# calls after it.
+MAX_HEARD = 64
+# Characters of a reason phrase that are kept; RFC 3261 21 has none longer than 40.
+MAX_PHRASE = 100
+
+_PHRASE = re.compile(r"SIP/2\.0[ \t]+\d+[ \t]+([^\r\n]*)", re.I)
+
+
+class CallRecord(NamedTuple):
+    """One call that is over, or that was followed until a recording ended.
+
+    Times are UNIX time in microseconds, 0 for never: ``invited`` of its first INVITE, ``ringing``
+    of its first 18x, ``begun`` and ``ended`` as they are reported. ``begun_by`` and ``ended_by``
+    are the reasons of the two events ("answer", "ack", "bye", "deadline", ...), "" where there was
+    none. ``hung_up`` is CALLER or CALLEE where a BYE ended it. ``status`` and ``phrase`` are of the
+    last final reply to its INVITE, 0 and "" where none was mirrored. ``outcome`` is one of
+    OUTCOMES. ``row`` numbers the calls of one table, and is that of the events.
+    """
+
+    call_id: str
+    from_tag: str
+    to_tag: str
+    tenant: str
+    route: str
+    transaction_tag: str
+    account_tag: str
+    destination_account_tag: str
+    source: str
+    source_ip: str
+    destination: str
+    sender: str
+    capture_id: int
+    invited: int
+    ringing: int
+    begun: int
+    ended: int
+    begun_by: str
+    ended_by: str
+    hung_up: str
+    status: int
+    phrase: str
+    outcome: str
+    row: int
+
+    @property
+    def charged(self) -> bool:
+        """Whether the rating API is told of it."""
+        return self.outcome == CHARGED
+
+    @property
+    def seconds(self) -> float:
+        """What is charged, between the time stamps as the API gets them; 0 while it runs."""
+        return max(self.ended // 1000 - self.begun // 1000, 0) / 1000 if self.ended else 0.0
+
+
+class Heard:
+    """What the replies to one INVITE transaction said: HEP time of the first 18x, the final reply.
+
+    Of several final replies, as a fork has them, the one nearest to the caller counts, and of these
+    the last: it has the fewest ``hops``.
+    """
+
+    __slots__ = ("hops", "phrase", "ringing", "status")
+
+    def __init__(self) -> None:
+        self.ringing = self.status = 0
+        self.hops = MAX_VIAS + 1
+        self.phrase = ""
+
+    def note(self, reply: SipMessage) -> None:
+        """Take in a reply to an INVITE."""
+        if reply.status < 200:
+            self.ringing = min(self.ringing or reply.time, reply.time)
+            return
+        # Near enough where a quoted comma stands in a Via.
+        hops = len(",".join(reply.headers.get("via", ())).split(","))
+        if hops <= self.hops:
+            self.hops, self.status = hops, reply.status
+            phrase = _PHRASE.match(reply.head)
+            self.phrase = phrase[1].strip()[:MAX_PHRASE] if phrase else ""
+
+
+def outcome(call: Call, settings: Settings, status: int = 0) -> str:
+    """Why a call is charged or not, from its facts: one of OUTCOMES.
+
+    ``status`` is that of the final reply which the caller got, 0 where none was seen: the facts say
+    only that there was one.
+    """
+    if call.begun_at:
+        if call.charged:
+            return CHARGED
+        if call.tied:
+            return TIED
+        return IGNORED if call.route.action == "ignore" else NO_ACCOUNT
+    attempts = [attempt for attempt in call.attempts if attempt.copies]
+    if not attempts:
+        return MISSING
+    answered = [dialog for dialog in call.dialogs if dialog.answered]
+    void = [x for x in answered if not x.unacknowledged and _is_void(call, x, x.answered)]
+    if void or status == 487 or (not answered and any(x.cancelled for x in call.attempts)):
+        return CANCELLED
+    if answered:
+        # A 2xx that nobody acknowledged, or with `begin_on: ack` one whose ACK was not seen.
+        unheard = all(dialog.unacknowledged for dialog in answered)
+        return NOT_ANSWERED if unheard else MISSING
+    if status == 408:
+        return NOT_ANSWERED
+    acks = list(call.acks)
+    if status >= 300 or all(attempt.refused(acks) for attempt in attempts):
+        return REFUSED
+    talked = any(dialog.byes or dialog.acks for dialog in call.dialogs)
+    return MISSING if talked else NOT_ANSWERED
+
+
+def _who_hung_up(call: Call, end: End) -> tuple[str, str]:
+    """The side whose BYE ended a call, and the To tag of that dialog; "" where none did."""
+    for dialog in call.dialogs:
+        for bye in dialog.byes:
+            times = [at for _, at in bye.seen] or [bye.reply_time]
+            if end.time in times:
+                return CALLER if bye.from_caller else CALLEE, dialog.to_tag
+    return "", next((x.to_tag for x in call.dialogs if x.answered), "")
+
+
+class _Told(NamedTuple):
+    """What a call table lets go of once a begin was reported."""
+
+    source: str = ""
+    source_ip: str = ""
+    destination: str = ""
+    begun_by: str = ""
+    invited: int = 0
+
+
+class RecordedTable(CallTable):
+    """A call table that also says what became of each call: ``records``, for who takes them.
+
+    A call that was begun gets its record when it ends, any other when it is forgotten; what is no
+    call, such as a stray reply, gets none. `unfinished` gives those of the calls that are left.
+    """
+
+    def __init__(self, settings: Settings, rules: Sequence[Rule]) -> None:
+        super().__init__(settings, rules)
+        self.records: list[CallRecord] = []
+        # By Call-ID: replies by From tag, CSeq and branch. By row: what `_begin` lets go.
+        self._heard: dict[str, dict[tuple[str, int, str], Heard]] = {}
+        self._told: dict[int, _Told] = {}
+
+    def handle(self, sighting: Sighting, now: float) -> list[RatingEvent]:
+        """Take in one message; return the events that it brings about."""
+        message = sighting.message
+        # A 100 says nothing of the call (RFC 3261 8.2.6.1).
+        if message.status > 100 and message.cseq_method == "INVITE":
+            self._hear(message)
+        events = super().handle(sighting, now)
+        if message.call_id not in self._calls:
+            self._heard.pop(message.call_id, None)
+        return events
+
+    def take_records(self) -> list[CallRecord]:
+        """The calls that are over since the last time."""
+        records, self.records = self.records, []
+        return records
+
+    def unfinished(self) -> Iterator[CallRecord]:
+        """The calls that are still followed and have no record yet, in order of their first."""
+        calls = [call for part in self.slices() for call in part if not call.ended_at]
+        for call in sorted(calls, key=attrgetter("row")):
+            if call.begun_at:
+                yield self._record(call, End(0, ""))
+            elif self._is_call(call):
+                yield self._record(call)
+
+    def due(self) -> float:
+        """When to call `expire` next, in seconds of the monotonic clock; inf for never."""
+        if self._due:
+            return self._now
+        return self._order[0] / SLOTS if self._order else inf
+
+    def _hear(self, reply: SipMessage) -> None:
+        replies = self._heard.setdefault(reply.call_id, {})
+        key = (reply.from_tag, reply.cseq, reply.branch)
+        if key not in replies:
+            if len(replies) >= MAX_HEARD:
+                del replies[next(iter(replies))]
+            replies[key] = Heard()
+        replies[key].note(reply)
+
+    def _heard_of(self, call: Call) -> Heard:
+        """What the replies to the answered attempt said, or to the last one of all."""
+        replies = self._heard.get(call.call_id, {})
+        if call.begun_at:
+            usual = replies.get((call.from_tag, call.cseq, call.branch))
+            if usual is not None and usual.status:
+                return usual
+        tried = [(x.cseq, x.branch) for x in call.attempts if x.copies]
+        tried = [(call.cseq, call.branch)] if call.begun_at else tried[::-1]
+        ours = {key[1:]: heard for key, heard in replies.items() if key[0] == call.from_tag}
+        found = [ours[key] for key in tried if key in ours]
+        if not found:
+            # A proxy on the way hides the lowest branch.
+            numbers = {cseq for cseq, _ in tried}
+            found = [heard for (cseq, _), heard in ours.items() if cseq in numbers][::-1]
+        return next((x for x in found if x.status), found[0] if found else Heard())
+
+    def _begin(self, call: Call, begin: Begin) -> None:
+        identity = begin.attempt.identity
+        assert identity is not None
+        parties = (identity.source, identity.source_ip, identity.destination)
+        invited = min(x.time for x in (*call.attempts, begin.attempt) if x.copies)
+        super()._begin(call, begin)
+        self._told[call.row] = _Told(*parties, begin.reason, invited)
+
+    def _end(self, call: Call, end: End) -> None:
+        # Afterwards the call is no more than what trails behind it needs.
+        self.records.append(self._record(call, end))
+        self._told.pop(call.row, None)
+        super()._end(call, end)
+
+    def _leave(self, call: Call) -> None:
+        if not call.begun_at and self._is_call(call):
+            self.records.append(self._record(call))
+        self._told.pop(call.row, None)
+        super()._leave(call)
+        if call.call_id not in self._calls:
+            self._heard.pop(call.call_id, None)
+
+    @staticmethod
+    def _is_call(call: Call) -> bool:
+        """Whether something was rung, or hung up that nobody had seen begin."""
+        if any(attempt.copies for attempt in call.attempts):
+            return True
+        if call.ended:
+            # A leg that has ended the call which it is tied to.
+            return False
+        return any(x.answered or any(bye.seen for bye in x.byes) for x in call.dialogs)
+
+    def _record(self, call: Call, end: End | None = None) -> CallRecord:
+        charge, heard = call.shown, self._heard_of(call)
+        told = self._told.get(call.row)
+        if told is None:
+            invited = min((x.time for x in call.attempts if x.copies), default=0)
+            told = _Told(invited=invited)
+            if isinstance(charge, Identity):
+                parties = (charge.source, charge.source_ip, charge.destination)
+                told = _Told(*parties, "", invited)
+        hung_up, to_tag = _who_hung_up(call, end) if end is not None else ("", "")
+        return CallRecord(
+            call_id=printable_id(call.call_id),
+            from_tag=call.from_tag,
+            to_tag=to_tag,
+            tenant=call.tenant,
+            route=charge.route.name,
+            transaction_tag=charge.transaction_tag,
+            account_tag=charge.account_tag,
+            destination_account_tag=charge.destination_account_tag,
+            source=told.source,
+            source_ip=told.source_ip,
+            destination=told.destination,
+            sender=call.sender,
+            capture_id=call.capture_id,
+            invited=told.invited,
+            ringing=heard.ringing,
+            begun=call.begun,
+            ended=end.time if end is not None else 0,
+            begun_by=told.begun_by,
+            ended_by=end.reason if end is not None else "",
+            hung_up=hung_up,
+            status=heard.status,
+            phrase=heard.phrase,
+            outcome=outcome(call, self.settings, heard.status),
+            row=call.row,
+        )
+
+
 # Room: outbox
 
 # Where an event is at any moment, what holds it there, and what moves it on:
@@ -4378,6 +4666,7 @@ def _option_parser(former: dict[str, str]) -> _Parser:
     )
     commands = (
         "run (the default; also agent), check, decode FILE..., "
+        "rate [--format table|csv|json] [--deliver --journal FOLDER] FILE..., "
         "outbox [list | retry [CALL...] | drop CALL...]"
     )
     parser.add_argument("words", nargs="*", metavar="COMMAND", help=commands)
@@ -4404,16 +4693,18 @@ def _option_parser(former: dict[str, str]) -> _Parser:
 def _command(words: list[str], unknown: list[str]) -> tuple[str, list[str]]:
     """The command and its arguments, from what is no option. Raises ConfigError."""
     for word in unknown:
-        # What stands behind = may be a secret.
-        if word.startswith("-"):
+        # What stands behind = may be a secret; `rate` reads its own.
+        if word.startswith("-") and words[:1] != ["rate"]:
             name = ascii(word.partition("=")[0])[1:-1]
             raise ConfigError(f"{name}: unknown; allowed: the options that --help lists")
     # argparse does not know positional arguments that stand behind an option.
     command, *arguments = [*words, *unknown] or ["run"]
     # The former agent's command line.
     command = "run" if command == "agent" else command
-    if command not in ("run", "check", "decode", "outbox"):
-        raise ConfigError("command: unknown; allowed: run, agent, check, decode FILE..., outbox")
+    if command not in ("run", "check", "decode", "rate", "outbox"):
+        raise ConfigError(
+            "command: unknown; allowed: run, agent, check, decode FILE..., rate FILE..., outbox"
+        )
     if arguments and command in ("run", "check"):
         raise ConfigError(f"files: unexpected; allowed: {command} alone, decode FILE...")
     return command, arguments
@@ -8815,12 +9106,806 @@ class StatusServer(gevent.server.StreamServer):
 Server = UdpServer | TcpServer | StatusServer
 
 
+# Room: recordings
+#
+# What tcpdump, Wireshark, Homer or a recorder of HEP wrote goes through the same pure code as what
+# comes from a socket. Files become packets (`Recordings`), packets go through a call table whose
+# clock is that of the recording (`Playback`). pktcap reads pcap and pcapng and is imported only
+# here: containers, link layers, IP fragments and TCP streams, with a bound for all that files say.
+
+# Octets. The longest SIP message that is put together from a TCP stream.
+MAX_STREAM_MESSAGE = 65_535
+# Octets of a line that may be the start of a message and has no end yet.
+MAX_START_LINE = 8_192
+# Octets that one frame of a file may have; the most that tcpdump and dumpcap record.
+MAX_FRAME = 262_144
+# IP datagrams of which fragments are waited for at one time, 64 kB each at most, and seconds.
+MAX_DATAGRAMS = 256
+FRAGMENT_PATIENCE = 30.0
+# TCP connections at one time, and octets of them all that wait behind lost segments. What two
+# directions of one hold of unfinished messages comes to 128 kB at most.
+MAX_STREAMS = 1_024
+MAX_HELD = 16 * 1024 * 1024
+# Seconds without a segment after which a connection is another one.
+STREAM_IDLE = 7_200.0
+# Seconds for which a segment is waited for that others have overtaken; a retransmission after that
+# finds its place given up. As long as the default of reorder_window.
+HOLE_PATIENCE = 2.0
+# Segments behind a hole of which the time is known, 0.2 kB each; the library holds 1,024 of them.
+MAX_SEGMENTS = 1_024
+# Directions that wait for a segment at one time; over that the one that waits longest goes on.
+MAX_HOLES = 64
+# Packets that are held back while a segment is waited for: 2 s of 5,000 a second, 1 kB each.
+MAX_LATE = 10_000
+# Octets of one line of a `.hepl` file: a read of 64 kB in base64 and what stands around it.
+MAX_LINE = 262_144
+# Files that are read at one time, in order of time.
+MAX_RECORDINGS = 500
+# Seconds. A time stamp further ahead than this is believed once another one says so as well, or one
+# broken packet would end all calls.
+LEAP = 3_600.0
+# Seconds of UNIX time, in 2106: what a pcap can say at most.
+MAX_STAMP = 2**32
+
+_PCAP_MAGIC = {
+    bytes.fromhex(text) for text in ("a1b2c3d4 d4c3b2a1 a1b23c4d 4d3cb2a1 0a0d0d0a").split()
+}
+_RESYNC = re.compile(
+    rf"(?:\A|\n)({_TOKEN}[ \t]+\S+[ \t]+SIP/2\.0[ \t]*\r?\n|SIP/2\.0[ \t]+\d)".encode(), re.I
+)
+_FIND_MAGIC = re.compile(b"|".join(_MAGIC))
+
+
+class Unit(NamedTuple):
+    """One thing of a file, in order: a HEP packet, or a frame of a network.
+
+    ``time`` is when it was recorded, UNIX time in microseconds, 0 where the file does not say;
+    ``where`` the number of the frame, packet or line; ``content`` a HepPacket, a HepError, or a
+    frame of pktcap.
+    """
+
+    time: int
+    name: str
+    where: int
+    content: Any
+
+
+class Recorded(NamedTuple):
+    """A packet that a recording holds; ``packet`` is the HepError of one that is broken.
+
+    A SIP message that was no HEP packet, but went over the network itself, has version 0.
+    ``sender`` is the address from which a HEP packet came, "" where the recording does not say.
+    """
+
+    time: int
+    name: str
+    where: int
+    sender: str
+    packet: HepPacket | HepError
+
+
+def read_units(name: str, file: Any) -> Iterator[Unit]:
+    """What is in one file: pcap, pcapng, HEP packets one behind another, or a `.hepl` capture.
+
+    ``file`` is a binary stream with ``peek``. Raises ConfigError where pktcap is missing, and
+    OSError, EOFError, ValueError or HepError where the file ends or is broken, after what came
+    before that point.
+    """
+    head = file.peek(4)[:4]
+    if head in _PCAP_MAGIC:
+        return _read_frames(name, file)
+    if head[:1] == b"{":
+        return _read_hepl(name, file)
+    return _read_hep(name, file)
+
+
+def pktcap_library() -> Any:
+    """The module that reads pcap and pcapng. Raises ConfigError where it is not installed."""
+    try:
+        import pktcap
+    except ImportError:
+        raise ConfigError(
+            "pcap and pcapng need a library: pip install 'rating-agent-hep[rate]'"
+        ) from None
+    return pktcap
+
+
+def _read_frames(name: str, file: Any) -> Iterator[Unit]:
+    for where, frame in enumerate(pktcap_library().read_frames(file, max_frame_size=MAX_FRAME), 1):
+        seconds = frame.time
+        stamp = round(seconds * 1_000_000) if MIN_STAMP <= seconds < MAX_STAMP else 0
+        yield Unit(stamp, name, where, frame)
+
+
+def _decoded(data: bytes, arrival: int) -> HepPacket | HepError:
+    try:
+        return decode_hep(data, arrival)
+    except HepError as error:
+        return error
+
+
+def _read_hep(name: str, file: Any) -> Iterator[Unit]:
+    """HEP3 frames one behind another, or one packet of HEP1 or HEP2, which have no framing."""
+    splitter, clock = HepSplitter(), 0
+    if file.peek(1)[:1] in (b"\x01", b"\x02"):
+        pieces: Iterable[bytes] = [file.read(MAX_HEP_FRAME)]
+    else:
+        pieces = (
+            frame
+            for data in iter(lambda: file.read(splitter.room), b"")
+            for frame in splitter.feed(data)
+        )
+    for where, data in enumerate(pieces, 1):
+        packet = _decoded(data, clock)
+        # Such a file has no times of arrival: the packets' own are the next best.
+        clock = max(clock, packet.time if isinstance(packet, HepPacket) else 0)
+        yield Unit(clock, name, where, packet)
+    if splitter.room < MAX_HEP_FRAME:
+        raise ValueError("the last frame is cut")
+
+
+def _read_hepl(name: str, file: Any) -> Iterator[Unit]:
+    """Lines of JSON, as recorders of HEP at a socket write them: see docs/recordings.md."""
+    splitters: dict[Any, HepSplitter] = {}
+    began = 0
+    for where, line in enumerate(iter(lambda: file.readline(MAX_LINE), b""), 1):
+        try:
+            event = json.loads(line)
+            kind, connection = event["ev"], event.get("conn")
+            octets = b64decode(event["data"]) if kind == "data" else b""
+            datagram = kind == "data" and event["transport"] == "udp"
+            since = round(float(event.get("t", 0)) * 1_000_000)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            raise ValueError(f"line {where} is no event of a capture") from None
+        if kind == "stop":
+            # A recording of several runs uses the numbers of its connections again.
+            splitters.clear()
+        elif kind in ("open", "close"):
+            splitters.pop(connection, None)
+        frames: Iterable[bytes] = ()
+        if datagram:
+            frames = (octets,)
+        elif kind == "data":
+            if len(splitters) >= MAX_STREAMS:
+                splitters.pop(next(iter(splitters)))
+            frames = splitters.setdefault(connection, HepSplitter()).feed(octets)
+        for data in frames:
+            packet = _decoded(data, began and began + since)
+            if not began and isinstance(packet, HepPacket) and packet.time:
+                began = packet.time - since
+            yield Unit(began and began + since, name, where, packet)
+
+
+class SipSplitter:
+    """Cut a TCP stream into SIP messages, by Content-Length (RFC 3261 18.3).
+
+    Behind a hole, and in a stream that is met half-way, it looks for the next start of a message.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self._synced = False
+        self._looked = 0
+
+    def feed(self, data: bytes, missing: int = 0) -> Iterator[bytes]:
+        """Yield the messages that ``data`` completes; ``missing`` octets were lost before it."""
+        if missing:
+            yield from self.rest()
+        self._buffer += data
+        while self._buffer and (self._synced or self._find()):
+            self._buffer = self._buffer.lstrip(b"\r\n")
+            if _NEXT.match(self._buffer) is None:
+                if b"\n" not in self._buffer and len(self._buffer) <= MAX_START_LINE:
+                    return
+                self._synced = False
+                continue
+            size = self._message_size()
+            if not size and len(self._buffer) > MAX_STREAM_MESSAGE:
+                # Headers without an end.
+                self._buffer = self._buffer[self._buffer.find(b"\n") + 1 :]
+                self._synced = False
+                continue
+            if not size:
+                return
+            message, self._buffer = self._buffer[:size], self._buffer[size:]
+            self._looked = 0
+            yield message
+
+    def rest(self) -> Iterator[bytes]:
+        """The message of which the end is lost, if its headers are whole."""
+        if self._synced and _EMPTY_LINE.search(self._buffer) is not None:
+            yield self._buffer
+        self._buffer, self._synced, self._looked = b"", False, 0
+
+    def _find(self) -> bool:
+        found = _RESYNC.search(self._buffer) if b"SIP/2.0" in self._buffer else None
+        self._synced, self._looked = found is not None, 0
+        # The line that is not whole yet may be a start line.
+        start = found.start(1) if found is not None else self._buffer.rfind(b"\n") + 1
+        self._buffer = self._buffer[start:]
+        if found is None and len(self._buffer) > MAX_START_LINE:
+            self._buffer = b""
+        return self._synced
+
+    def _message_size(self) -> int:
+        """The octets of the message in front, 0 while it is not whole; of a long one the head's."""
+        empty = _EMPTY_LINE.search(self._buffer, self._looked)
+        if empty is None:
+            self._looked = max(len(self._buffer) - 3, 0)
+            return 0
+        length = _CONTENT_LENGTH.search(self._buffer, 0, empty.end())
+        body = min(int(length[1][:8]), MAX_STREAM_MESSAGE) if length is not None else 0
+        size = empty.end() + body
+        if size > MAX_STREAM_MESSAGE:
+            return empty.end()
+        return size if size <= len(self._buffer) else 0
+
+
+class _Stream:
+    """One direction of a TCP connection of a recording: SIP, HEP3 or neither.
+
+    ``base`` is the sequence number of its first octet, None while that is not known.
+    """
+
+    def __init__(self) -> None:
+        self._sip = SipSplitter()
+        self._hep: HepSplitter | None = None
+        self._begin: bytes | None = b""
+        self._lost = False
+        self.base: int | None = None
+
+    def feed(self, data: bytes, missing: int) -> Iterator[tuple[bool, bytes]]:
+        """Yield what ``data`` completes: whether it is HEP, and a frame or a SIP message.
+
+        Raises HepError once, where the framing of HEP is lost; then it goes on at the next frame.
+        """
+        if self._begin is not None:
+            data = self._begin + data
+            if len(data) < 4 and data:
+                self._begin = data
+                return
+            self._begin = None
+            self._hep = HepSplitter() if data[:4] in _MAGIC else None
+        if self._hep is None:
+            yield from ((False, message) for message in self._sip.feed(data, missing))
+            return
+        if missing:
+            self._hep, self._lost = HepSplitter(), True
+        while data:
+            if self._lost:
+                magic = _FIND_MAGIC.search(data)
+                if magic is None:
+                    return
+                data, self._lost = data[magic.start() :], False
+            piece, data = data[: self._hep.room], data[self._hep.room :]
+            try:
+                yield from ((True, frame) for frame in self._hep.feed(piece))
+            except HepError:
+                self._hep, self._lost = HepSplitter(), True
+                raise
+
+    def rest(self) -> Iterator[bytes]:
+        """The SIP message of which only the body's end is lost."""
+        return self._sip.rest()
+
+
+# A packed address and a port; the library has the address as text.
+Endpoint = tuple[bytes, int]
+
+
+@lru_cache(maxsize=4_096)
+def _packed_end(end: tuple[str, int]) -> Endpoint:
+    return ipaddress.ip_address(end[0]).packed, end[1]
+
+
+# Where the IP header begins behind the usual link layers: Ethernet, raw IP, Linux cooked 1 and 2;
+# and what says that it is IPv4, by its place.
+_USUAL_LINKS = {1: (14, 12), 101: (0, None), 113: (16, 14), 276: (20, 0)}
+_IPV4_UDP = struct.Struct(">BxH2xHxB2x4s4sHHH2x")
+
+
+def usual_datagram(frame: Any) -> tuple[Endpoint, Endpoint, bytes, bool] | None:
+    """Both ends and the payload of a UDP datagram in one IPv4 packet without options, else None.
+
+    Also whether its end is missing. It says what the library would say, in an eighth of the time:
+    nearly all frames are of this kind.
+    """
+    data = frame.data
+    start, place = _USUAL_LINKS.get(frame.linktype, (-1, None))
+    if start < 0 or len(data) < start + 28:
+        return None
+    if place is not None and data[place : place + 2] != b"\x08\x00":
+        return None
+    found = _IPV4_UDP.unpack_from(data, start)
+    version, total, fragment, protocol, source, destination, sender, receiver, length = found
+    if version != 0x45 or protocol != 17 or fragment & 0x3FFF or total < 28 or length < 8:
+        return None
+    payload = data[start + 28 : start + min(total, 20 + length)]
+    return (source, sender), (destination, receiver), payload, length > 8 + len(payload)
+
+
+class _Hole:
+    """What waits behind the lost segments of one direction of a TCP connection.
+
+    ``since`` is when the first of it came, in seconds, ``frame`` one of these segments.
+    """
+
+    def __init__(self, now: float, frame: Any) -> None:
+        self.since = now
+        self.frame = frame
+        # By sequence number: when the segment came, and its octets.
+        self._waiting: dict[int, tuple[float, int]] = {}
+
+    def note(self, now: float, frame: Any) -> None:
+        """Take in a segment behind the hole."""
+        if len(self._waiting) < MAX_SEGMENTS:
+            sequence = int(frame.layers[-1].sequence)
+            self._waiting.setdefault(sequence, (now, len(frame.payload)))
+
+    def end(self, before: float) -> int:
+        """The sequence number behind what has waited since before then."""
+        ends = [seq + size for seq, (time, size) in self._waiting.items() if time <= before]
+        return max(ends, key=lambda end: _behind(end, ends[0])) & 0xFFFFFFFF
+
+    def first(self) -> int:
+        """The sequence number of the earliest segment that waits."""
+        (some, *_) = self._waiting
+        return min(self._waiting, key=lambda sequence: _behind(sequence, some))
+
+    def parts(self, items: Sequence[Any], base: int) -> Iterator[Any]:
+        """Items of the library taken apart again, each part with its own time.
+
+        ``base`` is the sequence number of the stream's first octet. What comes of it waits no more.
+        """
+        times = sorted(
+            (item_offset, time)
+            for sequence, (time, _) in self._waiting.items()
+            if (item_offset := _offset(sequence, base, items[0])) >= items[0].offset
+        )
+        at, latest = 0, 0.0
+        for item in items:
+            start, end = item.offset, item.offset + len(item.data)
+            while start < end:
+                while at < len(times) and times[at][0] <= start:
+                    latest = max(latest, times[at][1])
+                    at += 1
+                cut = min(times[at][0], end) if at < len(times) else end
+                yield item._replace(
+                    time=latest or self.since,
+                    data=item.data[start - item.offset : cut - item.offset],
+                    missing=item.missing if start == item.offset else 0,
+                    end=item.end and cut == end,
+                )
+                start = cut
+            if not item.data:
+                yield item._replace(time=latest or self.since)
+
+    def drop(self, item: Any, base: int) -> bool:
+        """What the library gave up to the end of an item waits no more; whether anything does."""
+        end = item.offset + len(item.data)
+        return self._keep(lambda sequence, _: _offset(sequence, base, item) >= end)
+
+    def forget(self, before: float) -> bool:
+        """What came before then was nothing new; whether anything else waits."""
+        return self._keep(lambda _, time: time > before)
+
+    def _keep(self, wanted: Callable[[int, float], bool]) -> bool:
+        self._waiting = {
+            sequence: (time, size)
+            for sequence, (time, size) in self._waiting.items()
+            if wanted(sequence, time)
+        }
+        self.since = min((time for time, _ in self._waiting.values()), default=inf)
+        return bool(self._waiting)
+
+
+def _behind(sequence: int, other: int) -> int:
+    """How far one sequence number is behind another, as they wrap (RFC 9293 section 3.4)."""
+    return ((sequence - other + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+
+
+def _offset(sequence: int, base: int, item: Any) -> int:
+    """The offset in its stream of a sequence number not far from an item of the library."""
+    return int(item.offset) + _behind(sequence, base + item.offset)
+
+
+class Network:
+    """Takes the frames of networks and gives what there was of SIP and HEP in them.
+
+    ``counts`` gets what was not SIP or HEP, and what was cut or lost. Nothing here raises for a
+    frame, whatever is in it.
+    """
+
+    def __init__(self, counts: dict[str, int]) -> None:
+        self._library = pktcap_library()
+        self._counts = counts
+        self._dissector = self._library.FrameDissector(
+            max_reassemblies=MAX_DATAGRAMS, reassembly_timeout=FRAGMENT_PATIENCE
+        )
+        self._tcp = self._library.TCPReassembler(
+            max_streams=MAX_STREAMS, max_buffered=MAX_HELD, idle_timeout=STREAM_IDLE
+        )
+        self._streams: OrderedDict[Any, _Stream] = OrderedDict()
+        self._holes: dict[Any, _Hole] = {}
+
+    def take(self, unit: Unit) -> Iterable[Recorded]:
+        """What one frame completes."""
+        usual = usual_datagram(unit.content)
+        if usual is not None:
+            found = self._sort_out(unit, *usual)
+            return () if found is None else (found,)
+        frame = self._dissector.dissect(unit.content)
+        last = frame.layers[-1] if frame.layers else None
+        if isinstance(last, self._library.UDPLayer):
+            found = self._datagram(unit, frame)
+            return () if found is None else (found,)
+        if isinstance(last, self._library.TCPLayer):
+            return self._segment(unit, frame)
+        self._count("frames.other" if frame.error is None else "frames.malformed")
+        return ()
+
+    @property
+    def waits_since(self) -> float:
+        """The earliest time, in microseconds, of what is held behind a lost segment; else inf."""
+        if not self._holes:
+            return inf
+        return min(hole.since for hole in self._holes.values()) * 1_000_000
+
+    def finish(self, unit: Unit) -> Iterator[Recorded]:
+        """What is left at the end; ``unit`` is the last one."""
+        yield from self._give_up(unit, inf)
+        for item in self._tcp.flush():
+            yield from self._streamed(unit, item)
+        for (_, *ends), stream in self._streams.items():
+            for message in stream.rest():
+                self._count("messages.cut")
+                source, destination = map(_packed_end, ends)
+                yield self._wire(unit, unit.time, 6, source, destination, message)
+        self._streams.clear()
+        stats = self._dissector.stats
+        for name, number in (
+            ("datagrams.incomplete", stats.dropped + stats.pending),
+            ("frames.link_type", stats.unsupported),
+            ("octets.missing", self._tcp.stats.missing + self._tcp.stats.dropped),
+        ):
+            if number:
+                self._count(name, number)
+
+    def _count(self, name: str, number: int = 1) -> None:
+        self._counts[name] = self._counts.get(name, 0) + number
+
+    @staticmethod
+    def _wire(
+        unit: Unit,
+        time: int,
+        protocol: int,
+        source: Endpoint,
+        destination: Endpoint,
+        payload: bytes,
+    ) -> Recorded:
+        packet = HepPacket(
+            0,
+            time,
+            protocol,
+            SIP_PROTOCOL_TYPE,
+            source[0],
+            destination[0],
+            source[1],
+            destination[1],
+            payload=payload,
+        )
+        return Recorded(time, unit.name, unit.where, "", packet)
+
+    @staticmethod
+    def _hep(unit: Unit, time: int, source: Endpoint, data: bytes) -> Recorded:
+        return Recorded(time, unit.name, unit.where, _ip_text(source[0]), _decoded(data, time))
+
+    def _datagram(self, unit: Unit, frame: Any) -> Recorded | None:
+        cut = frame.layers[-1].length > 8 + len(frame.payload)
+        source, destination = map(_packed_end, self._direction(frame))
+        return self._sort_out(unit, source, destination, frame.payload, cut)
+
+    def _sort_out(
+        self, unit: Unit, source: Endpoint, destination: Endpoint, payload: bytes, cut: bool
+    ) -> Recorded | None:
+        """What a datagram is; None for what is neither SIP nor HEP."""
+        if _NEXT.match(payload) is not None:
+            found = self._wire(unit, unit.time, 17, source, destination, payload)
+        elif payload[:4] in _MAGIC:
+            found = self._hep(unit, unit.time, source, payload)
+        else:
+            # HEP1 and HEP2 have no magic: only what is in it tells one from anything else.
+            old = payload[:1] in (b"\x01", b"\x02")
+            found = self._hep(unit, unit.time, source, payload if old else b"")
+            if isinstance(found.packet, HepError) or _NEXT.match(found.packet.payload) is None:
+                self._count("datagrams.other")
+                return None
+        if cut:
+            self._count("messages.cut")
+        return found
+
+    def _segment(self, unit: Unit, frame: Any) -> Iterator[Recorded]:
+        now = unit.time / 1_000_000
+        yield from self._give_up(unit, now - HOLE_PATIENCE)
+        key = self._direction(frame)
+        if key[::-1] in self._holes:
+            # Not given up yet: what is out of order may have been overtaken by its acknowledgment.
+            frame = self._without_ack(frame)
+        items = self._tcp.add(frame)
+        for item in items:
+            yield from self._streamed(unit, item)
+        ours = [item for item in items if (item.source, item.destination) == key]
+        hole = self._holes.get(key)
+        if not ours and frame.payload:
+            if hole is None:
+                hole = self._holes[key] = _Hole(now, frame)
+            hole.note(now, frame)
+        elif ours and ours[0].data and ours[0].data.startswith(frame.payload):
+            base = frame.layers[-1].sequence - ours[0].offset
+            self._note_base(ours[0], base)
+            if hole is not None and not hole.drop(ours[-1], base):
+                del self._holes[key]
+
+    def _note_base(self, item: Any, base: int) -> None:
+        """Where a stream begins, by its sequence numbers; known from its first octets on."""
+        stream = self._streams.get((item.stream, item.source, item.destination))
+        if stream is not None and stream.base is None:
+            stream.base = base
+
+    def _direction(self, frame: Any) -> tuple[Any, Any]:
+        """Between which ends a datagram or a segment goes, as the library has them."""
+        ip, last = self._headers(frame)
+        return (ip.source, last.source_port), (ip.destination, last.destination_port)
+
+    def _headers(self, frame: Any) -> tuple[Any, Any]:
+        """The innermost IP header, and that of UDP or TCP behind it."""
+        *outer, ip, last = frame.layers
+        while not isinstance(ip, (self._library.IPv4Layer, self._library.IPv6Layer)):
+            # A header of IPv6 that extends it.
+            *outer, ip = outer
+        return ip, last
+
+    @staticmethod
+    def _without_ack(frame: Any) -> Any:
+        *outer, tcp = frame.layers
+        return frame._replace(layers=(*outer, tcp._replace(flags=tcp.flags & ~0x10)))
+
+    def _give_up(self, unit: Unit, before: float) -> Iterator[Recorded]:
+        """Go on behind the segments that were waited for since before then.
+
+        To the library an acknowledgment says that they came, and were not recorded (its rule 7).
+        Not all recordings have both directions, and what it holds would be told at the end only.
+        """
+        while self._holes:
+            key = min(self._holes, key=lambda key: self._holes[key].since)
+            hole = self._holes[key]
+            if hole.since > before and len(self._holes) <= MAX_HOLES:
+                break
+            ip, tcp = self._headers(hole.frame)
+            ip = ip._replace(source=ip.destination, destination=ip.source)
+            tcp = tcp._replace(
+                source_port=tcp.destination_port,
+                destination_port=tcp.source_port,
+                sequence=tcp.acknowledgment,
+                acknowledgment=hole.end(max(before, hole.since)),
+                flags=0x10,
+            )
+            frame = hole.frame.frame._replace(time=hole.since, data=b"")
+            made = hole.frame._replace(frame=frame, layers=(ip, tcp), payloads=(b"", b""))
+            items = self._tcp.add(made)
+            if not items:
+                # Copies of what came before, or of a connection that is over.
+                if not hole.forget(max(before, hole.since)):
+                    del self._holes[key]
+                continue
+            stream = self._streams.get((items[0].stream, *key))
+            base = stream.base if stream is not None else None
+            if base is None:
+                # Nothing came before: the first octet there is is that of the earliest segment.
+                base = hole.first() - items[0].offset
+            for item in hole.parts(items, base):
+                yield from self._streamed(unit, item)
+            self._note_base(items[0], base)
+            if not hole.drop(items[-1], base):
+                del self._holes[key]
+
+    def _streamed(self, unit: Unit, item: Any) -> Iterator[Recorded]:
+        """What octets of a TCP stream complete."""
+        key = (item.stream, item.source, item.destination)
+        stream = self._streams.get(key)
+        if stream is None:
+            if len(self._streams) >= 2 * MAX_STREAMS:
+                self._streams.popitem(last=False)
+            stream = self._streams[key] = _Stream()
+        else:
+            self._streams.move_to_end(key)
+        time = round(item.time * 1_000_000)
+        source, destination = _packed_end(item.source), _packed_end(item.destination)
+        if item.missing:
+            self._count("segments.missing")
+        try:
+            for is_hep, data in stream.feed(item.data, item.missing):
+                if is_hep:
+                    yield self._hep(unit, time, source, data)
+                else:
+                    yield self._wire(unit, time, 6, source, destination, data)
+        except HepError as error:
+            yield Recorded(time, unit.name, unit.where, item.source[0], error)
+        if item.end:
+            del self._streams[key]
+
+
+class Recordings:
+    """Reads recordings, all at one time, in order of time; yields what each packet in them was.
+
+    ``files`` are (name, binary stream with ``peek``). What can't be read is told by
+    ``fault(name, text)``, and the other files go on. ``counts`` says what was seen.
+    """
+
+    def __init__(self, files: Sequence[tuple[str, Any]], fault: Callable[[str, str], None]) -> None:
+        self.counts: dict[str, int] = {}
+        self._files = files
+        self._fault = fault
+        self._late: list[tuple[int, int, Recorded]] = []
+        self._number = 0
+
+    def __iter__(self) -> Iterator[Recorded]:
+        network, unit = None, None
+        readers = [self._guarded(name, file) for name, file in self._files]
+        units: Iterable[Unit] = readers[0] if len(readers) == 1 else ()
+        for unit in units or heapq.merge(*readers, key=attrgetter("time")):
+            if isinstance(unit.content, (HepPacket, HepError)):
+                yield Recorded(unit.time, unit.name, unit.where, "", unit.content)
+                continue
+            network = network or Network(self.counts)
+            found = network.take(unit)
+            since = network.waits_since
+            if since < inf or self._late:
+                yield from self._in_order(found, since)
+            else:
+                yield from found
+        if network is not None and unit is not None:
+            yield from self._in_order(network.finish(unit), inf)
+
+    def _in_order(self, found: Iterable[Recorded], since: float) -> Iterator[Recorded]:
+        """Hold back what is later than what a stream may still bring, by HOLE_PATIENCE at most."""
+        for recorded in found:
+            self._number += 1
+            heapq.heappush(self._late, (recorded.time, self._number, recorded))
+        while self._late and (self._late[0][0] <= since or len(self._late) > MAX_LATE):
+            yield heapq.heappop(self._late)[2]
+
+    def _guarded(self, name: str, file: Any) -> Iterator[Unit]:
+        try:
+            yield from read_units(name, file)
+        except (OSError, EOFError, ValueError, HepError, zlib.error) as error:
+            self._fault(name, getattr(error, "strerror", None) or str(error))
+
+
+class Playback:
+    """Takes recorded packets through the agent's pure code; the clock is that of the recording.
+
+    ``table`` keeps the records of calls. ``now`` is UNIX time in seconds, 0 before the first
+    packet; ``gap`` the longest time without a packet and when it began; ``packets`` and
+    ``messages`` what was taken in, ``counts`` what was not.
+    """
+
+    def __init__(
+        self, settings: Settings, rules: Sequence[Rule], counts: dict[str, int] | None = None
+    ) -> None:
+        self.table = RecordedTable(settings, rules)
+        self.counts: dict[str, int] = {} if counts is None else counts
+        self.now = 0.0
+        self.gap = (0.0, 0.0)
+        self.packets = self.messages = 0
+        self._senders = Senders(settings.hep_allow)
+        self._keys = {key.encode() for key in settings.hep_auth_key}
+        self._odd: Recorded | None = None
+
+    def take(self, recorded: Recorded) -> list[RatingEvent]:
+        """Take in one packet, and what has become due since the last; the events of both."""
+        time = recorded.time / 1_000_000 or self.now
+        if self._odd is None and abs(time - self.now) <= LEAP:
+            return self._take(recorded, time)
+        events: list[RatingEvent] = []
+        odd, self._odd = self._odd, None
+        if odd is not None:
+            confirmed = recorded.time and abs(recorded.time - odd.time) <= LEAP * 1_000_000
+            events += self._take(odd, odd.time / 1_000_000 if confirmed else self.now)
+        if abs(time - self.now) > LEAP:
+            self._odd = recorded
+            return events
+        return events + self._take(recorded, time)
+
+    def finish(self) -> list[RatingEvent]:
+        """The recording is over: what waits for a message is decided with what is known."""
+        events: list[RatingEvent] = []
+        odd, self._odd = self._odd, None
+        if odd is not None:
+            events += self._take(odd, self.now or odd.time / 1_000_000)
+        return events + self.table.expire(self.now, closing=True)
+
+    def _count(self, name: str) -> None:
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def _advance(self, time: float) -> list[RatingEvent]:
+        """Let time pass as for the live agent, which looks at each deadline when it is due."""
+        events: list[RatingEvent] = []
+        step = time - self.now
+        if self.now:
+            if step > self.gap[0]:
+                self.gap = (step, self.now)
+            while (due := self.table.due()) <= time:
+                self.now = max(self.now, due)
+                events += self.table.expire(self.now)
+        # Back only where two packets agree that the clock was wrong.
+        if step > 0 or step < -LEAP:
+            self.now = time
+        return events
+
+    def _take(self, recorded: Recorded, time: float) -> list[RatingEvent]:
+        events = self._advance(time)
+        sender = recorded.sender
+        try:
+            packet, payloads = self._let_in(recorded)
+            fault: SipError | None = None
+            for payload in payloads:
+                try:
+                    message = parse_sip(payload, packet.time)
+                except SipError as error:
+                    # What stands behind it in the stream counts all the same.
+                    fault = fault or error
+                    continue
+                if message is None:
+                    self._count("ignored.method")
+                else:
+                    self.messages += 1
+                    events += self.table.handle(Sighting(packet, message, sender), self.now)
+            if fault is not None:
+                raise fault
+        except (HepError, SipError) as error:
+            layer = "hep" if isinstance(error, HepError) else "sip"
+            self._count(f"malformed.{layer}_{error.kind}".replace("-", "_"))
+        except Exception:
+            self._count("internal_error")
+        return events
+
+    def _let_in(self, recorded: Recorded) -> tuple[HepPacket, Sequence[bytes]]:
+        """A packet and its SIP messages, none where the agent takes none. Raises HepError."""
+        packet = recorded.packet
+        self.packets += 1
+        if isinstance(packet, HepError):
+            raise packet
+        packet.time = packet.time or round(self.now * 1_000_000)
+        refused = ""
+        if packet.version and recorded.sender:
+            key = packet.auth_key.rstrip(b"\0")
+            if not self._senders.of(recorded.sender).allowed:
+                refused = "refused.not_allowed"
+            elif self._keys and key not in self._keys:
+                refused = "refused.key"
+        if packet.protocol_type != SIP_PROTOCOL_TYPE:
+            refused = refused or "ignored.not_sip"
+        elif packet.payload[:1] in _BLANK and not packet.payload.strip(_BLANK):
+            refused = refused or "ignored.empty"
+        if refused:
+            self._count(refused)
+            return packet, ()
+        return packet, split_messages(packet)
+
+
 # Room: command line
 
 # Files that the process asks to open at one time, connections included, where it may.
 MAX_FILES = 65_536
 # Seconds between two checks of what is due in the call table.
 TICK = 0.1
+# Octets of a recording that are read from the disk at once.
+READ_AHEAD = 1 << 20
+# Packets of a recording between two looks at how far it came.
+PROGRESS_EACH = 5_000
+# Beside the journal of `rate --deliver`: which recording it is of, and how far it came.
+PROGRESS_FILE = "recording.json"
 
 
 def run(configuration: Configuration) -> int:
@@ -9064,23 +10149,441 @@ def _hang_up(servers: Sequence[TcpServer], deadline: float) -> None:
         gevent.sleep(TICK / 10)
 
 
-def decode_files(names: Sequence[str], out: Any) -> int:
-    """Print captures as text: `.hepl` files, or files of concatenated HEP3 frames.
+def open_recording(name: str) -> tuple[Any, Any]:
+    """A file, or "-" for the standard input, as a binary stream with ``peek``, unpacked.
 
-    Returns the exit status. Raises ConfigError without a file.
+    What gzip packed is unpacked; the second stream is the one below, whose position says how much
+    was read. Raises OSError.
+    """
+    below: Any = sys.stdin.buffer
+    if name != "-":
+        below = io.BufferedReader(io.FileIO(name), READ_AHEAD)
+    if below.peek(2)[:2] == b"\x1f\x8b":
+        return io.BufferedReader(gzip.GzipFile(fileobj=below), READ_AHEAD), below
+    return below, below
+
+
+def decode_files(names: Sequence[str], out: Any) -> int:
+    """Print what is in recordings as text, one file after another.
+
+    Returns the exit status. Raises ConfigError without a file, and where pktcap is missing.
     """
     if not names:
         raise ConfigError("decode: no file; allowed: decode FILE...")
-    status = 0
+    faults = []
+
+    def fault(name: str, text: str) -> None:
+        faults.append(_fail(printable(f"{name}: {text}")))
+
     for name in names:
         try:
-            for where, data in _read_packets(name):
-                print(f"{name}:{where}: {describe(data)}", file=out)
+            file, _ = open_recording(name)
+            with file:
+                for found in Recordings([(name, file)], fault):
+                    print(f"{name}:{found.where}: {describe(found.packet)}", file=out)
         except BrokenPipeError:
             return _reader_left(out)
-        except (OSError, ValueError, HepError) as error:
-            status = _fail(f"{name}: {getattr(error, 'strerror', None) or error}")
-    return status
+        except (OSError, EOFError, zlib.error) as error:
+            fault(name, getattr(error, "strerror", None) or str(error))
+    return max(faults, default=0)
+
+
+class RateOptions(NamedTuple):
+    """What stands behind `rate` on the command line; ``format`` is "" for the usual one."""
+
+    files: tuple[str, ...]
+    format: str = ""
+    deliver: bool = False
+    journal: str = ""
+
+
+def rate_options(arguments: Sequence[str]) -> RateOptions:
+    """Read the words behind `rate`. Raises ConfigError."""
+    files, values, deliver = [], {"--format": "", "--journal": ""}, False
+    words = iter(arguments)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not word.startswith("-") or word == "-":
+            files.append(word)
+        elif word == "--deliver":
+            deliver = True
+        elif name in values:
+            values[name] = value if equals else next(words, "")
+        else:
+            name = ascii(name)[1:-1]
+            raise ConfigError(f"{name}: unknown; allowed: --format, --deliver, --journal")
+    if values["--format"] not in ("", *_WRITERS):
+        allowed = ", ".join(_WRITERS)
+        raise ConfigError(f"--format: {values['--format']!r}; allowed: {allowed}")
+    if not 0 < len(files) <= MAX_RECORDINGS:
+        raise ConfigError(
+            f"rate: {len(files)} files; allowed: rate FILE..., 1 to {MAX_RECORDINGS} files"
+        )
+    if deliver and (not values["--journal"] or "-" in files):
+        raise ConfigError(
+            "--deliver: cannot be resumed; allowed: with --journal FOLDER, and files instead of -"
+        )
+    return RateOptions(tuple(files), values["--format"], deliver, values["--journal"])
+
+
+def record_row(record: CallRecord) -> dict[str, Any]:
+    """A call as `rate` shows it: the columns by name."""
+    reason = record.outcome
+    if record.outcome in (REFUSED, CANCELLED, NOT_ANSWERED) and record.status:
+        reason = f"{reason}: {record.status} {record.phrase}".rstrip()
+    elif record.begun and not record.ended:
+        reason = f"{reason}, running at the end of the recording"
+    return {
+        "call_id": record.call_id,
+        "tenant": record.tenant,
+        "route": record.route,
+        "transaction_tag": record.transaction_tag,
+        "account_tag": record.account_tag,
+        "destination_account_tag": record.destination_account_tag,
+        "source": record.source,
+        "destination": record.destination,
+        "begin": rfc3339(record.begun) if record.begun else "",
+        "end": rfc3339(record.ended) if record.ended else "",
+        "duration": record.seconds,
+        "charged": record.charged,
+        "reason": reason,
+        "begin_by": record.begun_by,
+        "end_by": record.ended_by,
+    }
+
+
+# The columns of `record_row`, and their characters in a table; what is longer moves the next ones.
+_COLUMNS_SHOWN = {
+    "call_id": 24,
+    "tenant": 8,
+    "route": 8,
+    "transaction_tag": 24,
+    "account_tag": 12,
+    "destination_account_tag": 12,
+    "source": 30,
+    "destination": 30,
+    "begin": 24,
+    "end": 24,
+    "duration": 9,
+    "charged": 7,
+    "reason": 24,
+    "begin_by": 8,
+    "end_by": 8,
+}
+
+
+def _write_table(row: Mapping[str, Any], out: Any) -> None:
+    shown = {name: value if value != "" else "-" for name, value in row.items()}
+    if not isinstance(row["charged"], str):
+        shown["charged"] = "yes" if row["charged"] else "no"
+        shown["duration"] = f"{row['duration']:.3f}"
+    cells = (str(shown[name]).ljust(width) for name, width in _COLUMNS_SHOWN.items())
+    print(printable(" ".join(cells).rstrip()), file=out)
+
+
+def _write_csv(row: Mapping[str, Any], out: Any) -> None:
+    cells = [str(value) for value in row.values()]
+    if not "".join(cells).isprintable():
+        cells = [printable(cell) for cell in cells]
+    csv.writer(out, lineterminator="\n").writerow(cells)
+
+
+def _write_json(row: Mapping[str, Any], out: Any) -> None:
+    print(_compact_json(row), file=out)
+
+
+_WRITERS = {"table": _write_table, "csv": _write_csv, "json": _write_json}
+
+
+class _Ledger:
+    """Shows each call that is over, and counts for the summary; see `rate`."""
+
+    def __init__(self, form: str, out: Any) -> None:
+        self._write = _WRITERS[form]
+        self._out = out
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        self.seconds = 0.0
+        self.running = 0
+        if form != "json":
+            self._write({name: name for name in _COLUMNS_SHOWN}, out)
+
+    def note(self, record: CallRecord) -> None:
+        """Show a call. Raises OSError."""
+        self.outcomes[record.outcome] += 1
+        if record.charged:
+            self.seconds += record.seconds
+            self.running += not record.ended
+        self._write(record_row(record), self._out)
+
+    def summary(self, playback: Playback, counts: Mapping[str, int]) -> Iterator[str]:
+        """What there was in all, as lines for a person."""
+        known = {name: number for name, number in self.outcomes.items() if number}
+        calls = ", ".join(f"{number} {name}" for name, number in known.items())
+        yield f"{sum(known.values())} calls: {calls or 'none'}"
+        yield f"{self.seconds:.3f} seconds charged; {self.running} calls run on behind the end"
+        gap, since = playback.gap
+        stamp = f", behind {rfc3339(round(since * 1_000_000))}" if gap else ""
+        yield f"largest gap in the recording: {gap:.1f} s{stamp}"
+        lost = {name: counts.get(name, 0) for name in _LOST}
+        told = ", ".join(f"{number} {_LOST[name]}" for name, number in lost.items() if number)
+        broken = {name: n for name, n in counts.items() if name.startswith("malformed.")}
+        told = ", ".join(filter(None, [told, *(f"{n} {name}" for name, n in broken.items())]))
+        yield f"{playback.packets} packets, {playback.messages} messages of calls"
+        yield f"cut or lost: {told or 'nothing'}"
+        more = {name: n for name, n in sorted(counts.items()) if name not in (*_LOST, *broken)}
+        if more:
+            yield "counted: " + ", ".join(f"{name} {number}" for name, number in more.items())
+
+
+# What says that messages are missing, or parts of them.
+_LOST = {
+    "messages.cut": "messages cut",
+    "segments.missing": "holes in TCP streams",
+    "octets.missing": "octets of TCP streams",
+    "datagrams.incomplete": "datagrams without all fragments",
+    "frames.malformed": "frames with broken headers",
+    "frames.link_type": "frames of an unknown link type",
+    "internal_error": "packets that could not be handled",
+}
+
+
+class _Progress:
+    """A bar on a terminal: how much of the files was read."""
+
+    def __init__(self, files: Sequence[Any]) -> None:
+        self._files = files
+        self._bar: Any = None
+        sizes = [os.fstat(file.fileno()).st_size for file in files]
+        with suppress(ImportError):
+            import tqdm
+
+            quiet = not sys.stderr.isatty()
+            self._bar = tqdm.tqdm(
+                total=sum(sizes) or None, unit="B", unit_scale=True, disable=quiet, leave=False
+            )
+
+    def step(self) -> None:
+        """Look how far the reading came."""
+        if self._bar is not None and not self._bar.disable:
+            self._bar.update(sum(map(self._position, self._files)) - self._bar.n)
+
+    @staticmethod
+    def _position(file: Any) -> int:
+        with suppress(OSError):
+            return os.lseek(file.fileno(), 0, os.SEEK_CUR)
+        return 0
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class RecordedDelivery:
+    """Sends the events of a recording, each call once it is over, and knows how far it came.
+
+    The same files give the same calls in the same order, so that a number is enough to go on from:
+    that of the calls which are in the journal, or were answered. It is written before the first of
+    them may be sent. A call that still runs at the end is not sent: the API would let it run on.
+    """
+
+    def __init__(self, options: RateOptions, settings: Settings) -> None:
+        quiet = settings.log_level if settings.log_level == "error" else "warning"
+        set_up_logging(replace(settings, log_level=quiet), sys.stderr)
+        self._journal = Journal(options.journal)
+        self._path = os.path.join(options.journal, PROGRESS_FILE)
+        try:
+            self._print = fingerprint(options.files, settings)
+            done = self._read()
+        except (OSError, ConfigError) as error:
+            self._journal.close(JOURNAL_STALL)
+            raise ConfigError(str(error)) from None
+        # What the journal took before a kill may be one commit further.
+        self._done = max(done, self._journal.last_serial // 2)
+        self._delivery = Delivery(settings, Metrics(settings))
+        self._delivery.restore(self._journal)
+        self._begins: dict[int, RatingEvent] = {}
+        self._fresh: list[RatingEvent] = []
+        self.calls = 0
+        while events := self._journal.load_retries():
+            for event in events:
+                self._journal.retry_event(event, event.serial)
+            self._fresh += events
+            self._hand_over()
+
+    def put(self, event: RatingEvent) -> None:
+        """Take in the next event of the recording."""
+        if event.kind == "begin":
+            self._begins[event.row] = event
+            return
+        begin = self._begins.pop(event.row)
+        self.calls += 1
+        if self.calls <= self._done:
+            return
+        for one, serial in ((begin, 2 * self.calls - 1), (event, 2 * self.calls)):
+            one.row, one.serial = self.calls, serial
+            self._journal.put_event(one)
+            self._fresh.append(one)
+        if len(self._fresh) >= MAX_LOADED:
+            self._hand_over()
+            while len(self._delivery) > MAX_EVENTS_IN_MEMORY:
+                self._turn()
+
+    def finish(self, note: Any) -> int:
+        """Wait until all was answered; returns how many events still wait, where it was stopped."""
+        running = len(self._begins)
+        if running:
+            print(f"{running} calls run on behind the end: not sent", file=note)
+        self._hand_over()
+        try:
+            while len(self._delivery):
+                self._turn()
+        except KeyboardInterrupt:
+            print("stopped: the same command goes on", file=note)
+        waiting, rejected = len(self._delivery), self._journal.count_rejected()
+        print(f"{self.calls} calls sent, {waiting} events wait, {rejected} rejected", file=note)
+        return waiting + rejected
+
+    def close(self) -> None:
+        """Write what was answered, and give the journal back."""
+        self._delivery.kill()
+        self._journal.commit(JOURNAL_STALL)
+        self._journal.close(JOURNAL_STALL)
+
+    def _turn(self) -> None:
+        gevent.sleep(JOURNAL_INTERVAL)
+        self._commit()
+        self._delivery.tick()
+
+    def _hand_over(self) -> None:
+        """Put down what is fresh, then how far that is, and only then let it be sent."""
+        self._commit()
+        self._write()
+        fresh, self._fresh = self._fresh, []
+        for event in fresh:
+            self._delivery.put(event, written=True)
+        self._turn()
+
+    def _commit(self) -> None:
+        answered, self._journal.answered = self._journal.answered, []
+        if not self._journal.commit():
+            raise ConfigError(f"--journal: {self._journal.failure}; allowed: a disk with room")
+        for event in answered:
+            self._delivery.release(event)
+        self._delivery.forget_unwritten(self._journal)
+
+    def _read(self) -> int:
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                known = json.load(file)
+            if known["recording"] != self._print:
+                raise ConfigError(
+                    f"--journal: {self._path}: of another recording or configuration; "
+                    "allowed: the files and options that it was begun with, or a new folder"
+                )
+            return int(known["calls"])
+        except FileNotFoundError:
+            if self._journal.last_serial:
+                raise ConfigError(
+                    "--journal: an agent has worked in this folder; allowed: a folder of its own"
+                ) from None
+            return 0
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"--journal: {self._path}: damaged; allowed: a whole file, or a new folder"
+            ) from None
+
+    def _write(self) -> None:
+        text = _compact_json({"recording": self._print, "calls": max(self.calls, self._done)})
+        with open(self._path + ".new", "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(self._path + ".new", self._path)
+        folder = os.open(os.path.dirname(self._path) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+# Settings that do not change what is charged.
+_FREE_SETTINGS = re.compile(
+    "listen_|tls_|hep_rate|hep_idle|hep_forward|status|rating_api_(?!url)|statsd|log_|debug|state_dir|shutdown"
+    "|unknown_party"
+)
+
+
+def fingerprint(files: Sequence[str], settings: Settings) -> str:
+    """What tells whether recordings and configuration are those of before. Raises OSError."""
+    digest = hashlib.blake2b(__version__.encode(), digest_size=16)
+    for item in fields(settings):
+        if not _FREE_SETTINGS.match(item.name):
+            digest.update(f"{item.name}={getattr(settings, item.name)!r}\n".encode())
+    for name in [settings.routes] * bool(settings.routes) + list(files):
+        with open(name, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(f"{size}\n".encode() + file.read(READ_AHEAD))
+    return digest.hexdigest()
+
+
+def rate(
+    options: RateOptions, settings: Settings, rules: Sequence[Rule], out: Any, note: Any
+) -> int:
+    """Charge recordings: show what became of each call on ``out``, a summary on ``note``.
+
+    With ``--deliver`` the rating API is told. Returns the exit status: 0, or 1 where a file is cut,
+    damaged or could not be read, or events wait or were rejected. Raises ConfigError.
+    """
+    faults: list[str] = []
+
+    def fault(name: str, text: str) -> None:
+        faults.append(name)
+        print(printable(f"rating_agent_hep.py: {name}: {text}"), file=note)
+
+    delivery = RecordedDelivery(options, settings) if options.deliver else None
+    opened = []
+    for name in options.files:
+        try:
+            opened.append((name, *open_recording(name)))
+        except (OSError, EOFError, zlib.error) as error:
+            fault(name, getattr(error, "strerror", None) or str(error))
+    recordings = Recordings([(name, file) for name, file, _ in opened], fault)
+    playback = Playback(settings, rules, recordings.counts)
+    ledger = _Ledger(options.format or ("table" if out.isatty() else "csv"), out)
+    progress = _Progress([below for _, _, below in opened])
+    waiting = 0
+    try:
+        for number, recorded in enumerate(recordings):
+            _account(playback.take(recorded), playback.table, ledger, delivery)
+            if not number % PROGRESS_EACH:
+                progress.step()
+        _account(playback.finish(), playback.table, ledger, delivery)
+        for record in playback.table.unfinished():
+            ledger.note(record)
+        progress.close()
+        for line in ledger.summary(playback, recordings.counts):
+            print(line, file=note)
+        waiting = delivery.finish(note) if delivery is not None else 0
+    except BrokenPipeError:
+        return _reader_left(out)
+    finally:
+        progress.close()
+        if delivery is not None:
+            delivery.close()
+    return 1 if faults or waiting else 0
+
+
+def _account(
+    events: Sequence[RatingEvent],
+    table: RecordedTable,
+    ledger: _Ledger,
+    delivery: RecordedDelivery | None,
+) -> None:
+    if table.records:
+        for record in table.take_records():
+            ledger.note(record)
+    if delivery is not None:
+        for event in events:
+            delivery.put(event)
 
 
 def outbox(settings: Settings, arguments: Sequence[str], out: Any) -> int:
@@ -9166,48 +10669,16 @@ def _reader_left(out: Any) -> int:
     return 0
 
 
-def _read_packets(name: str) -> Iterator[tuple[str, bytes]]:
-    """Yield a label and the octets of each packet in a capture. Raises OSError, ValueError."""
-    with open(name, "rb") as file:
-        data = file.read()
-    if not data.startswith(b"{"):
-        splitter = HepSplitter()
-        frames = [data] if data[:1] in (b"\x01", b"\x02") else splitter.feed(data)
-        yield from ((str(index), frame) for index, frame in enumerate(frames, 1))
-        if splitter.room < MAX_HEP_FRAME:
-            raise ValueError("the last frame is cut")
-        return
-    splitters: dict[Any, HepSplitter] = {}
-    for index, line in enumerate(data.splitlines(), 1):
-        try:
-            event = json.loads(line)
-            kind, connection = event["ev"], event.get("conn")
-            octets = b64decode(event["data"]) if kind == "data" else b""
-            datagram = kind == "data" and event["transport"] == "udp"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"line {index} is no event of a capture") from None
-        if kind == "stop":
-            # A recording of several runs uses the numbers of its connections again.
-            splitters.clear()
-        elif kind in ("open", "close"):
-            splitters.pop(connection, None)
-        elif datagram:
-            yield str(index), octets
-        else:
-            for frame in splitters.setdefault(connection, HepSplitter()).feed(octets):
-                yield str(index), frame
-
-
-def describe(data: bytes) -> str:
-    """A HEP packet as text for a terminal: a line of its facts, then the payload, indented."""
-    try:
-        packet = decode_hep(data, 0)
-    except HepError as error:
-        return f"malformed: {error}"
+def describe(packet: HepPacket | HepError) -> str:
+    """A packet as text for a terminal: a line of its facts, then the payload, indented."""
+    if isinstance(packet, HepError):
+        return f"malformed: {packet}"
     source = f"{packet.source_ip or '?'} port {packet.source_port}"
     destination = f"{packet.destination_ip or '?'} port {packet.destination_port}"
-    facts = [f"HEP{packet.version} {rfc3339(packet.time)} {source} > {destination}"]
-    facts.append(f"type {packet.protocol_type}, capture id {packet.capture_id}")
+    kind = f"HEP{packet.version}" if packet.version else "TCP" if packet.protocol == 6 else "UDP"
+    facts = [f"{kind} {rfc3339(packet.time)} {source} > {destination}"]
+    if packet.version:
+        facts.append(f"type {packet.protocol_type}, capture id {packet.capture_id}")
     if packet.capture_name or packet.correlation_id:
         facts.append(f"name {packet.capture_name!r}, correlation id {packet.correlation_id!r}")
     if packet.auth_key:
@@ -9242,6 +10713,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         match configuration.command:
             case "decode":
                 return decode_files(configuration.arguments, sys.stdout)
+            case "rate":
+                options = rate_options(configuration.arguments)
+                settings, rules = configuration.settings, configuration.rules
+                return rate(options, settings, rules, sys.stdout, sys.stderr)
             case "outbox":
                 return outbox(configuration.settings, configuration.arguments, sys.stdout)
             case "check":

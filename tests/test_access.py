@@ -19,6 +19,7 @@ import gevent.server
 import pytest
 
 import harness
+import hep_replay
 import hepbuild
 import rating_agent_hep as agent
 from dialog import ack, bye, bye_reply, call, frames, invite, reply
@@ -146,7 +147,8 @@ def test_packets_without_a_key_are_counted_and_their_sip_is_not_parsed() -> None
 
 def test_the_key_as_kamailio_sends_it() -> None:
     folder = harness.captures_folder() / "kamailio-5.6" / "core-udp"
-    packets = [data for path in folder.glob("*.hepl") for _, data in agent._read_packets(str(path))]
+    captures = [hep_replay.read_capture(str(path)) for path in folder.glob("*.hepl")]
+    packets = [data for events in captures for _, data in hep_replay.frames(events)]
     for key, dropped in (("s3cret-key", 0), ("s3cret-ke", len(packets))):
         on = make_agent(hep_auth_key=(key,), rating_api_url="http://127.0.0.1:1")
         sender = on.senders.of("192.0.2.1")

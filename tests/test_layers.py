@@ -19,6 +19,7 @@ NAMES = (
     "routes",
     "the call: facts and a judge",
     "call table",
+    "call records",
     "outbox",
     "configuration",
     "logs and metrics",
@@ -30,6 +31,7 @@ NAMES = (
     "forwarding",
     "agent",
     "servers",
+    "recordings",
     "command line",
 )
 FOUND = list(re.finditer(r"^# Room: (.+)$", SOURCE, re.M))
