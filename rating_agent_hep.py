@@ -7635,6 +7635,9 @@ class Cluster:
         self._stopping = True
         while self._pending and not self.failure and time.monotonic() < deadline:
             gevent.sleep(APPEND_INTERVAL)
+        if self._taker is not None:
+            # Else nobody would give back what it takes.
+            self._taker.join(timeout=max(deadline - time.monotonic(), 0.1))
         leaving = gevent.spawn(self._give_back, list(self.owned.values()))
         leaving.join(timeout=max(deadline - time.monotonic(), 0.1))
         gevent.killall([leaving, *filter(None, [self._taker]), *self._greenlets])
