@@ -673,6 +673,37 @@ def refused(url: str, *options: str) -> str:
     return line
 
 
+def test_tls_a_socket_and_a_password_from_a_file(tmp_path: Path) -> None:
+    """The ways to Redis other than plain TCP, with a certificate of an authority of our own."""
+    harness.certificates(tmp_path)
+    (tmp_path / "password").write_text("geheim\n")
+    port, path = free_port(), tmp_path / "redis.sock"
+    options = ["requirepass geheim", f"unixsocket {path}", f"tls-port {port}"]
+    options += [f"tls-cert-file {tmp_path}/server.pem", f"tls-key-file {tmp_path}/server.key"]
+    options += [f"tls-ca-cert-file {tmp_path}/ca.pem", "tls-auth-clients no"]
+    with RedisServer(tmp_path / "redis", *options):
+        for url in (
+            f"unix://{path}",
+            f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={tmp_path}/ca.pem",
+        ):
+            command = [f"--cluster-url={url}", f"--cluster-password-file={tmp_path}/password"]
+            with harness.AgentProcess(*command) as process:
+                harness.wait_until(lambda x=process: x.events("shards_taken"), url)  # type: ignore[misc]
+                assert process.stop() == 0
+                assert "geheim" not in str(process.lines)
+        assert "certificate" in failure(f"rediss://127.0.0.1:{port}/0", "geheim")
+
+
+def failure(url: str, password: str) -> str:
+    """Why an agent does not reach a Redis."""
+    settings = agent.Settings(cluster_url=url, cluster_password=password)
+    metrics = agent.Metrics(settings)
+    delivery = agent.Delivery(settings, metrics)
+    with pytest.raises(agent.RedisError) as caught:
+        agent.Cluster(settings, agent.load_rules(settings), metrics, delivery).join()
+    return str(caught.value)
+
+
 def test_a_cluster_that_was_made_otherwise_is_refused(tmp_path: Path) -> None:
     routes = tmp_path / "routes.yaml"
     routes.write_text("- transaction_tag: correlation-id\n")
