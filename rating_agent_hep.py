@@ -7190,7 +7190,7 @@ class Cluster:
         while True:
             try:
                 step(link)
-            except RedisError as error:
+            except (RedisError, StoreError) as error:
                 link.close()
                 self._fail(name, error)
                 gevent.sleep(REDIS_RETRY)
@@ -7203,7 +7203,7 @@ class Cluster:
             else:
                 self._work(name)
 
-    def _fail(self, name: str, error: RedisError) -> None:
+    def _fail(self, name: str, error: AgentError) -> None:
         self._metrics.count("cluster.errors")
         if name == "beat" and name not in self._faults:
             self._away = (self._answered, inf)
@@ -7479,12 +7479,17 @@ class Cluster:
             batch = entries.get(stream, ())
             if not shard.owned:
                 continue
-            for entry, (kind, frame) in batch:
-                self._hold(shard, entry, frame, kind == b"s")
+            for entry, fields in batch:
+                self._hold(shard, entry, fields)
             self._feed(shard, now - HOLD)
             if len(batch) < READ_GROUP:
                 shard.store.clock = max(shard.store.clock, now - HOLD - shard.store.lag)
-            shard.expire(shard.store.clock)
+            try:
+                shard.expire(shard.store.clock)
+            except Exception:
+                # It must not keep the other shards from their work.
+                self._metrics.count("packets.internal_error")
+                log.warning("a tick failed", exc_info=True, extra={"event": "internal_error"})
             if not shard.clean:
                 self._commit_due.set()
             if batch:
@@ -7494,15 +7499,16 @@ class Cluster:
         if all(len(batch) < READ_GROUP for batch in entries.values()):
             gevent.sleep(max(READ_INTERVAL - (time.monotonic() - started), 0.001))
 
-    def _hold(self, shard: StreamShard, entry: bytes, frame: bytes, stray: bool) -> None:
+    def _hold(self, shard: StreamShard, entry: bytes, fields: Sequence[bytes]) -> None:
         """Decode an entry of a stream, and keep it until its turn comes."""
         shard.read = entry
+        kind, frame = fields if len(fields) == 2 else (b"", b"")
         appended = int(entry.partition(b"-")[0]) / 1000
         packet, sender = None, ""
         try:
             data, arrival, sender = unpack_frame(frame)
             packet = decode_hep(data, arrival)
-        except (HepError, struct.error, IndexError):
+        except (HepError, struct.error):
             # It was whole when it was appended: another program writes here.
             self._metrics.count("packets.dropped.cluster_foreign")
         shard.held.append(
@@ -7513,7 +7519,7 @@ class Cluster:
                 hep_time=packet.time if packet else 0,
                 packet=packet,
                 sender=sender,
-                frame=b"" if stray else frame,
+                frame=frame if kind == b"f" else b"",
             )
         )
 

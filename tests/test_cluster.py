@@ -853,6 +853,18 @@ def test_agents_that_start_before_their_redis(tmp_path: Path) -> None:
     redis.stop()
 
 
+def test_what_another_program_writes_into_a_stream_costs_only_itself(tmp_path: Path) -> None:
+    several = Several(tmp_path, 14, agents=1)
+    client = several.client()
+    for number in range(64):
+        stream = f"rating:stream:{number}"
+        client.xadd(stream, {"a": "1", "b": "2"})
+        client.xadd(stream, {"f": b"no frame"})
+        client.xadd(stream, {"f": agent.pack_frame(b"HEP3 of nobody", 0, "192.0.2.1")})
+    several.run(0.5)
+    several.finish()
+
+
 def test_datagrams_over_the_limit_are_dropped_counted_and_said() -> None:
     settings = agent.Settings(cluster_url="redis://127.0.0.1:1")
     metrics = agent.Metrics(settings)
