@@ -7479,8 +7479,8 @@ class Cluster:
             batch = entries.get(stream, ())
             if not shard.owned:
                 continue
-            for entry, fields in batch:
-                self._hold(shard, entry, fields)
+            for entry, values in batch:
+                self._hold(shard, entry, values)
             self._feed(shard, now - HOLD)
             if len(batch) < READ_GROUP:
                 shard.store.clock = max(shard.store.clock, now - HOLD - shard.store.lag)
@@ -7499,10 +7499,10 @@ class Cluster:
         if all(len(batch) < READ_GROUP for batch in entries.values()):
             gevent.sleep(max(READ_INTERVAL - (time.monotonic() - started), 0.001))
 
-    def _hold(self, shard: StreamShard, entry: bytes, fields: Sequence[bytes]) -> None:
+    def _hold(self, shard: StreamShard, entry: bytes, values: Sequence[bytes]) -> None:
         """Decode an entry of a stream, and keep it until its turn comes."""
         shard.read = entry
-        kind, frame = fields if len(fields) == 2 else (b"", b"")
+        kind, frame = values if len(values) == 2 else (b"", b"")
         appended = int(entry.partition(b"-")[0]) / 1000
         packet, sender = None, ""
         try:
