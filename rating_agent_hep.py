@@ -6976,7 +6976,7 @@ READ_GROUP = 128
 READ_INTERVAL = 0.05
 # Seconds for which an entry waits for others that belong before it: agents append what they take in
 # a little sooner or later, and an ACK that goes before its 200 begins the call at its own time.
-HOLD = 0.3
+HOLD = 0.5
 # Seconds for which entries may wait before an agent calls itself unhealthy; a taken shard has those
 # of one lease.
 LAG_UNHEALTHY = 30.0

@@ -93,10 +93,13 @@ class Spray:
         return not self._due
 
     def run(self, agents: list[harness.AgentProcess], seconds: float) -> None:
-        started, begun = time.monotonic(), self._clock
-        while self._clock < begun + seconds:
+        last, end = time.monotonic(), self._clock + seconds
+        while self._clock < end:
             gevent.sleep(0.004)
-            self._clock = begun + time.monotonic() - started
+            now = time.monotonic()
+            # On a busy machine it is slower, and brings nothing that is late all at once.
+            self._clock += min(now - last, 0.02)
+            last = now
             while self.calling and self.number < self._clock * self._rate:
                 self._call()
             self._due.sort()
@@ -335,7 +338,7 @@ class Several:
             went = {kind: at for kind, at in spray.went.items() if tag.encode() in kind}
             assert max(abs(late), abs(longer)) < 0.002, f"{tag}: {late:.3f} {longer:.3f} {went}"
         bad = [x for x in self.lines if x["level"] == "ERROR" or "internal" in x.get("event", "")]
-        bad = [x for x in bad if x.get("event") != "redis_failed"]
+        bad = [x for x in bad if x.get("event") not in ("redis_failed", "journal_failed")]
         assert bad == []
         print(
             f"{spray.number} calls, {len(spray.ended)} answered, {spray.packets} packets, "
@@ -452,7 +455,8 @@ def test_failover_and_what_a_kill_costs(tmp_path: Path) -> None:
     several.run(1.5)
     victim = several.agents.pop()
     leases = client.mget([f"rating:lease:{number}" for number in range(64)])
-    lost = {number for number, owner in enumerate(leases) if f":{victim.pid}:" in owner.decode()}
+    mark = f":{victim.pid}:".encode()
+    lost = {number for number, owner in enumerate(leases) if owner and mark in owner}
     assert 20 < len(lost) < 44, "both have their share"
     victim.kill(signal.SIGKILL)
     killed = time.monotonic()

@@ -66,6 +66,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         ("reliability", r"groups that are (\d+) ms", agent.JOURNAL_INTERVAL * 1000),
         ("reliability", r"does not answer for (\d+) s", agent.JOURNAL_STALL),
         ("cluster", r"is (\d+) s longer than", agent.LEASE_MARGIN),
+        ("cluster", r"entry waits ([\d.]+) s before", agent.HOLD),
         ("cluster", r"append every (\d+) ms", agent.APPEND_INTERVAL * 1000),
         ("cluster", r"ms, (\d+) packets at most", agent.APPEND_GROUP),
         ("cluster", r"; (\d+) MB of UDP packets", agent.MAX_UNAPPENDED / 2**20),
@@ -77,7 +78,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_limits_are_those_of_the_module(page: str, sentence: str, limit: float) -> None:
     text = (harness.ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     (shown,) = re.findall(sentence, text)
-    assert int(shown.replace(",", "")) == limit
+    assert float(shown.replace(",", "")) == limit
 
 
 def test_architecture_is_that_of_the_module() -> None:
