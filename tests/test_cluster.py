@@ -23,6 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,6 +56,23 @@ RESENT = 1.0
 ONLY_CHAOS = pytest.mark.skipif(
     TIMES == 1 and "EACH" not in os.environ, reason="one at a time: make chaos, or EACH=1"
 )
+
+
+STARTED: list[harness.AgentProcess | RedisServer] = []
+
+
+def start(*options: str) -> harness.AgentProcess:
+    """An agent that does not outlive its test."""
+    STARTED.append(harness.AgentProcess(*options))
+    return STARTED[-1]  # type: ignore[return-value]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """A test that fails in the middle leaves no process behind."""
+    yield
+    while STARTED:
+        STARTED.pop().__exit__(None, None, None)
 
 
 def unique(payload: bytes, number: int) -> bytes:
@@ -170,6 +188,7 @@ class Several:
 
     def __init__(self, folder: Path, seed: int, *more: str, agents: int = 3) -> None:
         self.redis = RedisServer(folder / "redis", *more)
+        STARTED.append(self.redis)
         self.api = RatingApi()
         self.spray = Spray(seed)
         self.chance = random.Random(seed)
@@ -184,7 +203,7 @@ class Several:
             "--shutdown-timeout=5",
             LOCAL,
         ]
-        self.agents = [harness.AgentProcess(*self.options) for _ in range(agents)]
+        self.agents = [start(*self.options) for _ in range(agents)]
         if agents:
             self.all_owned()
 
@@ -228,7 +247,7 @@ class Several:
             self.spray.dead(victim.pid, self.agents)
 
     def add(self) -> None:
-        self.agents.append(harness.AgentProcess(*self.options))
+        self.agents.append(start(*self.options))
 
     # The faults, each with traffic before, during and after it.
 
@@ -411,7 +430,7 @@ def through_three(folder: Path, chosen: list[Case], routes: str) -> None:
     with RedisServer(folder / "redis") as redis, harness.RatingServer() as api:
         options = [f"--cluster-url={redis.url}", f"--rating-api-url={api.url}", LOCAL]
         options.append(f"--routes={folder / 'routes.yaml'}")
-        agents = [harness.AgentProcess(*options) for _ in range(3)]
+        agents = [start(*options) for _ in range(3)]
         owned(redis)
         for pace in (True, False):
             players = [
@@ -499,7 +518,7 @@ def test_rejected_events_are_listed_sent_again_and_dropped_from_any_machine(tmp_
     with RedisServer(tmp_path / "redis") as redis, harness.RatingServer() as api:
         api.answer = lambda path, body: ("400 Bad Request", {})
         options = [f"--cluster-url={redis.url}", f"--rating-api-url={api.url}", LOCAL]
-        agents = [harness.AgentProcess(*options) for _ in range(2)]
+        agents = [start(*options) for _ in range(2)]
         owned(redis)
         chance = random.Random(8)
         for number in range(6):
@@ -548,7 +567,7 @@ def test_a_leg_in_another_shard_ends_the_call_whose_tags_it_has(tmp_path: Path) 
     place = several.cluster()
     here = place.shard_of("call-1@host")
     other = next(n for n in range(2, 99) if place.shard_of(f"call-{n}@host") != here)
-    start = several.chance.choice
+    choose = several.chance.choice
     steps = [(invite(), 0.0), (reply(180), 0.1), (reply(200), 0.5), (ack(), 0.6)]
     legs = [(bye(), 5.0), (bye_reply(), 5.1)]
     base = hepbuild.TIME_US
@@ -556,7 +575,7 @@ def test_a_leg_in_another_shard_ends_the_call_whose_tags_it_has(tmp_path: Path) 
     def send(payload: bytes, number: int, at: float) -> None:
         payload = numbered(payload, number).replace(b"tag=", b"tag=long-enough-")
         frame = hepbuild.hep3(payload, time_us=base + round(at * 1e6))
-        harness.send_udp(start(several.agents).udp, [frame])
+        harness.send_udp(choose(several.agents).udp, [frame])
 
     for payload, at in steps:
         send(payload, 1, at)
