@@ -33,7 +33,7 @@ import gevent.server
 import pytest
 import redis
 from pure import kind_of
-from redisserver import PROGRAM, RedisServer, free_port, needs_redis
+from redisserver import RedisServer, free_port, needs_redis
 from test_cases import CAPTURES, CASES, FIELD, Case, arrivals, faults, stamps
 
 import harness
@@ -824,42 +824,6 @@ def test_a_redis_that_fails_in_each_way_and_comes_back(tmp_path: Path) -> None:
     redis.kill(signal.SIGCONT)
     is_back()
     several.finish()
-
-
-@ONLY_CHAOS
-def test_a_failover_of_redis_to_its_replica_by_sentinel(tmp_path: Path) -> None:
-    """What the replica had not copied may be lost; with no traffic at that moment nothing is."""
-    several = Several(tmp_path, 13, agents=0)
-    replica = RedisServer(tmp_path / "replica", f"replicaof 127.0.0.1 {several.redis.port}")
-    port = free_port()
-    conf = tmp_path / "sentinel.conf"
-    conf.write_text(
-        f"port {port}\nsentinel monitor mymaster 127.0.0.1 {several.redis.port} 1\n"
-        "sentinel down-after-milliseconds mymaster 1000\n"
-        "sentinel failover-timeout mymaster 5000\n"
-    )
-    sentinel = subprocess.Popen([PROGRAM, str(conf), "--sentinel"], stdout=subprocess.DEVNULL)
-    several.options[0] = f"--cluster-url=sentinel://127.0.0.1:{port}/mymaster/0"
-    try:
-        harness.wait_until(lambda: "slave0" in several.redis.ask("INFO", "replication"), "copied")
-        for _ in range(2):
-            several.add()
-        several.all_owned()
-        several.run(2.0)
-        gevent.sleep(0.5)
-        several.redis.stop(signal.SIGKILL)
-        harness.wait_until(
-            lambda: "role:master" in replica.ask("INFO", "replication"), "taken over"
-        )
-        several.redis = replica
-        for process in several.agents:
-            harness.wait_until(lambda x=process: x.events("redis_back"), "it is back")  # type: ignore[misc]
-        several.run(1.0)
-        several.finish()
-    finally:
-        sentinel.kill()
-        sentinel.wait()
-        replica.stop()
 
 
 def test_agents_that_start_before_their_redis(tmp_path: Path) -> None:
