@@ -260,6 +260,18 @@ class Via(NamedTuple):
     sent_by: str
 
 
+class Rewrite(NamedTuple):
+    """One step that changes ``field`` of what is reported: "source", "account" and so on.
+
+    ``match`` is a compiled regexp of RE2; what it finds first becomes ``replace``, in which
+    ``\\0`` stands for all that was found and ``\\1`` to ``\\9`` for the groups, as RE2 has it.
+    """
+
+    field: str
+    match: Any
+    replace: str
+
+
 @dataclass(frozen=True, eq=False)
 class Route:
     """How the calls of one rule are rated; ``routes.yaml`` and the main options fill it.
@@ -280,13 +292,26 @@ class Route:
     destination: str
     transaction_tag: str
     rating_api_url: str
+    transaction_match: Any = None  # a compiled regexp of RE2, or None
+    rewrite: tuple[Rewrite, ...] = ()
+    carrier_ip: bool = False
+
+    @property
+    def ties(self) -> bool:
+        """Whether calls with other Call-IDs may be legs of one call (rule 17)."""
+        return self.transaction_tag != "call-id" or self.transaction_match is not None
 
     @cached_property
     def packed(self) -> str:
         """The values in order of the fields, as a JSON text for `unpack_route`."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values["account_match"] = self.account_match.pattern if self.account_match else None
+        for name in _ROUTE_REGEXPS:
+            values[name] = values[name].pattern if values[name] else None
+        values["rewrite"] = [(x.field, x.match.pattern, x.replace) for x in self.rewrite]
         return _compact_json(list(values.values()))
+
+
+_ROUTE_REGEXPS = ("account_match", "transaction_match")
 
 
 def compile_regexp(text: str) -> Any:
@@ -313,8 +338,10 @@ def unpack_route(text: str) -> Route:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in kept
     }
-    pattern = values["account_match"]
-    return Route(**{**values, "account_match": compile_regexp(pattern) if pattern else None})
+    for name in _ROUTE_REGEXPS:
+        values[name] = compile_regexp(values[name]) if values[name] else None
+    values["rewrite"] = tuple(Rewrite(x, compile_regexp(y), z) for x, y, z in values["rewrite"])
+    return Route(**values)
 
 
 # Rating API, tenant and transaction tag.
@@ -571,11 +598,13 @@ def api_url(text: str) -> str:
 
 def account_regexp(text: str) -> Any:
     """Compile the regexp whose group 1 is the account, None for "". Raises ConfigError."""
-    if not text:
-        return None
+    return _grouped_regexp(text, "account") if text else None
+
+
+def _grouped_regexp(text: str, group: str) -> Any:
     pattern = compile_regexp(text)
     if pattern.groups < 1:
-        raise ConfigError(f"{text!r} has no group; allowed: a regexp whose group 1 is the account")
+        raise ConfigError(f"{text!r} has no group; allowed: a regexp whose group 1 is the {group}")
     return pattern
 
 
@@ -1570,7 +1599,44 @@ def resolve_account(route: Route, settings: Settings, message: SipMessage, calle
     tags = (_source_tag(source, domains, settings, message) for source, domains in sources)
     tag = next(filter(None, tags), "")
     found = route.account_match.search(tag) if route.account_match and tag else None
-    return (found[1] or "") if found else tag
+    tag = (found[1] or "") if found else tag
+    if not tag or not route.rewrite:
+        return tag
+    tag = rewritten(route, "destination_account" if callee else "account", tag)
+    # Cut, it might be another's.
+    return tag if len(tag) <= MAX_TEXT else ""
+
+
+def rewritten(route: Route, name: str, text: str) -> str:
+    """A text after the steps that a route has for this field; of a long one MAX_TEXT + 1."""
+    for step in route.rewrite:
+        found = step.match.search(text) if step.field == name else None
+        if found is not None:
+            groups = partial(_group_text, found)
+            changed = _GROUP.sub(groups, step.replace)
+            # A few steps that double what they find would make a text without end.
+            text = (text[: found.start()] + changed + text[found.end() :])[: MAX_TEXT + 1]
+    return text
+
+
+_GROUP = re.compile(r"\\([0-9])")
+
+
+def _group_text(found: Any, group: re.Match[str]) -> str:
+    return found[int(group[1])] or ""
+
+
+# A URI as `uri_text` writes it: scheme, number or name, host.
+_PARTY = re.compile(r"(sips?:|tel:)([^@]*)(@.*)?", re.S)
+
+
+def rewritten_party(route: Route, name: str, text: str) -> str:
+    """The source or the destination of a call as its route has it: scheme and host stay."""
+    found = _PARTY.fullmatch(text) if route.rewrite else None
+    # A host alone is no number. Of a text that was cut, the host may be gone.
+    if found is None or not (found[3] or found[1] == "tel:" or len(text) >= MAX_TEXT):
+        return text
+    return (found[1] + rewritten(route, name, found[2]) + (found[3] or ""))[:MAX_TEXT]
 
 
 def _former_sources(
@@ -1641,13 +1707,40 @@ def transaction_tag(route: Route, sighting: Sighting) -> str:
         text = sighting.packet.correlation_id
     elif source.startswith("header:"):
         text = next(iter(sighting.message.header(source[7:])), "")
+    elif route.transaction_match is not None:
+        # As it was sent: of a long one `call_id` is a digest, in which no part is found.
+        text = sighting.message.header("call-id")[0]
+    if route.transaction_match is not None:
+        found = route.transaction_match.search(text)
+        text = (found[1] or "") if found else ""
     return printable_id(text if 0 < len(text) <= MAX_TEXT else sighting.message.call_id)
 
 
 def party_text(source: str, message: SipMessage) -> str:
-    """The source or the destination of a call: the URI of "from", "to" or "request-uri"."""
-    uri = message.party(source)
+    """The source or the destination of a call: the URI of "from", "to" or "request-uri".
+
+    "rn" is the Request-URI with its routing number in place of its number, if it has one.
+    """
+    if source != "rn":
+        uri = message.party(source)
+        return uri_text(uri) if uri.scheme else ""
+    uri = message.party("request-uri")
+    number = next(filter(None, _portability(message)), "").translate(_SEPARATORS)
+    uri = uri._replace(user=number) if number else uri
     return uri_text(uri) if uri.scheme else ""
+
+
+# RFC 4694 sections 4 and 5. The parameters stand behind the number, or behind the host where a
+# server treats them as its own.
+_PORTABILITY = re.compile(r";\s*(?:npdi|rn\s*=\s*([0-9A-F*#+().-]+))\s*(?=[;@]|\Z)", re.I | re.A)
+
+
+def _portability(message: SipMessage) -> list[str]:
+    """What a look-up of the number left in the Request-URI, empty where there was none.
+
+    The routing number, or "" for npdi, which says that the number was looked up.
+    """
+    return _PORTABILITY.findall(message.request_uri.partition("?")[0])
 
 
 def main_route(settings: Settings) -> Route:
@@ -1754,13 +1847,44 @@ def _parse_rule(name: str, node: yaml.Node, main: Route) -> Rule:
     values = {item.name: getattr(main, item.name) for item in fields(Route)}
     values["name"] = f"line {node.start_mark.line + 1}"
     conditions: list[_Condition] = []
-    entries = yaml_entries(name, node, "a rule: ", _choice("match", *_ROUTE_VALUES))
+    entries = yaml_entries(name, node, "a rule: ", _choice("match", "rewrite", *_ROUTE_VALUES))
     for key, value in entries.items():
         if key == "match":
             conditions = _parse_match(name, value)
+        elif key == "rewrite":
+            values[key] = _parse_rewrite(name, value)
+        elif key == "transaction_tag" and isinstance(value, yaml.MappingNode):
+            source, match = _parse_keys(name, value, key, _TRANSACTION_KEYS)
+            values |= {"transaction_tag": source, "transaction_match": match}
         else:
             values[key] = _convert(name, value, key, _ROUTE_VALUES[key])
     return Rule(Route(**values), tuple(conditions))
+
+
+def _parse_rewrite(name: str, node: yaml.Node) -> tuple[Rewrite, ...]:
+    if not isinstance(node, yaml.SequenceNode):
+        allowed = f"a list of {{{', '.join(_REWRITE_KEYS)}}}"
+        raise yaml_error(name, node, f"rewrite: not a list; allowed: {allowed}")
+    steps = []
+    for item in node.value:
+        step = Rewrite(*_parse_keys(name, item, "rewrite", _REWRITE_KEYS))
+        groups = [int(group) for group in _GROUP.findall(step.replace)]
+        if max(groups, default=0) > step.match.groups:
+            problem = f"rewrite: replace: {step.replace!r} has a group that match has not"
+            raise yaml_error(name, item, f"{problem}; allowed: \\0 to \\{step.match.groups}")
+        steps.append(step)
+    return tuple(steps)
+
+
+def _parse_keys(
+    name: str, node: yaml.Node, what: str, keys: dict[str, Callable[[Any], Any]]
+) -> list[Any]:
+    """The values of a mapping that must have exactly these keys, in their order."""
+    entries = yaml_entries(name, node, f"{what}: ", _choice(*keys))
+    for key in keys:
+        if key not in entries:
+            raise yaml_error(name, node, f"{what}: no {key!r}; allowed: {', '.join(keys)}")
+    return [_convert(name, entries[key], f"{what}: {key}", keys[key]) for key in keys]
 
 
 def _parse_match(name: str, node: yaml.Node) -> list[_Condition]:
@@ -1808,8 +1932,33 @@ def _accounts(value: Any) -> tuple[str, ...]:
 
 def _transaction_source(value: Any) -> str:
     if value not in ("call-id", "correlation-id") and not _header_name(str(value)):
-        raise ConfigError(f"{value!r}; allowed: call-id, correlation-id, header:NAME")
+        allowed = "call-id, correlation-id, header:NAME, {from: one of these, match: REGEXP}"
+        raise ConfigError(f"{value!r}; allowed: {allowed}")
     return str(value)
+
+
+def _replacement(value: Any) -> str:
+    text = "" if value == "" else _one_text(value)
+    if not text.isascii() or "\\" in _GROUP.sub("", text):
+        raise ConfigError(f"{text!r}; allowed: ASCII, and \\0 to \\9 for what was found")
+    return text
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{value!r}; allowed: true, false")
+    return value
+
+
+_TRANSACTION_KEYS: dict[str, Callable[[Any], Any]] = {
+    "from": _transaction_source,
+    "match": lambda value: _grouped_regexp(_one_text(value), "transaction tag"),
+}
+_REWRITE_KEYS: dict[str, Callable[[Any], Any]] = {
+    "field": _choice("source", "destination", "account", "destination_account"),
+    "match": lambda value: compile_regexp(_one_text(value)),
+    "replace": _replacement,
+}
 
 
 _ROUTE_VALUES: dict[str, Callable[[Any], Any]] = {
@@ -1822,9 +1971,10 @@ _ROUTE_VALUES: dict[str, Callable[[Any], Any]] = {
     "account_match": lambda value: account_regexp(_one_text(value)),
     "product_tag": _one_text,
     "tags": _texts,
-    "destination": _choice("to", "request-uri"),
+    "destination": _choice("to", "request-uri", "rn"),
     "transaction_tag": _transaction_source,
     "rating_api_url": lambda value: api_url(_one_text(value)),
+    "carrier_ip": _truth,
 }
 
 
@@ -1978,20 +2128,25 @@ class Charge:
 class Identity(Charge):
     """What an INVITE says of its charge: that of the copy nearest to the caller.
 
-    That is the copy with the fewest ``hops``. A copy further on only adds an account that is
-    missing, such as an identity that the proxy asserts.
+    That is the copy with the fewest ``hops``. A copy further on only adds what is missing: an
+    account, such as an identity that the proxy asserts, or a routing number that it looked up.
     """
 
     hops: int = 0
     source: str = ""
     source_ip: str = ""
     destination: str = ""
-    # The hops of the copies that gave the accounts.
+    # The hops of the copies that gave the accounts, and of the one whose number was looked up.
     account_hops: int = 0
     destination_hops: int = 0
+    number_hops: int = MAX_VIAS + 1
+    # The URI of From as it was sent, which tells apart those who use one branch.
+    caller: str = ""
 
     def add(self, message: SipMessage, hops: int, settings: Settings) -> None:
-        """Take an account that is missing, or that a copy further on gave, from this copy."""
+        """Take what is missing, or what a copy further on gave, from this copy."""
+        if self.route.destination == "rn" and hops < self.number_hops and _portability(message):
+            self.destination, self.number_hops = _destination(self.route, message), hops
         if not self.account_tag or self.account_hops > hops:
             tag = resolve_account(self.route, settings, message, callee=False)
             if tag:
@@ -2005,16 +2160,22 @@ class Identity(Charge):
 def identify(sighting: Sighting, route: Route, hops: int, settings: Settings) -> Identity:
     """The identity that an INVITE copy gives by itself."""
     message = sighting.message
+    caller = party_text("from", message)
     identity = Identity(
         route,
         transaction_tag(route, sighting),
         hops=hops,
-        source=party_text("from", message),
+        source=rewritten_party(route, "source", caller),
         source_ip=sighting.packet.source_ip,
-        destination=party_text(route.destination, message),
+        destination=_destination(route, message),
+        caller=caller,
     )
     identity.add(message, hops, settings)
     return identity
+
+
+def _destination(route: Route, message: SipMessage) -> str:
+    return rewritten_party(route, "destination", party_text(route.destination, message))
 
 
 @dataclass(slots=True)
@@ -2068,6 +2229,36 @@ class Attempt:
     # A caller may use his branch again for an INVITE with another From: each is kept.
     named: tuple[Identity, ...] = ()
     further: tuple[SipMessage, ...] = ()
+    # If a route wants to know: where its copies went, as (top branch, hops, address), and the top
+    # branches of 2xx.
+    sent_to: tuple[tuple[str, int, str], ...] = ()
+    answers: tuple[str, ...] = ()
+
+    def note_target(self, branch: str, hops: int, address: str) -> None:
+        """Take in where a copy with this top branch went; no charge depends on it."""
+        target = (branch, hops, address)
+        if target not in self.sent_to and len(self.sent_to) < MAX_INVITE_COPIES:
+            self.sent_to += (target,)
+
+    def note_answer(self, branch: str) -> None:
+        """Take in the top branch of a 2xx, where it matters which copy was answered."""
+        if any(branch == known for known, _, _ in self.sent_to) and branch not in self.answers:
+            self.answers += (branch,)
+
+    @property
+    def carrier_ip(self) -> str:
+        """Where the INVITE left what is mirrored, "" where that is not certain.
+
+        Of the copies that were answered, or else of those that were not refused, it is where those
+        with the most hops went, if all went to one address. The caller's own copy left no proxy.
+        """
+        nearest = self.identity.hops if self.identity else 0
+        copies = [x for x in self.sent_to if x[1] > nearest]
+        answered = [x for x in copies if x[0] in self.answers]
+        left = answered or [x for x in copies if x[0] not in self.refusals]
+        most = max([hops for _, hops, _ in left], default=0)
+        addresses = {address for _, hops, address in left if hops == most}
+        return addresses.pop() if len(addresses) == 1 else ""
 
     def copy(self, branch: str) -> InviteCopy | None:
         """How the copies with this top branch look."""
@@ -2093,10 +2284,10 @@ class Attempt:
         self.caller = self.caller or invite.vias[-1].sent_by
         return True
 
-    def choose(self, source: str) -> None:
+    def choose(self, caller: str) -> None:
         """The From of a 2xx is that of the INVITE which was answered (RFC 3261 8.2.6.2)."""
-        same = next((x for x in self.named if x.source == source), None)
-        if same is not None and self.identity is not None and self.identity.source != source:
+        same = next((x for x in self.named if x.caller == caller), None)
+        if same is not None and self.identity is not None and self.identity.caller != caller:
             self.named = (*(x for x in self.named if x is not same), self.identity)
             self.identity = same
 
@@ -2370,25 +2561,27 @@ def note(call: Call, message: SipMessage, now: float) -> int:
 
 
 def note_invite(
-    call: Call, sighting: Sighting, route: Route, settings: Settings, keep: bool
+    call: Call, sighting: Sighting, route: Route, settings: Settings, keep: bool, targets: bool
 ) -> bool:
     """Add an initial INVITE or a copy of it, and say whether it was new: rules 1 and 3.
 
     ``keep`` says that other routes are possible, so that the text of a copy that came before one
-    nearer to the caller may be needed once more.
+    nearer to the caller may be needed once more; ``targets`` that a route wants `carrier_ip`.
     """
     message, packet = sighting.message, sighting.packet
     sender = (packet.source, packet.source_port)
     receiver = (packet.destination, packet.destination_port)
     attempt, hops = _find_attempt(call, message, sender, receiver)
+    if targets and packet.destination:
+        attempt.note_target(message.top_branch, hops, packet.destination_ip)
     new = attempt.note_copy(message)
     # After 32 s it is no retransmission, but the branch used again.
     if not 0 < attempt.time <= message.time <= attempt.time + LINGER * 1_000_000:
         attempt.time, new = message.time, True
     identity = attempt.identity
     if identity is not None and sender[0] == attempt.sender[0]:
-        source = party_text("from", message)
-        if source != identity.source and all(x.source != source for x in attempt.named):
+        caller = party_text("from", message)
+        if caller != identity.caller and all(x.caller != caller for x in attempt.named):
             named = identify(sighting, route, hops, settings)
             attempt.named = (*attempt.named[1 - MAX_NAMED :], named)
             return True
@@ -2476,10 +2669,12 @@ def _note_reply(call: Call, reply: SipMessage, now: float) -> int:
 
 def _note_answer(call: Call, dialog: Dialog, answer: SipMessage, now: float) -> int:
     """A 2xx to an INVITE."""
+    for attempt in call.attempts:
+        attempt.note_answer(answer.top_branch)
     if any(attempt.named for attempt in call.attempts):
-        attempt = call.attempt_of(answer)
-        if attempt is not None:
-            attempt.choose(party_text("from", answer))
+        chosen = call.attempt_of(answer)
+        if chosen is not None:
+            chosen.choose(party_text("from", answer))
     new = not dialog.answered or answer.cseq != dialog.cseq
     was = dialog.unacknowledged
     if new:
@@ -3259,8 +3454,12 @@ class CallTable:
 
     def _tie_orphan(self, call: Call, sighting: Sighting) -> None:
         """What a BYE without an INVITE is tied by, as the routes have it (rule 17)."""
-        routes = [x.route for x in self.rules if x.route.transaction_tag != "call-id"]
-        ties = {(x.tenant, transaction_tag(x, sighting)): None for x in routes}
+        ties: dict[tuple[str, str], None] = {}
+        for route in [rule.route for rule in self.rules if rule.route.ties]:
+            tag = transaction_tag(route, sighting)
+            # Of one Call-ID are other calls, not legs: a BYE with other tags is none of theirs.
+            if route.transaction_tag != "call-id" or tag != printable_id(call.call_id):
+                ties[route.tenant, tag] = None
         self._tie_by(call, tuple(ties))
 
     def _tie_tags(self, call: Call) -> None:
@@ -3339,7 +3538,9 @@ class CallTable:
             call.capture_id = sighting.packet.capture_id
             self._inherit(call)
         call.heard = self._now
-        if note_invite(call, sighting, route, self.settings, len(self.rules) > 1):
+        rules = self.rules
+        targets = any(rule.route.carrier_ip for rule in rules)
+        if note_invite(call, sighting, route, self.settings, len(rules) > 1, targets):
             self._touch(call)
             if call.dialogs or call.state != TRYING:
                 self._review(call)
@@ -3386,6 +3587,7 @@ class CallTable:
                 call.attempts = deepcopy(other.attempts)
                 for attempt in call.attempts:
                     attempt.copies, attempt.identity, attempt.further = (), None, ()
+                    attempt.sent_to = attempt.answers = ()
                 return
 
     def _create(self, sighting: Sighting, state: str = ORPHAN) -> Call:
@@ -3591,6 +3793,7 @@ class CallTable:
             "source": identity.source,
             "source_ip": identity.source_ip,
             "destination": identity.destination,
+            "carrier_ip": begin.attempt.carrier_ip if call.route.carrier_ip else "",
             "product_tag": call.route.product_tag,
             "tags": list(call.route.tags),
             "timestamp_begin": rfc3339(begin.time),
@@ -3606,7 +3809,11 @@ class CallTable:
         tenant, tag = call.route.tenant, call.transaction_tag
         other = self._tied_call((tenant, tag))
         if other is not None:
-            tying = "call-id" not in (call.route.transaction_tag, other.route.transaction_tag)
+            routes = (call.route, other.route)
+            by_call_id = any(route.transaction_tag == "call-id" for route in routes)
+            tying = all(route.ties for route in routes)
+            # A part of the Call-ID ties legs with different Call-IDs.
+            tying = tying and not (by_call_id and call.call_id == other.call_id)
             if tying and (not other.ended_at or call.begun <= other.ended):
                 call.tied = True
                 return
@@ -5101,7 +5308,7 @@ JOURNAL_FILE = "journal.sqlite"
 # both events were answered. ``call`` is the text of `pack_call`, empty once the call has left. A
 # serial is greater than 0 while its event waits. ``attempts`` and ``answer`` are of the event that
 # goes next. ``party`` is the one party that the begin was taken with, where it was one alone.
-JOURNAL_VERSION = 3
+JOURNAL_VERSION = 4
 _SCHEMA = """
     CREATE TABLE calls (
         id INTEGER PRIMARY KEY, api TEXT, call TEXT, begin_event TEXT, begin_serial INTEGER,

@@ -454,18 +454,18 @@ def test_a_half_made_file_is_none(tmp_path: Path) -> None:
 # Versions
 
 
-@pytest.mark.parametrize(("version", "writer"), [(2, "an earlier tree"), (4, "a newer agent")])
+@pytest.mark.parametrize(("version", "writer"), [(3, "an earlier tree"), (5, "a newer agent")])
 def test_a_file_of_another_version_is_left_untouched(
     version: int, writer: str, tmp_path: Path, journals: Any
 ) -> None:
-    """Versions 1 and 2 were of trees before the first release."""
+    """Versions 1 to 3 were of trees before the first release."""
     journals().close(9)
     path = tmp_path / "state" / agent.JOURNAL_FILE
     with sqlite3.connect(path) as db:
         db.execute("PRAGMA journal_mode = DELETE")
         db.execute(f"PRAGMA user_version = {version}")
     before = path.read_bytes()
-    expected = f"version {version}, written by {writer}, left untouched; allowed: version 3"
+    expected = f"version {version}, written by {writer}, left untouched; allowed: version 4"
     assert expected in refused(tmp_path / "state")
     assert path.read_bytes() == before
 

@@ -26,7 +26,7 @@ def test_configuration_page_has_the_options_table_of_the_module() -> None:
 
 def test_configuration_page_shows_the_example_routes() -> None:
     page = (harness.ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
+    shown, *_ = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
     assert shown in (harness.ROOT / "conf" / "routes.yaml").read_text(encoding="utf-8")
 
 
@@ -135,7 +135,8 @@ def test_example_routes_are_valid() -> None:
     rules = agent.load_rules(agent.Settings(routes=path))
     assert [rule.route.name for rule in rules] == ["wholesale", "internal", "main"]
     text = (harness.ROOT / "conf" / "routes.yaml").read_text(encoding="utf-8")
-    for key in (*agent._MATCH_KEYS, *agent._ROUTE_VALUES):
+    steps = (*agent._TRANSACTION_KEYS, *agent._REWRITE_KEYS)
+    for key in (*agent._MATCH_KEYS, *agent._ROUTE_VALUES, "rewrite", *steps):
         assert re.search(rf"\b{key}\b", text), f"conf/routes.yaml does not explain {key}"
 
 

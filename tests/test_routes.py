@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
+import json
 import re
 import resource
 import subprocess
@@ -10,13 +12,17 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import pure
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import harness
+import hepbuild
 import rating_agent_hep as agent
+from hep_replay import frames, read_capture
 from hepbuild import sip_request
 
 PLAIN = agent.Settings()
@@ -300,8 +306,10 @@ MAIN = replace(
 def parts(route: agent.Route) -> dict[str, object]:
     """The settings of a route; a regexp as its pattern."""
     values = {name: getattr(route, name) for name in route.__dataclass_fields__}
-    if route.account_match is not None:
-        values["account_match"] = route.account_match.pattern
+    for name in ("account_match", "transaction_match"):
+        if values[name] is not None:
+            values[name] = values[name].pattern
+    values["rewrite"] = tuple((x.field, x.match.pattern, x.replace) for x in route.rewrite)
     return values
 
 
@@ -318,6 +326,9 @@ INHERITED = {
     "destination": "to",
     "transaction_tag": "call-id",
     "rating_api_url": "https://api.example",
+    "transaction_match": None,
+    "rewrite": (),
+    "carrier_ip": False,
 }
 
 
@@ -367,6 +378,21 @@ SOURCES = ("history-info", "p-asserted-identity", "remote-party-id", "diversion"
         ("tags: []", "tags", ()),
         ("destination: request-uri", "destination", "request-uri"),
         ("destination: to", "destination", "to"),
+        ("destination: rn", "destination", "rn"),
+        ("carrier_ip: true", "carrier_ip", True),
+        ("carrier_ip: no", "carrier_ip", False),
+        ("rewrite: []", "rewrite", ()),
+        (
+            "rewrite: [{replace: '+', match: ^00, field: source}]",
+            "rewrite",
+            (("source", "^00", "+"),),
+        ),
+        (
+            "rewrite:\n  - {field: account, match: '^(.)(.*)', replace: '\\2\\1'}\n"
+            "  - field: destination_account\n    match: x\n    replace: ''",
+            "rewrite",
+            (("account", "^(.)(.*)", "\\2\\1"), ("destination_account", "x", "")),
+        ),
         ("transaction_tag: call-id", "transaction_tag", "call-id"),
         ("transaction_tag: correlation-id", "transaction_tag", "correlation-id"),
         ("transaction_tag: header:X-CID", "transaction_tag", "header:X-CID"),
@@ -379,6 +405,41 @@ def test_every_setting(written, key, value):
     """What a rule sets, and that it inherits all else from the main options."""
     expected = {**INHERITED, "name": "line 2", key: value}
     assert parts(first(f"\n- {written}\n", MAIN)) == expected
+
+
+def test_a_part_as_transaction_tag():
+    written = "transaction_tag: {match: '^(.+)_b2b-1$', from: correlation-id}"
+    part = {"transaction_tag": "correlation-id", "transaction_match": "^(.+)_b2b-1$"}
+    assert parts(first(f"\n- {written}\n", MAIN)) == {**INHERITED, "name": "line 2", **part}
+
+
+@pytest.mark.parametrize(
+    ("written", "ties"),
+    [
+        ("call-id", False),
+        ("correlation-id", True),
+        ("header:X", True),
+        ("{from: call-id, match: (.+)}", True),
+    ],
+)
+def test_which_routes_tie_legs(written, ties):
+    assert first(f"- transaction_tag: {written}").ties is ties
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- tenant: x",
+        "- {name: a, account: [from, header:X], account_match: '^(a|b)', tags: [x, 'y, z']}",
+        "- {local_domains: [], destination: rn, carrier_ip: true}",
+        "- {transaction_tag: {from: header:X, match: 'icid-value=\"?([^\";]+)'}}",
+        "- {rewrite: [{field: source, match: '^(0)0', replace: '\\0+\\1\"'}, "
+        "{field: account, match: é, replace: ''}]}",
+    ],
+)
+def test_a_route_is_the_same_after_it_was_packed(text):
+    route = first(text, MAIN)
+    assert parts(agent.unpack_route(route.packed)) == parts(route)
 
 
 def test_a_rule_without_a_name_is_called_by_its_line():
@@ -788,6 +849,375 @@ def test_transaction_tag(source, headers, correlation, tag):
     assert agent.transaction_tag(route, seen(headers, packet=packet)) == tag
 
 
+PCV = "P-Charging-Vector"
+SESSION = "ab30317f1a784dc48ff824d0d3715d86"
+
+
+@pytest.mark.parametrize(
+    ("source", "match", "headers", "tag"),
+    [
+        ("call-id", "^(.+)@h$", [], "1"),
+        ("call-id", "^(.+?)(?:_b2b-1)*$", [], "1@h"),
+        (f"header:{PCV}", 'icid-value="?([^";]+)', [(PCV, 'icid-value="x;y=1"')], "x"),
+        (f"header:{PCV}", 'icid-value="?([^";]+)', [(PCV, "term-ioi=a;icid-value=x;b=c")], "x"),
+        ("header:Session-ID", "^([0-9a-f]{32})", [("Session-ID", f"{SESSION};remote=0")], SESSION),
+        ("header:X", "(a b)", [("X", "a b^")], "a^20b"),
+        ("correlation-id", "^c(.*)", [], "orr"),
+        # What does not match, or is not there, is the Call-ID.
+        ("call-id", "^(2)", [], "1@h"),
+        ("call-id", "^1()", [], "1@h"),
+        ("call-id", "^1|(2)", [], "1@h"),
+        (f"header:{PCV}", "icid-value=(.+)", [(PCV, "orig-ioi=a")], "1@h"),
+        ("header:X", "(.*)", [], "1@h"),
+        ("header:X", "(.*)", [("X", "x" * (agent.MAX_TEXT + 1))], "1@h"),
+        ("correlation-id", "^(x)", [], "1@h"),
+    ],
+)
+def test_a_part_of_what_ties(source, match, headers, tag):
+    route = first(f"- transaction_tag: {{from: '{source}', match: '{match}'}}")
+    packet = agent.HepPacket(version=3, time=1, correlation_id="corr")
+    assert agent.transaction_tag(route, seen(headers, packet=packet)) == tag
+
+
+def test_a_part_of_a_long_call_id_is_found():
+    """Its digest is another one for each leg."""
+    route = first("- transaction_tag: {from: call-id, match: '^(x{9})x*_b2b-1$'}")
+    payload = sip_request(
+        "INVITE",
+        "sip:1@h",
+        call_id="x" * agent.MAX_TEXT + "_b2b-1",
+        from_tag="a",
+        cseq=1,
+        branch="z9hG4bK1",
+    )
+    parsed = agent.parse_sip(payload)
+    assert parsed is not None
+    sighting = agent.Sighting(agent.HepPacket(version=3, time=1), parsed)
+    assert agent.transaction_tag(route, sighting) == "x" * 9
+
+
+# Numbers
+
+
+def rewriting(*steps: tuple[str, str, str]) -> agent.Route:
+    lines = [f"{{field: {x}, match: '{y}', replace: '{z}'}}" for x, y, z in steps]
+    return first(f"- rewrite: [{', '.join(lines)}]")
+
+
+PLUS = ("destination", "^00", "+")
+
+
+@pytest.mark.parametrize(
+    ("steps", "told", "right"),
+    [
+        ([PLUS], "sip:0039347@h", "sip:+39347@h"),
+        ([PLUS], "sips:0039347@[2001:db8::1]", "sips:+39347@[2001:db8::1]"),
+        ([PLUS], "tel:0039347", "tel:+39347"),
+        ([PLUS], "sip:39347@h", "sip:39347@h"),
+        ([PLUS], "sip:@h", "sip:@h"),
+        # A host is no number, and what is no address stays.
+        ([PLUS], "sip:00host.example", "sip:00host.example"),
+        ([("destination", "^", "+")], "urn:", "urn:"),
+        ([("destination", "^", "+")], "", ""),
+        ([("source", "^00", "+")], "sip:0039347@h", "sip:0039347@h"),
+        # In order; each finds what the one before left, and replaces it once.
+        ([PLUS, ("destination", "^0", "+39")], "sip:0039@h", "sip:+39@h"),
+        ([PLUS, ("destination", "^0", "+39")], "sip:06123@h", "sip:+396123@h"),
+        ([("destination", "0", "x")], "sip:700800@h", "sip:7x0800@h"),
+        ([("destination", "^9(.)", r"\1")], "sip:9123@h", "sip:123@h"),
+        ([("destination", "^(1)(2)?", r"\2\10[\0]")], "sip:13@h", "sip:10[1]3@h"),
+        ([("destination", "^.*$", "")], "sip:1@h", "sip:@h"),
+        ([("destination", "h$", "x")], "sip:1@h", "sip:1@h"),
+    ],
+)
+def test_rewritten_numbers(steps, told, right):
+    assert agent.rewritten_party(rewriting(*steps), "destination", told) == right
+
+
+def test_a_number_without_rewrite_is_as_it_was():
+    assert agent.rewritten_party(first("- name: x"), "destination", "sip:00@h") == "sip:00@h"
+
+
+def test_a_long_number_is_rewritten_and_cut():
+    """Nobody may write so long a number that its rate is another."""
+    text = agent.uri_text(agent.parse_uri(f"sip:00{'1' * 2_000}@h"))
+    assert len(text) == agent.MAX_TEXT and "@" not in text
+    doubled = [("destination", "^.*$", r"\0\0")] * 40
+    for steps in ([PLUS], [PLUS, *doubled]):
+        told = agent.rewritten_party(rewriting(*steps), "destination", text)
+        assert told.startswith("sip:+11") and len(told) <= agent.MAX_TEXT
+    assert len(told) == agent.MAX_TEXT
+
+
+@pytest.mark.parametrize(
+    ("field", "steps", "right"),
+    [
+        ("account", [("account", "^39", "")], "347"),
+        ("account", [("destination_account", "^39", "")], "39347"),
+        ("account", [("source", "^39", "")], "39347"),
+        ("destination_account", [("destination_account", "^(39)", r"+\1-")], "+39-347"),
+        # The account is what account_match found of it, and "" is none.
+        ("account", [("account", "7$", "")], "3934"),
+        ("account", [("account", ".*", "")], ""),
+        ("account", [("account", "^.*$", r"\0\0\0\0")] * 6, ""),
+    ],
+)
+def test_rewritten_accounts(field, steps, right):
+    route = replace(rewriting(*steps), **{field: ("from",)})
+    callee = field == "destination_account"
+    sighted = message(sender="sip:39347@h")
+    assert agent.resolve_account(route, PLAIN, sighted, callee) == right
+
+
+def test_account_match_comes_before_rewrite():
+    route = first(
+        "- {account: from, account_match: '^00(.*)', "
+        "rewrite: [{field: account, match: '^', replace: +}]}"
+    )
+    assert agent.resolve_account(route, PLAIN, message(sender="sip:0039@h"), False) == "+39"
+
+
+@pytest.mark.parametrize(
+    ("uri", "told"),
+    [
+        ("tel:+1-201-555-0123;npdi;rn=+1-202-555-0199", "tel:+12025550199"),
+        ("sip:+12015550123;npdi;rn=+12025550199@h;user=phone", "sip:+12025550199@h"),
+        ("sip:+12015550123;rn=+1(202)555.0199;npdi@h", "sip:+12025550199@h"),
+        ("sip:+12015550123@h:5060;NPDI;RN=2025550199;user=phone", "sip:2025550199@h"),
+        ("sip:399@h;rn=C60399", "sip:C60399@h"),
+        ("sip:1;rn=2;rn-context=+1;rn=3@h", "sip:2@h"),
+        # Looked up and not ported; not looked up; what is no routing number.
+        ("sip:+12015550123;npdi@h;user=phone", "sip:+12015550123@h"),
+        ("tel:+1-201-555-0123", "tel:+12015550123"),
+        ("sip:1@h;rn=", "sip:1@h"),
+        ("sip:1@h;rn=zone", "sip:1@h"),
+        ("sip:1@h;xrn=2", "sip:1@h"),
+        ("sip:1@h?Subject=;rn=2", "sip:1@h"),
+        ("nonsense", ""),
+    ],
+)
+def test_routing_number(uri, told):
+    """RFC 4694: rn= is where the number was ported to, npdi that it was looked up."""
+    assert agent.party_text("rn", message(request=uri)) == told
+
+
+# What is reported: a call through a proxy, copy by copy
+
+PHONE, EDGE, CORE, GONE, CARRIER = [(f"192.0.2.{number}", 5060) for number in range(1, 6)]
+Address = tuple[str, int]
+
+
+def sent(
+    source: Address,
+    target: Address,
+    hops: int = 1,
+    status: int = 0,
+    omit: Iterable[int] = (),
+    capture_id: int = 1,
+    **more: Any,
+) -> pure.Arrival:
+    """An INVITE or a reply to it, between two addresses; the top branch names who is asked."""
+    asked = source if status else target
+    vias = [(f"10.0.0.{hop}:5060", f"z9hG4bK-{hop}") for hop in range(hops - 1, 0, -1)]
+    vias.insert(0, (f"10.0.0.{hops}:5060", f"z9hG4bK-{hops}-{asked[0]}"))
+    if hops > 1:
+        vias[-1] = ("10.0.0.1:5060", f"z9hG4bK-1-{EDGE[0]}")
+    common: dict[str, Any] = {"call_id": "1@h", "from_tag": "a", "cseq": 1, "branch": ""}
+    common |= {"from_uri": more.pop("from_uri", "sip:002000@sip.canyan.io"), "vias": vias}
+    if status:
+        payload = hepbuild.sip_reply(status, to_tag="b", **common, **more)
+    else:
+        payload = sip_request("INVITE", more.pop("request", "sip:0039@h"), **common, **more)
+    # All within the reorder window.
+    packet: dict[str, Any] = {"omit": omit, "capture_id": capture_id}
+    frame = hepbuild.hep3(payload, src=source, dst=target, time_us=TIME, **packet)
+    return pure.Arrival(1.0, frame)
+
+
+TIME = 1_795_600_800_000_000
+
+
+def begun(
+    routes: str, arrivals: Iterable[pure.Arrival], restart: int = 0, **options: Any
+) -> dict[str, Any]:
+    """The body of the one begin that these messages bring about."""
+    core = pure.Core(pure.settings(**options), routes, TIME / 1_000_000, restart)
+    bodies = [event.body for event in core.play(arrivals, 5.0) if event.kind == "begin"]
+    assert len(bodies) == 1
+    body: dict[str, Any] = json.loads(bodies[0])
+    return body
+
+
+CARRIER_IP = "- carrier_ip: true\n"
+IN, OUT = sent(PHONE, EDGE), sent(EDGE, CARRIER, 2)
+ANSWERS = [sent(CARRIER, EDGE, 2, 200), sent(EDGE, PHONE, 1, 200)]
+FAILED = [sent(EDGE, GONE, 2), sent(GONE, EDGE, 2, 503)]
+THROUGH = [sent(EDGE, CORE, 2), sent(CORE, CARRIER, 3)]
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "found"),
+    [
+        ([IN, OUT, *ANSWERS], CARRIER),
+        ([IN, OUT, OUT, IN, *ANSWERS], CARRIER),
+        ([OUT, IN, *ANSWERS], CARRIER),
+        # Another carrier refused, or was silent; the latter is known by the answer only.
+        ([IN, *FAILED, OUT, *ANSWERS], CARRIER),
+        ([IN, *FAILED, OUT, ANSWERS[1]], CARRIER),
+        ([IN, FAILED[0], OUT, *ANSWERS], CARRIER),
+        ([IN, FAILED[0], OUT, ANSWERS[1]], None),
+        # Two proxies: the one that it leaves last.
+        ([IN, *THROUGH, ANSWERS[1]], CARRIER),
+        ([IN, *reversed(THROUGH), ANSWERS[1]], CARRIER),
+        ([IN, *THROUGH, sent(CARRIER, CORE, 3, 200), sent(CORE, EDGE, 2, 200)], CARRIER),
+        # A proxy with an address for each side, and one that hides the hops below it.
+        ([IN, sent(CORE, CARRIER, 2), ANSWERS[1]], CARRIER),
+        ([IN, sent(EDGE, CARRIER, 1), ANSWERS[1]], CARRIER),
+        # The mirror shows one side only, or the sender does not say where to.
+        ([IN, *ANSWERS], None),
+        ([OUT, *ANSWERS], None),
+        ([IN, sent(EDGE, CARRIER, 2, omit=[4]), *ANSWERS], None),
+    ],
+)
+def test_carrier_ip(arrivals, found):
+    for restart in (0, 1):
+        body = begun(CARRIER_IP, arrivals, restart)
+        assert body.pop("carrier_ip", None) == (found and found[0])
+        # Whatever it is, all else is as without it.
+        assert body == begun("- name: other\n", arrivals)
+
+
+def test_carrier_ip_is_told_where_the_callers_route_says_so():
+    """Copies that leave the proxy may be of another rule."""
+    rule = "- {match: {source_network: %s}, carrier_ip: true}\n"
+    for order in ([IN, OUT], [OUT, IN]):
+        assert begun(rule % PHONE[0], [*order, *ANSWERS])["carrier_ip"] == CARRIER[0]
+        assert "carrier_ip" not in begun(rule % EDGE[0], [*order, *ANSWERS])
+
+
+def test_carrier_ip_of_very_many_copies_is_bounded():
+    copies = [sent(EDGE, (f"198.51.100.{number}", 5060), 2) for number in range(200)]
+    for routes, kept in ((CARRIER_IP, agent.MAX_INVITE_COPIES), ("- name: other\n", 0)):
+        core = pure.Core(pure.settings(), routes)
+        core.play([IN, *copies], 0.1)
+        ((attempt,),) = [call.attempts for call in core.calls()]
+        assert len(attempt.sent_to) == kept
+
+
+def test_carrier_ip_of_two_tenants():
+    """A retail and a wholesale proxy in one path: each has a carrier of its own."""
+    routes = "- {match: {capture_id: 2}, tenant: wholesale, carrier_ip: true}\n" + CARRIER_IP
+    retail = [sent(PHONE, EDGE, capture_id=1), sent(EDGE, CORE, 2, capture_id=1)]
+    wholesale = [sent(EDGE, CORE, 2, capture_id=2), sent(CORE, CARRIER, 3, capture_id=2)]
+    for arrivals in ([*retail, *wholesale], [*wholesale, *retail]):
+        core = pure.Core(pure.settings(), routes)
+        events = core.play([*arrivals, ANSWERS[1]], 5.0)
+        bodies = [json.loads(event.body) for event in events if event.kind == "begin"]
+        found = {body["tenant"]: body.get("carrier_ip") for body in bodies}
+        assert found == {"default": CORE[0], "wholesale": CARRIER[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("opensips-3.6/transaction-tcp/01_answered_caller_bye", "127.0.0.30"),
+        ("opensips-3.6/transaction-tcp/09b_fork_serial_503", "127.0.0.31"),
+        ("opensips-3.6/dialog-udp/09b_fork_serial_503", "127.0.0.31"),
+        ("kamailio-5.6/transaction-udp/09b_fork_serial_503", "127.0.0.31"),
+        ("kamailio-5.6/core-udp/14_ipv6", "::1"),
+        ("opensips-3.6/requests-only-tcp/01_answered_caller_bye", None),
+    ],
+)
+def test_carrier_ip_of_captures(name, found):
+    """In the serial fork the callee at 127.0.0.30 answers 503, and 127.0.0.31 the call."""
+    events = read_capture(str(harness.SELECTION / f"{name}.hepl"))
+    arrivals = [pure.Arrival(time, frame) for time, frame in frames(events)]
+    assert begun(CARRIER_IP, arrivals).get("carrier_ip") == found
+
+
+REWRITE = r"""
+- rewrite:
+  - {field: source, match: ^00, replace: +}
+  - {field: destination, match: ^00, replace: +}
+  - {field: account, match: ^00, replace: ''}
+"""
+
+
+@pytest.mark.parametrize("restart", [0, 1])
+def test_rewritten_numbers_are_reported(restart):
+    to = [sent(PHONE, EDGE, to_uri="sip:0039@h"), *ANSWERS]
+    body = begun(REWRITE, to, restart)
+    assert body["source"] == "sip:+2000@sip.canyan.io"
+    assert body["destination"] == "sip:+39@h"
+    assert body["account_tag"] == "2000"
+    plain = begun("", to, restart)
+    assert (plain["source"], plain["account_tag"]) == ("sip:002000@sip.canyan.io", "002000")
+    changed = {"source", "destination", "account_tag"}
+    assert {key: body[key] for key in body.keys() - changed} == {
+        key: plain[key] for key in plain.keys() - changed
+    }
+
+
+def test_two_callers_of_one_branch_are_told_apart_though_rewritten_alike():
+    """The answer says who pays, by the From as it was sent."""
+    routes = REWRITE + "  - {field: source, match: '^.*$', replace: all}\n"
+    invites = [sent(PHONE, EDGE), sent(PHONE, EDGE, from_uri="sip:7@sip.canyan.io")]
+    answers = [ANSWERS[1], sent(EDGE, PHONE, 1, 200, from_uri="sip:7@sip.canyan.io")]
+    for answer, account in zip(answers, ("2000", "7"), strict=True):
+        for restart in (0, 1):
+            body = begun(routes, [*invites, answer], restart)
+            assert (body["account_tag"], body["source"]) == (account, "sip:all@sip.canyan.io")
+
+
+def test_a_record_of_a_call_has_what_the_api_gets():
+    table = agent.RecordedTable(pure.settings(), agent.parse_routes(REWRITE, "r", pure.settings()))
+    for arrival in (IN, ANSWERS[1]):
+        packet = agent.decode_hep(arrival.frame, 0)
+        parsed = agent.parse_sip(packet.payload, packet.time)
+        assert parsed is not None
+        table.handle(agent.Sighting(packet, parsed), 1.0)
+    (record,) = table.unfinished()
+    assert (record.source, record.account_tag) == ("sip:+2000@sip.canyan.io", "2000")
+
+
+def test_the_proxy_looks_up_the_routing_number():
+    """As an account that is missing, it is that of the nearest copy which has one."""
+    copies = [
+        sent(PHONE, EDGE, request="sip:1@h"),
+        sent(EDGE, CORE, 2, request="sip:1;npdi;rn=2@h"),
+        sent(CORE, CARRIER, 3, request="sip:1;npdi;rn=3@h"),
+    ]
+    for order in itertools.permutations(copies):
+        for restart in (0, 1):
+            body = begun("- destination: rn\n", [*order, ANSWERS[1]], restart)
+            assert body["destination"] == "sip:2@h"
+        assert begun("- destination: request-uri\n", [*order, ANSWERS[1]])["destination"] == (
+            "sip:1@h"
+        )
+    looked_up = sent(PHONE, EDGE, request="sip:1;npdi@h;user=phone")
+    assert begun("- destination: rn\n", [looked_up, *copies[1:], ANSWERS[1]])["destination"] == (
+        "sip:1@h"
+    )
+
+
+def test_the_examples_of_the_documentation():
+    page = (harness.ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    texts = re.findall(r"```yaml\n(- .*?)```", page, re.S)
+    named = {agent.parse_routes(text, "routes.yaml", PLAIN)[0].route.ties for text in texts}
+    assert len(texts) == 4 and named == {True, False}
+    sems, ims, session = [rule.route for rule in rules(texts[1])[:-1]]
+    headers = [(PCV, 'icid-value="x";a=b'), ("Session-ID", f"{SESSION};remote={'0' * 32}")]
+    tags = [agent.transaction_tag(route, seen(headers)) for route in (sems, ims, session)]
+    assert tags == ["1@h", "x", SESSION]
+    numbers = first(texts[3])
+    told = ["sip:00391@h", "sip:0391@h", "sip:391@h"]
+    assert [agent.rewritten_party(numbers, "destination", text) for text in told] == [
+        "sip:+391@h",
+        "sip:+39391@h",
+        "sip:391@h",
+    ]
+
+
 # Errors: one line that begins NAME:LINE
 
 
@@ -872,6 +1302,30 @@ def complaint(text: str) -> str:
         ("transaction_tag: from", 3, ["transaction_tag", "'from'", "correlation-id"]),
         ("transaction_tag: [call-id]", 3, ["transaction_tag"]),
         ("transaction_tag: 'header:'", 3, ["transaction_tag", "'header:'"]),
+        ("transaction_tag: {from: call-id}", 3, ["transaction_tag", "no 'match'", "from, match"]),
+        ("transaction_tag: {match: (.)}", 3, ["transaction_tag", "no 'from'"]),
+        ("transaction_tag: {}", 3, ["transaction_tag", "no 'from'"]),
+        ("transaction_tag:\n    from: call-id\n    mach: (.)", 5, ["transaction_tag", "'mach'"]),
+        ("transaction_tag: {from: to, match: (.)}", 3, ["from: 'to'", "correlation-id"]),
+        ("transaction_tag: {from: call-id, match: x}", 3, ["match", "'x'", "group 1", "tag"]),
+        ("transaction_tag: {from: call-id, match: '('}", 3, ["match", "missing )"]),
+        ("transaction_tag: {from: call-id, match: }", 3, ["match", "None"]),
+        ("transaction_tag: {from: call-id, match: [(.)]}", 3, ["match", "['(.)']"]),
+        ("carrier_ip: yes please", 3, ["carrier_ip", "'yes please'", "true, false"]),
+        ("carrier_ip: 1", 3, ["carrier_ip", "1", "true, false"]),
+        ("carrier_ip:", 3, ["carrier_ip", "None", "true, false"]),
+        ("rewrite: x", 3, ["rewrite", "not a list", "field, match, replace"]),
+        ("rewrite: {field: source}", 3, ["rewrite", "not a list"]),
+        ("rewrite: [x]", 3, ["rewrite", "not a mapping"]),
+        ("rewrite:\n  - {field: source, match: x}", 4, ["rewrite", "no 'replace'"]),
+        ("rewrite: [{field: to, match: x, replace: y}]", 3, ["field: 'to'", "source, destination"]),
+        ("rewrite: [{field: source, match: '(', replace: y}]", 3, ["match: '('", "missing )"]),
+        ("rewrite: [{field: source, match: '', replace: y}]", 3, ["match: ''"]),
+        ("rewrite: [{field: source, match: x, replace: }]", 3, ["replace: None"]),
+        ("rewrite: [{field: source, match: x, replace: é}]", 3, ["replace: 'é'", "ASCII"]),
+        ("rewrite: [{field: source, match: (x), replace: '\\2'}]", 3, ["replace", "\\0 to \\1"]),
+        ("rewrite: [{field: source, match: x, replace: '\\g<0>'}]", 3, ["replace", "\\0 to \\9"]),
+        ("rewrite: [{field: source, match: x, replace: '\\'}]", 3, ["replace", "\\0 to \\9"]),
         # Regular expressions.
         ("account_match: '('", 3, ["account_match", "'('", "missing )"]),
         ("account_match: abc", 3, ["account_match", "'abc'", "group"]),

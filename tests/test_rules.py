@@ -1453,6 +1453,77 @@ scene("17", "the tie is used again by a later call", """
     15    BYE id=call-2@host br=db h="X-CID: one"
     15.02 200:BYE id=call-2@host br=db
 """, "1-5, 11-15", "1.05-5, 11.05-15", routes=TIE)
+# 17: legs tied by a part of the Call-ID or of a header.
+
+PART = "- transaction_tag: {from: call-id, match: '^(.+?)(?:_(?:b2b|pbx)-1)*$'}\n"
+APPENDED = """
+    0     INVITE
+    0.1   INVITE id=call-1@host_b2b-1_pbx-1 tag=b br=b
+    1     200 id=call-1@host_b2b-1_pbx-1 tag=b br=b to=t
+    1.02  200
+    1.05  ACK
+    1.07  ACK id=call-1@host_b2b-1_pbx-1 tag=b br=ba to=t
+"""
+scene("17", "a B2BUA appends to the Call-ID, the caller's BYE", APPENDED + """
+    5     BYE
+    5.02  200:BYE
+    5.1   BYE id=call-1@host_b2b-1_pbx-1 tag=b br=bb to=t
+    5.12  200:BYE id=call-1@host_b2b-1_pbx-1 tag=b br=bb to=t
+""", "1-5", "1.05-5", routes=PART, without="shuffle wire")
+scene("17", "a B2BUA appends to the Call-ID, only the callee's BYE of the other leg", APPENDED + """
+    5     BYE id=call-1@host_b2b-1_pbx-1 tag=b br=bb to=t callee
+    5.02  200:BYE id=call-1@host_b2b-1_pbx-1 tag=b br=bb to=t callee
+""", "1-5", "1.05-5", routes=PART, without="shuffle wire")
+scene("17", "a B2BUA appends to the Call-ID, the other leg's INVITE unseen", ANSWERED + """
+    5     BYE id=call-1@host_b2b-1 tag=b to=t callee
+    5.02  200:BYE id=call-1@host_b2b-1 tag=b to=t callee
+""", "1-5", "1.05-5", routes=PART)
+scene("17 2", "another call of the same Call-ID is no leg by the Call-ID", """
+    0     INVITE
+    0.1   INVITE tag=b br=b
+    1     200
+    1.02  200 tag=b br=b to=t
+    1.05  ACK
+    1.07  ACK tag=b br=ba to=t
+    5     BYE
+    5.02  200:BYE
+    9     BYE tag=b br=bb to=t
+    9.02  200:BYE tag=b br=bb to=t
+""", "1-5, 1.02-9", "1.05-5, 1.07-9", routes=PART, without="shuffle wire")
+scene("17 2", "a BYE of the same Call-ID with other tags is of no leg", ANSWERED + """
+    5     BYE tag=b to=t
+    5.02  200:BYE tag=b to=t
+    9     BYE c=3
+    9.02  200:BYE c=3
+""", "1-9", "1.05-9", routes=PART)
+scene("17", "a caller appends what a B2BUA appends, where a rule takes it from the B2BUA only", """
+    0     INVITE
+    0.1   INVITE id=call-1@host_b2b-1 tag=b br=b
+    1     200
+    1.02  200 id=call-1@host_b2b-1 tag=b br=b to=t
+    1.05  ACK
+    1.07  ACK id=call-1@host_b2b-1 tag=b br=ba to=t
+    5     BYE
+    5.02  200:BYE
+    9     BYE id=call-1@host_b2b-1 tag=b br=bb to=t
+    9.02  200:BYE id=call-1@host_b2b-1 tag=b br=bb to=t
+""", "1-5, 1.02-9", "1.05-5, 1.07-9", without="shuffle wire", routes="""
+- match: {capture_id: 7}
+  transaction_tag: {from: call-id, match: '^(.+?)(?:_b2b-1)*$'}
+- transaction_tag: {from: call-id, match: '(.+)'}
+""")
+scene("17", "legs tied by a part of a header", """
+    0     INVITE h="P-Charging-Vector: icid-value=one;icid-generated-at=a"
+    0.1   INVITE id=leg-2@b2b tag=b br=b h='P-Charging-Vector: icid-value="one";orig-ioi=b'
+    1     200 id=leg-2@b2b tag=b br=b to=t
+    1.02  200
+    1.05  ACK
+    1.07  ACK id=leg-2@b2b tag=b br=ba to=t
+    5     BYE id=leg-2@b2b tag=b br=bb to=t callee
+    5.02  200:BYE id=leg-2@b2b tag=b br=bb to=t callee
+""", "1-5", "1.05-5", without="shuffle wire", routes="""
+- transaction_tag: {from: header:P-Charging-Vector, match: 'icid-value="?([^";]+)'}
+""")
 scene("18 K12", "both BYE and its answer are stamped before the begin", """
     0     INVITE
     1     200
