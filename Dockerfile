@@ -6,7 +6,7 @@ FROM ${PYTHON} AS build
 WORKDIR /src
 COPY setup.py pyproject.toml README.md LICENSE rating_agent_hep.py ./
 RUN python -m venv /opt/agent \
-    && /opt/agent/bin/pip install --no-cache-dir '.[rate]' \
+    && /opt/agent/bin/pip install --no-cache-dir '.[rate,cluster]' \
     && /opt/agent/bin/pip uninstall --yes pip
 
 # The sandbox needs more than the agent does.

@@ -7,10 +7,11 @@ SOURCES := rating_agent_hep.py setup.py scripts tests
 
 # The profiles of docker-compose.yaml say what runs in Docker.
 COMPOSE := docker compose
-ALL_PROFILES := --profile opensips --profile kamailio --profile tester --profile canyan --profile statsd
+ALL_PROFILES := $(addprefix --profile ,cluster opensips kamailio tester canyan statsd)
 SCENARIO := /scenarios/test_
 
-.PHONY: demo run test test-fast chaos bench fuzz soak lint format docs clean sip-servers browser test-opensips \
+.PHONY: demo demo-cluster run test test-fast chaos bench fuzz soak lint format docs clean sip-servers \
+  browser redis-server test-opensips docker-start-cluster \
   test-kamailio test-images \
   docker-build docker-pull docker-start docker-start-opensips docker-start-kamailio \
   docker-start-canyan docker-start-statsd docker-test-opensips docker-test-kamailio docker-test \
@@ -19,12 +20,17 @@ SCENARIO := /scenarios/test_
 demo: $(VENV)/.runs
 	@$(BIN)/python scripts/demo.py
 
+# Redis, three agents and a kill.
+demo-cluster: $(VENV)/.runs redis-server
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[cluster]'
+	@$(BIN)/python scripts/demo_cluster.py
+
 run: $(VENV)/.runs
 	@$(BIN)/python scripts/demo.py --stay
 
 # Files side by side, on more workers than a small machine has cores: the long ones mostly wait.
 WORKERS := 4
-test: lint sip-servers browser
+test: lint sip-servers browser redis-server
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=5
 
 # While editing: the pure rooms, which are HEP, SIP, routes, calls, call table and outbox; some 20 s.
@@ -32,10 +38,10 @@ PURE := hep sip torture routes calls rules outbox layers
 test-fast: $(VENV)/.tests
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PURE:%=tests/test_%.py)
 
-# This runs ten times as many kills and restarts of tests/test_crash.py and tests/test_sockets.py. It
-# takes some ten minutes.
+# This runs ten times as many kills and restarts of tests/test_crash.py and tests/test_sockets.py, which
+# takes some ten minutes, and those of tests/test_cluster.py, which takes half an hour.
 chaos: $(VENV)/.tests
-	CHAOS=10 $(BIN)/python -m pytest -rP tests/test_crash.py tests/test_sockets.py
+	CHAOS=10 $(BIN)/python -m pytest -rP tests/test_crash.py tests/test_sockets.py tests/test_cluster.py
 
 # This takes ten minutes and feeds inputs that no server would send. FUZZ=--seed=7 makes other inputs.
 FUZZ := --seconds 600 --processes 2
@@ -57,6 +63,11 @@ bench: $(VENV)/.runs
 sip-servers:
 	@sh scripts/install_for_tests.sh "Kamailio, SIPp, ip and tcpdump" "kamailio sipp ip tcpdump" \
 	  "kamailio sip-tester iproute2 tcpdump"
+
+# This installs Redis and nginx for the tests of several agents, in the same way.
+redis-server:
+	@sh scripts/install_for_tests.sh "Redis and nginx" "redis-server nginx" \
+	  "redis-server nginx-light libnginx-mod-stream"
 
 # This installs Chromium for the test of the status page, in the same way.
 browser:
@@ -109,6 +120,9 @@ docker-start-kamailio:
 
 docker-start-canyan:
 	RATING_API_URL=http://rating-agent:8000 $(COMPOSE) --profile canyan up --detach --build
+
+docker-start-cluster:
+	$(COMPOSE) --profile cluster up --detach --build
 
 docker-start-statsd:
 	STATSD_HOST=statsd-exporter $(COMPOSE) --profile statsd up --detach --build

@@ -25,8 +25,8 @@ was taken in is lost; nothing grows without bound; one bad packet costs only its
 dropped is counted and says why.
 
 The rooms: imports; limits; errors and types; options; HEP; SIP; routes; the call: facts and a
-judge; call table; call records; outbox; configuration; logs and metrics; store; rating API;
-delivery; forwarding; agent; servers; recordings; command line.
+judge; call table; call records; outbox; configuration; logs and metrics; store; Redis; rating API;
+delivery; cluster; forwarding; agent; servers; recordings; command line.
 """
 
 # Room: imports
@@ -73,7 +73,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import cache, cached_property, lru_cache, partial
-from itertools import chain, islice
+from itertools import accumulate, chain, islice, takewhile
 from math import inf
 from operator import attrgetter
 from stat import S_ISREG
@@ -620,6 +620,34 @@ def _header(text: str) -> str:
     return text
 
 
+# Shards of one cluster. Each costs its owner a lease to renew and a stream to read.
+MAX_SHARDS = 4_096
+
+
+def redis_url(text: str) -> str:
+    """Check the URL of a Redis, or "" for none. Raises ConfigError, which shows no password."""
+    with suppress(ValueError):
+        parts = urlsplit(text)
+        if parts.password is not None:
+            # `check` prints the URL.
+            raise ConfigError("a password in it; allowed: cluster_password_file")
+        known = parts.scheme in ("redis", "rediss", "unix", "sentinel")
+        if not text or (known and (parts.netloc or parts.path)):
+            return text
+    shown = "no URL of Redis" if "@" in text else repr(text)
+    raise ConfigError(
+        f"{shown}; allowed: redis://HOST:PORT/DB, rediss://..., unix:///PATH, "
+        "sentinel://HOST:PORT,HOST:PORT/MASTER/DB"
+    )
+
+
+def key_prefix(text: str) -> str:
+    """Check what all keys of a cluster begin with. Raises ConfigError."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", text):
+        raise ConfigError(f"{text!r}; allowed: letters, digits and _ . -, 64 at most")
+    return text
+
+
 def _printable_ascii(text: str) -> str:
     if not text.isascii() or not text.isprintable():
         raise ConfigError("it has a character that no header may have; allowed: printable ASCII")
@@ -740,6 +768,13 @@ class Settings:
         "", str, "file for one JSON line for each call that is over; -: standard output"
     )
     shutdown_timeout: float = _option(10.0, number(0, 3_600), "seconds to deliver what waits")
+    cluster_url: str = _option(
+        "", redis_url, "Redis that several agents share; empty: one agent alone", group="Cluster"
+    )
+    cluster_password: str = _option("", _printable_ascii, "password of that Redis", secret=True)
+    cluster_password_file: str = _option("", str, "file of that password")
+    cluster_name: str = _option("rating", key_prefix, "what its keys begin with")
+    cluster_shards: int = _option(64, number(1, MAX_SHARDS, int), "parts of the calls, for ever")
 
 
 class Option(NamedTuple):
@@ -2144,7 +2179,7 @@ SESSION_GRACE = 32.0
 MAX_COPY_VALUES = 512
 # INVITE copies of one attempt that are remembered: proxies in the path times branches.
 MAX_INVITE_COPIES = 64
-# Copies further on whose text is kept, for a nearer copy may have another route.
+# Copies further on whose text is kept while no copy from the caller's side was seen: rule 3.
 MAX_FURTHER = 4
 # Other callers whom INVITEs of one transaction name that are remembered.
 MAX_NAMED = 16
@@ -2642,12 +2677,13 @@ def note(call: Call, message: SipMessage, now: float) -> int:
 
 
 def note_invite(
-    call: Call, sighting: Sighting, route: Route, settings: Settings, keep: bool, targets: bool
+    call: Call, sighting: Sighting, route: Route, settings: Settings, targets: bool
 ) -> bool:
     """Add an initial INVITE or a copy of it, and say whether it was new: rules 1 and 3.
 
-    ``keep`` says that other routes are possible, so that the text of a copy that came before one
-    nearer to the caller may be needed once more; ``targets`` that a route wants `carrier_ip`.
+    ``targets`` says that a route wants `carrier_ip`. While a copy nearer to the caller may still
+    come, the text of a copy is kept: the nearer one may have another route, and may lack an account
+    that this one has.
     """
     message, packet = sighting.message, sighting.packet
     sender = (packet.source, packet.source_port)
@@ -2677,7 +2713,7 @@ def note_invite(
         identity.add(message, hops, settings)
     if hops <= 1:
         attempt.further = ()
-    elif new and keep and len(attempt.further) < MAX_FURTHER:
+    elif new and identity.hops > 1 and len(attempt.further) < MAX_FURTHER:
         attempt.further += (message,)
     return new
 
@@ -3438,6 +3474,10 @@ class CallTable:
             groups = (self._calls.get(call_id, ()) for call_id in reversed(part))
             yield [call for group in groups for call in reversed(group)]
 
+    def knows(self, call_id: str) -> bool:
+        """Whether the INVITE of a call with this Call-ID was seen."""
+        return any(call.state != ORPHAN for call in self._calls.get(call_id, ()))
+
     def handle(self, sighting: Sighting, now: float) -> list[RatingEvent]:
         """Take in one message; return the events that it brings about."""
         self._now = now
@@ -3666,7 +3706,7 @@ class CallTable:
         call.heard = self._now
         rules = self.rules
         targets = any(rule.route.carrier_ip for rule in rules)
-        if note_invite(call, sighting, route, self.settings, len(rules) > 1, targets):
+        if note_invite(call, sighting, route, self.settings, targets):
             self._touch(call)
             if call.dialogs or call.state != TRYING:
                 self._review(call)
@@ -4451,6 +4491,8 @@ class RecordedTable(CallTable):
 # lost; the log has each of them whole.
 
 DELIVERED, REFUSED_BY_API, REJECTED = "delivered", "refused", "rejected"
+# The kind of DeliveryError of an event that its store did not let go.
+NOT_OURS = "not_ours"
 # The answer by which the API refuses, as `outbox` shows it.
 NOT_OK = "ok: false"
 
@@ -4504,12 +4546,13 @@ class Outbox:
         # An entry is stale, and is skipped, once its queue is no longer the call's.
         self._ready: list[tuple[int, int, CallKey, deque[RatingEvent]]] = []
         self._delayed: list[tuple[float, int, CallKey, deque[RatingEvent]]] = []
-        # Calls of which an event is out, or was settled and not `release`d yet.
-        self._out: set[CallKey] = set()
+        # Calls of which an event is out, or was settled and not `release`d yet. These and the next
+        # two have the store of the call, for `forget`.
+        self._out: dict[CallKey, Any] = {}
         # Calls whose begin was given up, so that their end must not be sent.
-        self._given_up: OrderedDict[CallKey, None] = OrderedDict()
+        self._given_up: OrderedDict[CallKey, Any] = OrderedDict()
         # Running calls that were begun with one party alone: their ends must name no other.
-        self._one_sided: dict[CallKey, str] = {}
+        self._one_sided: dict[CallKey, tuple[str, Any]] = {}
         # Tenants and tags that the API does not know, and until when they are left out.
         self._unknown: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._size = 0
@@ -4548,19 +4591,19 @@ class Outbox:
         self._size += 1
         return True, self._make_room()
 
-    def give_up(self, key: CallKey) -> None:
+    def give_up(self, key: CallKey, store: Any = None) -> None:
         """A begin will not be sent, so its end will not be accepted."""
-        self._given_up[key] = None
+        self._given_up[key] = store
         if len(self._given_up) > MAX_GIVEN_UP:
             self._given_up.popitem(last=False)
 
-    def begun(self, key: CallKey, party: str) -> None:
+    def begun(self, key: CallKey, party: str, store: Any = None) -> None:
         """A begin was taken with one party alone; its end will name no other."""
-        self._one_sided[key] = party
+        self._one_sided[key] = (party, store)
 
     def restrict(self, event: RatingEvent) -> None:
         """Take out of an end the party that its begin was taken without."""
-        party = self._one_sided.pop(event.key, "")
+        party, _ = self._one_sided.pop(event.key, ("", None))
         if party and event.kind == "end":
             event.keep_only(party)
 
@@ -4590,7 +4633,7 @@ class Outbox:
         if queue is None:
             return None
         event = queue[0]
-        self._out.add(event.key)
+        self._out[event.key] = event.store
         event.party = self._party(event, now)
         event.attempts += 1
         if self.down:
@@ -4614,14 +4657,14 @@ class Outbox:
         if outcome == REFUSED_BY_API:
             return REFUSED_BY_API, []
         settled = self._remove(event, outcome)
-        self._out.add(event.key)
+        self._out[event.key] = event.store
         if committed:
             self.release(event.key)
         return outcome, settled if outcome == REJECTED else []
 
     def release(self, key: CallKey) -> None:
         """What was settled is on disk: the call's next event may go."""
-        self._out.discard(key)
+        self._out.pop(key, None)
         queue = self._calls.get(key)
         if queue:
             self._make_ready(key, queue)
@@ -4645,6 +4688,36 @@ class Outbox:
         event.answer = str(error)
         event.failures += 1
         self._delay(event, now, event.failures)
+
+    def hold_back(self, event: RatingEvent, now: float) -> None:
+        """The event was not sent, for a reason that is not the API's: it goes later."""
+        self._come_back(event)
+        event.attempts -= 1
+        self._delay(event, now, 1)
+
+    def holds(self, event: RatingEvent) -> bool:
+        """Whether an event that was given out is still of this outbox."""
+        queue = self._calls.get(event.key)
+        return bool(queue) and queue[0] is event and event.key in self._out  # type: ignore[index]
+
+    def withdraw(self, store: Any) -> bool:
+        """Let go of the events of a store but for those that are out; whether there are any."""
+        for key, queue in list(self._calls.items()):
+            if queue[0].store is store and key not in self._out:
+                self._size -= len(self._calls.pop(key))
+        return any(other is store for other in self._out.values())
+
+    def forget(self, store: Any) -> None:
+        """Let go of all that is of a store; what comes of events that are out is not asked for."""
+        if self._probe is not None and self._probe.store is store:
+            self._probe = None
+        for key in [key for key, other in self._out.items() if other is store]:
+            del self._out[key]
+        self.withdraw(store)
+        for key in [key for key, other in self._given_up.items() if other is store]:
+            del self._given_up[key]
+        for key in [key for key, (_, other) in self._one_sided.items() if other is store]:
+            del self._one_sided[key]
 
     def undelivered(self) -> list[RatingEvent]:
         """All that still waits, the calls in order of their oldest event."""
@@ -4708,7 +4781,7 @@ class Outbox:
         return DELIVERED if done_before else REJECTED
 
     def _come_back(self, event: RatingEvent) -> None:
-        self._out.discard(event.key)
+        self._out.pop(event.key, None)
         if self._probe is event:
             self._probe = None
 
@@ -4729,7 +4802,7 @@ class Outbox:
         queue = self._calls[event.key]
         removed = [queue.popleft()]
         if event.kind == "begin" and event.left_out:
-            self.begun(event.key, event.party)
+            self.begun(event.key, event.party, event.store)
             if queue:
                 self.restrict(queue[0])
         if outcome == REJECTED and event.kind == "begin":
@@ -4737,7 +4810,7 @@ class Outbox:
             while queue and queue[0].kind == "end":
                 removed.append(queue.popleft())
             if not queue and removed[-1].kind == "begin":
-                self.give_up(event.key)
+                self.give_up(event.key, event.store)
         self._size -= len(removed)
         if not queue:
             del self._calls[event.key]
@@ -4777,7 +4850,7 @@ class Outbox:
             events = self._calls.pop(key)
             self._size -= len(events)
             if events[-1].kind == "begin":
-                self.give_up(key)
+                self.give_up(key, events[-1].store)
             gone += events
         heaps: tuple[list[Any], list[Any]] = (self._ready, self._delayed)
         for heap in heaps:
@@ -4790,7 +4863,7 @@ class Outbox:
 # Room: configuration
 
 _PREFIX = "RATING_AGENT_HEP_"
-# Options of the former agent that have nothing to act on here.
+# Options of the former agent. All but the first are of its Redis, which `_former_redis` takes over.
 _FORMER = ("message_bus_uri", "state_manager", "redis_address", "redis_password", "redis_db")
 # The former agent's first versions had one listener.
 _FORMER_NAMES = {"listen": "listen_udp"}
@@ -4799,7 +4872,7 @@ _FORMER_NAMES = {"listen": "listen_udp"}
 class _ConfigFile(configargparse.ConfigFileParser):
     """YAML whose values become text for the converters; unknown keys name their line."""
 
-    former: list[str]
+    former: dict[str, str]
 
     def parse(self, stream: Any) -> dict[str, str]:
         options = {option.name: option for option in OPTIONS}
@@ -4814,7 +4887,9 @@ class _ConfigFile(configargparse.ConfigFileParser):
 
         node = yaml_node(stream.read(), stream.name)
         entries = yaml_entries(stream.name, node, "", option_name) if node is not None else {}
-        self.former += [name for name in entries if name in _FORMER]
+        self.former |= {
+            name: str(value.value) for name, value in entries.items() if name in _FORMER
+        }
         return {
             name: self._text(stream.name, options[name], value)
             for name, value in entries.items()
@@ -4932,7 +5007,7 @@ class Configuration(NamedTuple):
 
 def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configuration:
     """Read and check everything before a socket opens. Raises ConfigError with one line."""
-    former: list[str] = []
+    former: dict[str, str] = {}
     settings, command, arguments = _read_options(argv, environ, former)
     sockets = passed_sockets(environ)
     bound: dict[str, Any] = {option: bound_to(sock) for option, sock in sockets.items()}
@@ -4941,18 +5016,23 @@ def load_configuration(argv: Sequence[str], environ: dict[str, str]) -> Configur
         raise ConfigError(
             "listen_udp, listen_tcp, listen_tls: all empty; allowed: at least one address"
         )
+    if settings.call_records and settings.cluster_url:
+        raise ConfigError(
+            "call_records: a cluster keeps no call records; allowed: without cluster_url, or empty"
+        )
     if settings.call_records and not settings.state_dir:
         raise ConfigError("call_records: without a state_dir; allowed: with one, or empty")
     for name in ("rating_api_ca_file", "hep_forward_ca_file"):
         if ca_file := getattr(settings, name):
             client_tls(name, ca_file)
-    former += [name for name in _FORMER if _PREFIX + name.upper() in environ]
-    names = ", ".join(sorted(set(former)))
+    names = ", ".join(sorted(former))
     warnings = [f"options of the former agent that have no effect: {names}"] if former else []
+    if settings.cluster_url and settings.state_dir:
+        warnings.append("with cluster_url there is no journal: state_dir has no effect")
     rules, tls = load_rules(settings), load_tls(settings)
 
     def reread() -> Settings:
-        return _read_options(argv, environ, [])[0]
+        return _read_options(argv, environ, {})[0]
 
     return Configuration(command, arguments, settings, rules, warnings, tls, sockets, reread)
 
@@ -4987,18 +5067,33 @@ def read_again(configuration: Configuration, running: Settings) -> tuple[Setting
 
 
 def _read_options(
-    argv: Sequence[str], environ: dict[str, str], former: list[str]
+    argv: Sequence[str], environ: dict[str, str], former: dict[str, str]
 ) -> tuple[Settings, str, list[str]]:
     """The options, the command and its arguments; ``former`` is as for `_option_parser`."""
     if _PREFIX + "LISTEN" in environ:
         environ = {_PREFIX + "LISTEN_UDP": environ[_PREFIX + "LISTEN"], **environ}
     known, unknown = _option_parser(former).parse_known_args(list(argv), env_vars=environ)
     texts = vars(known)
+    for name in _FORMER:
+        if _PREFIX + name.upper() in environ:
+            former[name] = environ[_PREFIX + name.upper()]
+    texts |= _former_redis(former, texts)
     settings = Settings(**{option.name: _convert_option(option, texts) for option in OPTIONS})
     return settings, *_command(texts["words"], unknown)
 
 
-def _option_parser(former: list[str]) -> _Parser:
+def _former_redis(former: dict[str, str], texts: Mapping[str, str | None]) -> dict[str, str]:
+    """The Redis of the former agent as options of ours; takes out of ``former`` what it uses."""
+    if former.get("state_manager") != "redis" or texts["cluster_url"]:
+        return {}
+    _, address, password, database = (former.pop(name, "") for name in _FORMER[1:])
+    meant = {"cluster_url": f"redis://{address or 'localhost:6379'}/{database or 0}"}
+    if password:
+        meant["cluster_password"] = password
+    return meant
+
+
+def _option_parser(former: dict[str, str]) -> _Parser:
     """A parser that takes the text of an option from flags, else the environment, else the file.
 
     What the file sets of the former agent's options it adds to ``former``.
@@ -6100,6 +6195,11 @@ class Journal:
         """Forget the oldest whole call records over MAX_RECORDS. Raises StoreError."""
         self.records_lost += self._execute(_TRIM_RECORDS, MAX_RECORDS)
 
+    @staticmethod
+    def may_send(_: float) -> bool:
+        """Whether a request that takes so many seconds may be sent: nobody else has this file."""
+        return True
+
     def close(self, patience: float) -> None:
         """Close the file and unlock the folder; ``patience`` is how many seconds that may take."""
         self._pool.spawn(self._db.close).wait(timeout=patience)
@@ -6216,6 +6316,642 @@ def _write_all(file: int, octets: bytes) -> None:
         view = view[os.write(file, view) :]
 
 
+# Room: Redis
+
+# Several agents, one set of calls. Any agent takes in any packet and appends it to the stream of
+# its shard in Redis; each shard has one owner, the agent that holds its lease. The owner reads the
+# stream, feeds a call table and commits what changed, what waits for delivery and how far it has
+# read in one atomic step, which Redis refuses to anybody else. So a new owner goes on exactly where
+# the last commit was, and what it reads again was never counted.
+#
+#   NAME:config      hash    version, number of shards, whether routes tie legs, salt of the hash
+#   NAME:agents      zset    agents by the time of their last beat; NAME:agent has their status
+#   NAME:lease:K     string  the token of the owner of shard K; expires
+#   NAME:stream:K    stream  frames that were taken in; f: the frame, s: a stray of another shard
+#   NAME:meta:K      hash    position in the stream, clock, lag, last row given
+#   NAME:calls:K     hash    ROW:c the facts of a call, ROW:b and ROW:e its events
+#   NAME:rejected:K  zset    rejected events by serial; NAME:retry:K those to be sent again
+#   NAME:tags        hash    From tags of running calls: the shard, or #N where N calls have it
+#
+# The clock of a shard is the time of its stream, so it never runs ahead of what is unread. Leases
+# go by CLOCK_BOOTTIME here, which goes on while the machine sleeps: who woke up owns nothing.
+
+# Seconds for one answer of Redis.
+REDIS_TIMEOUT = 2.0
+# Fields of a hash read at once.
+SCAN_GROUP = 500
+# What the keys hold.
+CLUSTER_VERSION = "1"
+# Bits of a row's number that count calls; those above say which shard.
+_ROW_BITS = 40
+
+BEAT_SCRIPT = """
+local p, t = ARGV[1], redis.call('TIME')
+local ms = t[1] * 1000 + math.floor(t[2] / 1000)
+-- A write that needs no memory first: then Redis refuses none of the others for want of it.
+redis.call('ZREM', p .. 'agents', '')
+redis.call('ZADD', p .. 'agents', ms, ARGV[2])
+redis.call('HSET', p .. 'agent', ARGV[2], ARGV[3])
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', p .. 'agents', '-inf', ms - ARGV[4])) do
+  redis.call('ZREM', p .. 'agents', id)
+  redis.call('HDEL', p .. 'agent', id)
+end
+local lost, retry, free, rejected, entries = {}, {}, {}, 0, 0
+for i = 7, #ARGV, 2 do
+  local lease = p .. 'lease:' .. ARGV[i]
+  if redis.call('GET', lease) == ARGV[i + 1] then
+    redis.call('PEXPIRE', lease, ARGV[5])
+    if redis.call('EXISTS', p .. 'retry:' .. ARGV[i]) == 1 then retry[#retry + 1] = ARGV[i] end
+  else
+    lost[#lost + 1] = ARGV[i]
+  end
+end
+for k = 0, ARGV[6] - 1 do
+  if redis.call('EXISTS', p .. 'lease:' .. k) == 0 then free[#free + 1] = k end
+  rejected = rejected + redis.call('ZCARD', p .. 'rejected:' .. k)
+  entries = entries + redis.call('XLEN', p .. 'stream:' .. k)
+end
+return {ms, redis.call('HVALS', p .. 'agent'), lost, free, retry, rejected, entries}
+"""
+
+# Of each shard: values, then lists, each after its length. Answers 1 for each that was committed; a
+# commit whose answer was lost is sent again, and done once.
+COMMIT_SCRIPT = """
+local p, at, done = ARGV[1], 3, {}
+local function list(width)
+  local first = at + 1
+  at = first + ARGV[at] * width
+  return first, at - 1
+end
+local function each(first, last, command, key)
+  for i = first, last, 1000 do
+    redis.call(command, key, unpack(ARGV, i, math.min(i + 999, last)))
+  end
+end
+while ARGV[at] do
+  local k, token, commit, position, trim, clock, lag, serial = unpack(ARGV, at, at + 7)
+  at = at + 8
+  local sets, sets_end = list(2)
+  local dels, dels_end = list(1)
+  local rejects, rejects_end = list(1)
+  local retried, retried_end = list(1)
+  local tags, tags_end = list(1)
+  local untags, untags_end = list(1)
+  local strays, strays_end = list(3)
+  local ours = redis.call('GET', p .. 'lease:' .. k) == token
+  done[#done + 1] = ours and 1 or 0
+  if ours and redis.call('HGET', p .. 'meta:' .. k, 'commit') ~= commit then
+    -- A write that needs no memory first: then Redis refuses none of the others for want of it.
+    redis.call('SREM', p .. 'retry:' .. k, '')
+    redis.call('HSET', p .. 'meta:' .. k,
+      'position', position, 'clock', clock, 'lag', lag, 'serial', serial, 'commit', commit)
+    each(sets, sets_end, 'HSET', p .. 'calls:' .. k)
+    each(dels, dels_end, 'HDEL', p .. 'calls:' .. k)
+    each(rejects, rejects_end, 'ZADD', p .. 'rejected:' .. k)
+    if rejects_end > rejects then
+      redis.call('ZREMRANGEBYRANK', p .. 'rejected:' .. k, 0, -1 - ARGV[2])
+    end
+    for i = retried, retried_end do
+      redis.call('ZREMRANGEBYSCORE', p .. 'rejected:' .. k, ARGV[i], ARGV[i])
+      redis.call('SREM', p .. 'retry:' .. k, ARGV[i])
+    end
+    for i = tags, tags_end do
+      local known = redis.call('HGET', p .. 'tags', ARGV[i])
+      local count = known and (tonumber(known:match('^#(%d+)$')) or 1)
+      redis.call('HSET', p .. 'tags', ARGV[i], count and '#' .. string.format('%d', count + 1) or k)
+    end
+    for i = untags, untags_end do
+      local known = redis.call('HGET', p .. 'tags', ARGV[i]) or ''
+      local count = tonumber(known:match('^#(%d+)$')) or 1
+      if count > 1 then
+        redis.call('HSET', p .. 'tags', ARGV[i], '#' .. string.format('%d', count - 1))
+      else
+        redis.call('HDEL', p .. 'tags', ARGV[i])
+      end
+    end
+    for i = strays, strays_end, 3 do
+      local to = redis.call('HMGET', p .. 'tags', ARGV[i], ARGV[i + 1])
+      for _, shard in ipairs({to[1] or '', to[2] or ''}) do
+        if shard:match('^%d+$') and shard ~= k then
+          redis.call('XADD', p .. 'stream:' .. shard, '*', 's', ARGV[i + 2])
+        end
+      end
+    end
+    if trim ~= '' then redis.call('XTRIM', p .. 'stream:' .. k, 'MINID', '=', trim) end
+  end
+end
+return done
+"""
+
+TAKE_SCRIPT = """
+redis.call('SREM', ARGV[1] .. 'retry:' .. ARGV[2], '')
+if not redis.call('SET', ARGV[1] .. 'lease:' .. ARGV[2], ARGV[3], 'NX', 'PX', ARGV[4]) then
+  return false
+end
+return redis.call('HMGET', ARGV[1] .. 'meta:' .. ARGV[2], 'position', 'clock', 'lag', 'serial')
+"""
+
+RELEASE_SCRIPT = """
+local done = 0
+for i = 2, #ARGV, 2 do
+  if redis.call('GET', ARGV[1] .. 'lease:' .. ARGV[i]) == ARGV[i + 1] then
+    done = done + redis.call('DEL', ARGV[1] .. 'lease:' .. ARGV[i])
+  end
+end
+return done
+"""
+
+
+def boottime() -> float:
+    """Seconds of a clock that also goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def pack_frame(data: bytes, arrival: int, sender: str) -> bytes:
+    """A HEP packet with its arrival in microseconds and its sender's address."""
+    address = sender.encode("latin-1", "replace")[:255]
+    return struct.pack("!QB", arrival, len(address)) + address + data
+
+
+def unpack_frame(frame: bytes) -> tuple[bytes, int, str]:
+    """What `pack_frame` was given. Raises struct.error."""
+    arrival, length = struct.unpack_from("!QB", frame)
+    return frame[9 + length :], arrival, frame[9 : 9 + length].decode("latin-1")
+
+
+class RedisError(AgentError):
+    """Redis gave no answer, or one that is a fault; ``kind`` is the client's name for it."""
+
+
+class RedisPool:
+    """Where Redis is: ``redis://``, ``rediss://``, ``unix://`` or ``sentinel://HOST,HOST/MASTER/DB``.
+
+    The client is imported here, so that only who uses a cluster needs it. Raises ConfigError.
+    """
+
+    def __init__(self, url: str, password: str = "") -> None:
+        try:
+            import redis
+            import redis.sentinel
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
+        except ImportError:
+            raise ConfigError(
+                "cluster_url: the client of Redis is not installed; "
+                "allowed: pip install 'rating-agent-hep[cluster]'"
+            ) from None
+        self.errors = (redis.RedisError, OSError)
+        self.refusal = redis.ResponseError
+        more: dict[str, Any] = {
+            "socket_timeout": REDIS_TIMEOUT,
+            "socket_connect_timeout": REDIS_TIMEOUT,
+            "socket_keepalive": True,
+            "protocol": 2,
+            "retry": Retry(NoBackoff(), 0),
+            "client_name": "rating-agent-hep",
+        }
+        if password:
+            more["password"] = password
+        try:
+            if url.startswith("sentinel://"):
+                self._pool = self._of_sentinels(redis.sentinel, urlsplit(url), more)
+            else:
+                if url.startswith("unix:"):
+                    del more["socket_keepalive"]
+                self._pool = redis.ConnectionPool.from_url(url, **more)
+        except ValueError as error:
+            raise ConfigError(f"cluster_url: {error}; allowed: a URL of Redis") from None
+
+    @staticmethod
+    def _of_sentinels(sentinel: Any, parts: Any, more: dict[str, Any]) -> Any:
+        hosts = [split_address(host) for host in parts.netloc.rpartition("@")[2].split(",")]
+        master, _, database = parts.path.strip("/").partition("/")
+        if not master:
+            raise ConfigError("cluster_url: no master; allowed: sentinel://HOST:PORT,.../MASTER/DB")
+        if parts.username:
+            more = {**more, "username": parts.username}
+        watchers = sentinel.Sentinel(hosts, sentinel_kwargs={"socket_timeout": REDIS_TIMEOUT})
+        return sentinel.SentinelConnectionPool(
+            master, watchers, db=int(database or 0), check_connection=False, **more
+        )
+
+    def connect(self) -> Any:
+        """A new connection, not yet connected."""
+        return self._pool.make_connection()
+
+
+class RedisLink:
+    """One connection, for one greenlet at a time: commands in a pipeline, answers in order."""
+
+    def __init__(self, pool: RedisPool) -> None:
+        self._pool = pool
+        self._connection: Any = None
+
+    def ask(self, *commands: Sequence[Any]) -> list[Any]:
+        """The answers to some commands; one that Redis refused is a RedisError in its place.
+
+        Raises RedisError where no answer came; whether the commands were carried out is unknown,
+        then.
+        """
+        pool = self._pool
+        limit = gevent.Timeout(REDIS_TIMEOUT)
+        try:
+            with limit:
+                if self._connection is None:
+                    self._connection = pool.connect()
+                    self._connection.connect()
+                connection = self._connection
+                connection.send_packed_command(connection.pack_commands(commands), False)
+                answers = [self._answer(connection) for _ in commands]
+        except gevent.Timeout as timeout:
+            self.close()
+            if timeout is not limit:
+                raise
+            raise RedisError("timeout", "no answer in time") from None
+        except pool.errors as error:
+            self.close()
+            kind = type(error).__name__
+            raise RedisError(kind, " ".join(str(error).split()) or kind) from None
+        except BaseException:
+            # A greenlet that is killed here leaves answers unread.
+            self.close()
+            raise
+        if any(isinstance(x, RedisError) and x.kind == "ReadOnlyError" for x in answers):
+            # The master is another one by now.
+            self.close()
+        return answers
+
+    def _answer(self, connection: Any) -> Any:
+        try:
+            return connection.read_response(disconnect_on_error=False)
+        except self._pool.refusal as error:
+            return RedisError(type(error).__name__, str(error))
+
+    def one(self, *command: Any) -> Any:
+        """The answer to one command. Raises RedisError, also for a refusal."""
+        (answer,) = self.ask(command)
+        if isinstance(answer, RedisError):
+            raise answer
+        return answer
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What a Lua script answers; it is loaded where it is unknown. Raises RedisError."""
+        digest = hashlib.sha1(script.encode()).hexdigest()
+        (answer,) = self.ask(("EVALSHA", digest, 0, *arguments))
+        if isinstance(answer, RedisError) and answer.kind == "NoScriptError":
+            return self.one("EVAL", script, 0, *arguments)
+        if isinstance(answer, RedisError):
+            raise answer
+        return answer
+
+    def scan(self, key: str) -> Iterator[tuple[bytes, bytes]]:
+        """All fields and values of a hash, some of them twice if it changes. Raises RedisError."""
+        cursor: Any = 0
+        while True:
+            cursor, values = self.one("HSCAN", key, cursor, "COUNT", SCAN_GROUP)
+            yield from zip(values[::2], values[1::2], strict=True)
+            if int(cursor) == 0:
+                return
+
+    def close(self) -> None:
+        """Give the connection up; the next command opens another one."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(Exception):
+                connection.disconnect()
+
+
+def check_redis(link: RedisLink) -> None:
+    """Refuse a server that would lose calls or can't do what is asked of it.
+
+    Raises ConfigError, RedisError.
+    """
+    text = link.one("INFO", "everything").decode("utf-8", "replace")
+    info = dict(line.split(":", 1) for line in text.split("\r\n") if ":" in line)
+    version = info.get("redis_version", "0")
+    if int(version.split(".")[0]) < 7:
+        raise ConfigError(f"cluster_url: Redis {version}; allowed: Redis 7 or later, or Valkey")
+    policy = info.get("maxmemory_policy", "noeviction")
+    if info.get("maxmemory", "0") != "0" and policy != "noeviction":
+        raise ConfigError(
+            f"cluster_url: maxmemory-policy {policy} would lose calls; allowed: noeviction"
+        )
+    if info.get("role", "master") != "master":
+        raise ConfigError("cluster_url: a replica; allowed: the master, or sentinel://...")
+    if info.get("cluster_enabled") == "1":
+        raise ConfigError("cluster_url: Redis Cluster; allowed: one Redis, with replicas or not")
+
+
+# Which part of a row a field holds; the letter stands at the end of its name.
+_FACTS, _BEGIN, _END = "c", "b", "e"
+_LETTERS = {"begin": _BEGIN, "end": _END}
+# What a record says of its event: it waits, or its begin is kept for the end to come.
+_WAITS, _ONE_SIDED, _GIVEN_UP = "waits", "one-sided", "given up"
+
+
+def unpack_record(row: int, record: bytes) -> tuple[RatingEvent, str, str]:
+    """An event from its field: the event, its state, and whom alone a begin named that is kept."""
+    api_url, serial, attempts, answer, state, party, packed = json.loads(record)
+    event = unpack_event(packed, api_url, row, serial)
+    event.attempts, event.answer = attempts, answer
+    return event, state, party
+
+
+def unpack_rejected(text: bytes) -> RatingEvent:
+    """A rejected event as it is kept for an operator."""
+    serial, row, api_url, packed, attempts, answer = json.loads(text)
+    event = unpack_event(packed, api_url, row, serial)
+    event.attempts, event.answer = attempts, answer
+    return event
+
+
+class RedisStore:
+    """One shard in Redis, from the lease that makes an agent its owner until that is lost.
+
+    What is noted is written by `Cluster`, for all shards of an agent at once. ``position`` is the
+    last entry of the stream that was handled, ``clock`` the time of the calls in seconds, which is
+    that of the stream less ``lag``, for it stands still while Redis is away. ``lost`` says that
+    another agent may be the owner by now.
+    """
+
+    def __init__(
+        self, pool: RedisPool, prefix: str, number: int, token: str, due: gevent.event.Event
+    ) -> None:
+        self.number = number
+        self.token = token
+        self.position = b"0-0"
+        self.clock = self.lag = 0.0
+        self.lost = self.leaving = False
+        self.failure = ""
+        self.due = due
+        self.last_serial = number << _ROW_BITS
+        self.answered: list[RatingEvent] = []
+        # Seconds of `boottime` at which the lease ends at the earliest.
+        self.until = 0.0
+        # What is being written: it is sent again until it is answered.
+        self.writing: list[Any] = []
+        self._pool = pool
+        self._prefix = prefix
+        self._commits = self._serial = 0
+        self._moved = False
+        # The letters of the fields that Redis has, or will have, of a row.
+        self._rows: dict[int, str] = {}
+        # Waiting events of each API: row by serial.
+        self._waiting: defaultdict[str, dict[int, tuple[int, str]]] = defaultdict(dict)
+        # Begins that are kept for the end to come, by row, and whom alone they named.
+        self._kept: dict[int, tuple[CallKey, str]] = {}
+        # From tags of running calls.
+        self._tags: dict[int, str] = {}
+        self._taken_up: set[int] = set()
+        self._calls: list[tuple[int, str]] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._changes: dict[str, str | None] = {}
+        self._rejected: dict[int, str] = {}
+        self._retried: list[int] = []
+        self._new_tags: list[str] = []
+        self._old_tags: list[str] = []
+        self._strays: list[tuple[str, str, bytes]] = []
+
+    # At the start
+
+    def load(self, link: RedisLink, serial: int) -> None:
+        """Read what was committed; ``serial`` is the last that was given. Raises RedisError."""
+        self.last_serial = max(self.last_serial, serial)
+        fields = dict(link.scan(f"{self._prefix}calls:{self.number}"))
+        for name, value in sorted(fields.items()):
+            row, letter = int(name[:-1]), chr(name[-1])
+            self._rows[row] = self._rows.get(row, "") + letter
+            if letter == _FACTS:
+                self._calls.append((row, value.decode()))
+                continue
+            event, state, party = unpack_record(row, value)
+            self._serial = max(self._serial, event.serial)
+            if state == _WAITS:
+                self._waiting[event.api_url][event.serial] = (row, letter)
+            else:
+                self._kept[row] = (event.key, party)
+
+    def load_calls(self) -> list[tuple[int, str]]:
+        """The calls as `CallTable.restore` needs them: row and text of `pack_call`."""
+        calls, self._calls = self._calls, []
+        return calls
+
+    def count_events(self) -> dict[str, int]:
+        """How many events wait for each API, by its URL."""
+        return {url: len(waiting) for url, waiting in self._waiting.items()}
+
+    def load_given_up(self) -> list[CallKey]:
+        """The running calls whose begin was rejected."""
+        return [key for key, party in self._kept.values() if not party]
+
+    def load_one_sided(self) -> dict[CallKey, str]:
+        """The running calls that were begun with one party alone, and which."""
+        return {key: party for key, party in self._kept.values() if party}
+
+    # Notes
+
+    def put_call(self, row: int, text: str) -> None:
+        """Note a call that is new or has changed, as `pack_call` writes it."""
+        self._put(row, _FACTS, text)
+
+    def drop_call(self, row: int) -> None:
+        """Note that a call has left the table; its events stay while they wait."""
+        self._drop(row, _FACTS)
+
+    def put_tag(self, row: int, from_tag: str) -> None:
+        """Note the From tag of a running call, "" for none or one that runs no more."""
+        known = self._tags.get(row, "")
+        if known == from_tag:
+            return
+        if known:
+            del self._tags[row]
+            self._old_tags.append(known)
+        if from_tag:
+            self._tags[row] = from_tag
+            self._new_tags.append(from_tag)
+
+    def know_tag(self, row: int, from_tag: str) -> None:
+        """A From tag that was noted by an owner before."""
+        self._tags[row] = from_tag
+
+    def put_stray(self, from_tag: str, to_tag: str, frame: bytes) -> None:
+        """Note a frame of no call here, for the shard of a running call with one of these tags."""
+        self._strays.append((from_tag, to_tag, frame))
+
+    def put_event(self, event: RatingEvent) -> None:
+        """Note an event that waits from now on; its serial is one of all shards' time."""
+        event.store = self
+        event.serial = self._serial = max(self._serial + 1, time.time_ns() // 1000)
+        self._kept.pop(event.row, None)
+        self._waiting[event.api_url][event.serial] = (event.row, _LETTERS[event.kind])
+        self._put_record(event, _WAITS)
+
+    def put_attempt(self, event: RatingEvent) -> None:
+        """Note that an event was tried and still waits: its attempts and the last answer."""
+        if event.serial in self._waiting[event.api_url]:
+            self._put_record(event, _WAITS)
+
+    def drop_event(self, event: RatingEvent) -> None:
+        """Note that an event waits no more: it was answered, or lost."""
+        self._waiting[event.api_url].pop(event.serial, None)
+        if event.kind == "begin" and event.left_out:
+            self._keep(event, event.party)
+        else:
+            self._drop(event.row, _LETTERS[event.kind])
+
+    def reject_event(self, event: RatingEvent) -> None:
+        """Note that an event waits no more, and keep it for an operator."""
+        self.drop_event(event)
+        if event.kind == "begin":
+            self._keep(event, "")
+        record = [
+            event.serial,
+            event.row,
+            event.api_url,
+            event.pack(),
+            event.attempts,
+            event.answer,
+        ]
+        self._rejected[event.serial] = _compact_json(record)
+        self.due.set()
+
+    def retry_event(self, event: RatingEvent, _: int) -> None:
+        """Note that a rejected event waits again."""
+        self._retried.append(event.serial)
+        self.due.set()
+
+    def _keep(self, event: RatingEvent, party: str) -> None:
+        # Its call, or its end, is still there: else nothing asks for it.
+        if self._rows.get(event.row, _BEGIN) == _BEGIN:
+            self._drop(event.row, _BEGIN)
+            return
+        self._kept[event.row] = (event.key, party)
+        self._put_record(event, _ONE_SIDED if party else _GIVEN_UP, party)
+
+    def _put_record(self, event: RatingEvent, state: str, party: str = "") -> None:
+        record = [event.api_url, event.serial, event.attempts, event.answer, state, party]
+        self._put(event.row, _LETTERS[event.kind], _compact_json([*record, event.pack()]))
+
+    def _put(self, row: int, letter: str, value: str) -> None:
+        letters = self._rows.get(row, "")
+        if letter not in letters:
+            self._rows[row] = letters + letter
+        self._changes[f"{row}{letter}"] = value
+        self.due.set()
+
+    def _drop(self, row: int, letter: str) -> None:
+        letters = self._rows.get(row, "")
+        if letter in letters:
+            self._rows[row] = letters.replace(letter, "")
+            self._changes[f"{row}{letter}"] = None
+            self.due.set()
+        if not self._rows.get(row):
+            self._rows.pop(row, None)
+        if row in self._kept and (letter == _END or self._rows.get(row) == _BEGIN):
+            # The begin was kept for an end that was answered, or can't come any more.
+            del self._kept[row]
+            self._drop(row, _BEGIN)
+
+    # To Redis
+
+    def advance(self, position: bytes) -> None:
+        """All entries of the stream up to here were handled."""
+        self.position, self._moved = position, True
+        self.due.set()
+
+    @property
+    def unwritten(self) -> int:
+        """How many fields are not committed yet, those of a commit under way not counted."""
+        return len(self._changes)
+
+    @property
+    def clean(self) -> bool:
+        """Whether all that was noted is committed."""
+        noted = self._changes or self._rejected or self._retried or self._old_tags or self._strays
+        return not (noted or self._moved or self.writing)
+
+    def collect(self, serial: int) -> None:
+        """Put all that was noted into ``writing``, in the order of the script that writes it."""
+        self._commits += 1
+        milliseconds, _, count = self.position.partition(b"-")
+        after = b"%s-%d" % (milliseconds, int(count) + 1)
+        values: list[Any] = [self.number, self.token, f"{self.token}:{self._commits}"]
+        values += [self.position, after, repr(self.clock), repr(self.lag), serial]
+        sets = [(name, value) for name, value in self._changes.items() if value is not None]
+        values += [len(sets), *chain.from_iterable(sets)]
+        for names in (
+            [name for name, value in self._changes.items() if value is None],
+            list(chain.from_iterable(self._rejected.items())),
+            self._retried,
+            self._new_tags,
+            self._old_tags,
+        ):
+            values += [len(names), *names]
+        values += [len(self._strays), *chain.from_iterable(self._strays)]
+        self._moved = False
+        self._clear()
+        self.writing = values
+
+    def may_send(self, seconds: float) -> bool:
+        """Whether a request that ends in so many seconds ends before the lease may."""
+        return not self.lost and boottime() + seconds < self.until
+
+    # While it runs
+
+    def load_events(self, api_url: str, after: int, limit: int) -> list[RatingEvent]:
+        """Up to ``limit`` events that wait for an API, after a serial, in order.
+
+        Raises StoreError.
+        """
+        known = self._waiting.get(api_url, {})
+        chosen = heapq.nsmallest(limit, (serial for serial in known if serial > after))
+        names = [known[serial] for serial in chosen]
+        if not names:
+            return []
+        key = f"{self._prefix}calls:{self.number}"
+        link = RedisLink(self._pool)
+        try:
+            values = link.one("HMGET", key, *[f"{row}{letter}" for row, letter in names])
+        except RedisError as error:
+            raise StoreError(str(error)) from None
+        finally:
+            link.close()
+        events = [
+            unpack_record(row, value)[0]
+            for (row, _), value in zip(names, values, strict=True)
+            if value is not None
+        ]
+        for event in events:
+            event.store = self
+        return events
+
+    def load_retries(self) -> list[RatingEvent]:
+        """Rejected events that an operator wants to be sent again. Raises StoreError."""
+        link = RedisLink(self._pool)
+        events = []
+        try:
+            wanted = link.one("SMEMBERS", f"{self._prefix}retry:{self.number}")
+            for serial in sorted(map(int, wanted))[:MAX_LOADED]:
+                key = f"{self._prefix}rejected:{self.number}"
+                found = link.one("ZRANGEBYSCORE", key, serial, serial)
+                if serial in self._taken_up:
+                    continue
+                self._taken_up.add(serial)
+                for event in map(unpack_rejected, found):
+                    event.attempts, event.answer = 0, ""
+                    events.append(event)
+                if not found:
+                    # Dropped meanwhile.
+                    self._retried.append(serial)
+        except RedisError as error:
+            raise StoreError(str(error)) from None
+        finally:
+            link.close()
+        return events
+
+
 # Room: rating API
 
 # The request is written here, and the usual answer is read here. Connections and TLS are left to
@@ -6273,10 +7009,11 @@ class RatingApi:
     def send(self, event: RatingEvent) -> str:
         """Tell the API one event: DELIVERED, REFUSED_BY_API (``ok: false``) or REJECTED (4xx).
 
-        Raises DeliveryError where the API gave no answer that counts.
+        Raises DeliveryError where the API gave no answer that counts, of the kind NOT_OURS where
+        the event's store does not let it go.
         """
         path = f"/v1/{event.kind}_transaction"
-        status, retry_after, answer = self._post(path, event.request())
+        status, retry_after, answer = self._post(path, event.request(), event.store)
         if 200 <= status < 300:
             try:
                 return DELIVERED if json.loads(answer)["ok"] is True else REFUSED_BY_API
@@ -6299,14 +7036,20 @@ class RatingApi:
             unknown = status in (408, 502, 504)
             raise DeliveryError(f"status_{status}", f"status {status}", unknown, wait)
 
-    def _post(self, path: str, body: bytes) -> tuple[int, str, bytes]:
-        """One request: status, Retry-After and body of the answer. Raises DeliveryError."""
+    def _post(self, path: str, body: bytes, store: Any) -> tuple[int, str, bytes]:
+        """One request: status, Retry-After and body of the answer. Raises DeliveryError.
+
+        The last thing before it is sent is to ask the event's store whether it still may be.
+        """
         connection, sent, whole = None, False, False
         # One limit for all of it: a server that trickles would hold a worker.
         limit = gevent.Timeout(self._timeout)
         try:
             with limit:
                 connection = self._connect()
+                if store is not None and not store.may_send(self._timeout):
+                    whole = True
+                    raise DeliveryError(NOT_OURS, "another agent may have its shard", False)
                 sent = True
                 request = f"POST {self._prefix}{path} {self._head}{len(body)}\r\n\r\n"
                 connection.sock.sendall(request.encode("latin-1") + body)
@@ -6384,6 +7127,8 @@ def _read_answer(connection: Any) -> tuple[int, str, bytes, bool]:
 
 # Room: delivery
 
+Store = Journal | RedisStore
+
 
 class _Backlog:
     """The events for one API that wait in one store and not in the outbox.
@@ -6404,7 +7149,7 @@ class _Lane:
     def __init__(self, api: RatingApi, outbox: Outbox) -> None:
         self.api = api
         self.outbox = outbox
-        self.backlogs: defaultdict[Journal | None, _Backlog] = defaultdict(_Backlog)
+        self.backlogs: defaultdict[Store | None, _Backlog] = defaultdict(_Backlog)
         self.loader: gevent.Greenlet | None = None
         self.idle: list[gevent.event.Event] = []
         self.was_down = False
@@ -6443,14 +7188,14 @@ class Delivery:
         self._lanes: dict[str, _Lane] = {}
         self._workers: list[gevent.Greenlet] = []
 
-    def restore(self, store: Journal) -> None:
+    def restore(self, store: Store) -> None:
         """Learn what waits in a store, and how its running calls were begun."""
         for url, count in store.count_events().items():
             self._lane(url).backlogs[store].count = count
         for key in store.load_given_up():
-            self._lane(key[0]).outbox.give_up(key)
+            self._lane(key[0]).outbox.give_up(key, store)
         for key, party in store.load_one_sided().items():
-            self._lane(key[0]).outbox.begun(key, party)
+            self._lane(key[0]).outbox.begun(key, party, store)
 
     def put(self, event: RatingEvent, written: bool = False) -> None:
         """Take an event for delivery; ``written`` says that its store has it. Never waits."""
@@ -6507,10 +7252,24 @@ class Delivery:
         lane.outbox.release(event.key)
         self._wake(lane)
 
-    def forget_unwritten(self, store: Journal) -> None:
+    def forget_unwritten(self, store: Store) -> None:
         """The store has written all, so that it can be loaded."""
         for lane in self._lanes.values():
             lane.backlogs[store].unwritten.clear()
+
+    def withdraw(self, store: Store) -> bool:
+        """Send no more of a store; whether requests of it are under way or not yet written."""
+        busy = False
+        for lane in self._lanes.values():
+            lane.backlogs.pop(store, None)
+            busy |= lane.outbox.withdraw(store)
+        return busy
+
+    def forget(self, store: Store) -> None:
+        """Let go of all events of a store, also those that are out: they are another agent's."""
+        for lane in self._lanes.values():
+            lane.backlogs.pop(store, None)
+            lane.outbox.forget(store)
 
     def authorize(self, settings: Settings) -> None:
         """Send the token, or the user and password, of these settings with each later request."""
@@ -6565,7 +7324,7 @@ class Delivery:
         backlog.count -= 1
         lost = backlog.unwritten.popleft()
         if lost.kind == "begin":
-            lane.outbox.give_up(lost.key)
+            lane.outbox.give_up(lost.key, lost.store)
         self._lose(lane, lost)
 
     def _lose(self, lane: _Lane, event: RatingEvent) -> None:
@@ -6580,6 +7339,8 @@ class Delivery:
         try:
             for store, backlog in list(lane.backlogs.items()):
                 while backlog.count and len(lane.outbox) < MAX_EVENTS_IN_MEMORY:
+                    if store not in lane.backlogs:
+                        break
                     self._load_some(lane, store, backlog)
         except StoreError as error:
             self._metrics.count("journal.errors")
@@ -6588,10 +7349,12 @@ class Delivery:
         finally:
             lane.loader = None
 
-    def _load_some(self, lane: _Lane, store: Journal | None, backlog: _Backlog) -> None:
+    def _load_some(self, lane: _Lane, store: Store | None, backlog: _Backlog) -> None:
         assert store is not None
         count = backlog.count
         events = store.load_events(lane.api.url, backlog.last_serial, MAX_LOADED)
+        if store not in lane.backlogs:
+            return
         if not events:
             # All that is on disk was loaded. What came while the store was read still counts.
             events = [x for x in backlog.unwritten if x.serial > backlog.last_serial]
@@ -6629,6 +7392,14 @@ class Delivery:
             extra = {"event": "internal_error", "where": where, **event.fields()}
             log.warning("delivery failed: %s", type(error).__name__, extra=extra)
             outcome = DeliveryError("internal", type(error).__name__, True)
+        if not lane.outbox.holds(event):
+            # It was sent while it was ours, and is another agent's by now.
+            self._metrics.count("cluster.late_answers")
+            return
+        if isinstance(outcome, DeliveryError) and outcome.kind == NOT_OURS:
+            lane.outbox.hold_back(event, time.monotonic())
+            self._metrics.count("cluster.held_back")
+            return
         if isinstance(outcome, DeliveryError):
             self._failed(lane, event, outcome)
         else:
@@ -6724,7 +7495,7 @@ class Shard:
         table: CallTable,
         delivery: Delivery,
         metrics: Metrics,
-        store: Journal | None = None,
+        store: Store | None = None,
         records: RecordFile | None = None,
     ) -> None:
         self.table = table
@@ -6740,9 +7511,17 @@ class Shard:
         self._polled = 0.0
         if store:
             calls, serial = store.load_calls(), store.last_serial
-            table.restore(calls, serial, time.monotonic(), clock_offset())
+            table.restore(calls, serial, self._now(), self._offset())
             delivery.restore(store)
             self._put_calls(store)
+
+    def _now(self) -> float:
+        """The clock of the calls."""
+        return time.monotonic()
+
+    def _offset(self) -> float:
+        """Seconds of UNIX time less those of that clock."""
+        return clock_offset()
 
     @property
     def fresh(self) -> int:
@@ -6767,7 +7546,7 @@ class Shard:
 
     def commit_forever(self) -> None:
         """Commit what has changed, at most each JOURNAL_INTERVAL, in a greenlet of its own."""
-        assert self.store is not None
+        assert isinstance(self.store, Journal)
         while True:
             self.store.due.wait(timeout=JOURNAL_POLL)
             gevent.sleep(JOURNAL_INTERVAL)
@@ -6787,31 +7566,42 @@ class Shard:
         written, delivery goes on from memory. Returns whether all is written.
         """
         store = self.store
-        assert store is not None
+        assert isinstance(store, Journal)
         store.due.clear()
-        self._put_calls(store)
-        events, self._fresh = self._fresh, []
-        for event in events:
-            store.put_event(event)
-        if isinstance(self.table, RecordedTable):
-            for record in self.table.take_records():
-                fields = {_RECORD_KEY: os.urandom(8).hex(), **record_fields(record)}
-                store.put_record(record.row, _compact_json(fields), record.charged)
-        answered, store.answered = store.answered, []
+        events, answered = self.note(store)
         started = time.monotonic()
         written = False
         try:
             written = store.commit(patience)
         finally:
-            for event in answered:
-                self.delivery.release(event)
-            if written:
-                self.delivery.forget_unwritten(store)
-            for event in events:
-                self.delivery.put(event, written)
+            self.hand_over(events, answered, written)
         self._metrics.count("journal.commits" if written else "journal.errors")
         self._metrics.time("journal.time", time.monotonic() - started)
         return written
+
+    def note(self, store: Store) -> tuple[list[RatingEvent], list[RatingEvent]]:
+        """Put down all that has changed; returns the events that came about, and those answered."""
+        self._put_calls(store)
+        events, self._fresh = self._fresh, []
+        for event in events:
+            store.put_event(event)
+        if isinstance(self.table, RecordedTable) and isinstance(store, Journal):
+            for record in self.table.take_records():
+                fields = {_RECORD_KEY: os.urandom(8).hex(), **record_fields(record)}
+                store.put_record(record.row, _compact_json(fields), record.charged)
+        answered, store.answered = store.answered, []
+        return events, answered
+
+    def hand_over(
+        self, events: Iterable[RatingEvent], answered: Iterable[RatingEvent], written: bool
+    ) -> None:
+        """Deliver what `note` returned; ``written`` says that the store has it."""
+        for event in answered:
+            self.delivery.release(event)
+        if written and self.store:
+            self.delivery.forget_unwritten(self.store)
+        for event in events:
+            self.delivery.put(event, written)
 
     def write_records_forever(self) -> None:
         """Write the call records that are whole, in a greenlet of its own."""
@@ -6832,7 +7622,7 @@ class Shard:
         finds these in the journal finds them among the last lines of the file, too.
         """
         store, file = self.store, self.records
-        assert store is not None and file is not None
+        assert isinstance(store, Journal) and file is not None
         lost, store.records_lost = store.records_lost, 0
         if lost:
             self._metrics.count("records.lost", lost)
@@ -6877,45 +7667,825 @@ class Shard:
             # A call that is over has changed, so its record is seen to as well.
             self.store.due.set()
 
-    def _put_calls(self, store: Journal) -> None:
+    def _put_calls(self, store: Store) -> None:
         """Note the changed calls as they are now, in steps of STORE_STEP.
 
         Between two steps other greenlets have their turn; what they change is noted (again) by a
         later step. The last step takes all that is left, so that no call is newer than its events.
         """
-        offset, changed = clock_offset(), self.table.changed
+        offset, changed = self._offset(), self.table.changed
         while changed:
             for _ in range(min(len(changed), STORE_STEP)):
                 row, call = changed.popitem()
-                if call is None:
-                    store.drop_call(row)
-                else:
-                    store.put_call(row, pack_call(call, offset))
+                self._put_call(store, row, call, offset)
             if changed:
                 gevent.sleep(0)
+
+    def _put_call(self, store: Any, row: int, call: Call | None, offset: float) -> None:
+        if call is None:
+            store.drop_call(row)
+        else:
+            store.put_call(row, pack_call(call, offset))
 
     def _poll(self, store: Journal) -> None:
         """Send the rejected events again that an operator wants to be sent again."""
         if store.failure:
             return
         try:
-            events = store.load_retries()
             self.rejected = store.count_rejected()
+            retried = self.take_up(store)
         except StoreError as error:
             log.error("the journal cannot be read: %s", error, extra={"event": "journal_failed"})
             return
+        if retried:
+            # Before the next look, or they would be found again.
+            self.commit()
+
+    def take_up(self, store: Store) -> bool:
+        """Take up the rejected events that an operator wants to be sent again; whether any.
+
+        Raises StoreError.
+        """
+        events = store.load_retries()
         for event in events:
             store.retry_event(event, self.table.next_serial())
             log.info("taken up again", extra={"event": "event_retried", **event.fields()})
         self._report(events)
-        if events:
-            # Before the next look, or they would be found again.
-            self.commit()
+        return bool(events)
 
 
 def clock_offset() -> float:
     """Seconds of UNIX time less those of the monotonic clock, which starts anew with a machine."""
     return time.time() - time.monotonic()
+
+
+# Room: cluster
+
+# Octets of frames that wait for Redis, over which those of UDP are dropped, and over which no more
+# is read from TCP: its senders wait.
+MAX_UNAPPENDED = 64 * 1024 * 1024
+TCP_UNAPPENDED = 1024 * 1024
+# Seconds for which frames are gathered, and frames of one pipeline.
+APPEND_INTERVAL = 0.005
+APPEND_GROUP = 256
+# Entries of one stream read at once, some 10 ms of work, and seconds between two looks at all
+# streams, which cost the more the more shards there are.
+READ_GROUP = 128
+READ_INTERVAL = 0.05
+# Seconds for which an entry waits for others that belong before it: agents append what they take in
+# a little sooner or later, and an ACK that goes before its 200 begins the call at its own time.
+HOLD = 0.5
+# Seconds for which entries may wait before an agent calls itself unhealthy; a taken shard has those
+# of one lease.
+LAG_UNHEALTHY = 30.0
+# Seconds between two commits of what an agent owns: what is sooner goes in one.
+CLUSTER_COMMIT = 0.05
+# Seconds that a lease is longer than rating_api_timeout: so long may Redis be silent before nothing
+# is sent any more.
+LEASE_MARGIN = 5.0
+# Seconds between two beats, which renew the leases, and without one after which an agent is gone.
+BEAT = 1.0
+AGENT_GONE = 5.0
+# Seconds between two attempts while Redis gives no answer, and between two lines that say so.
+REDIS_RETRY = 0.1
+REDIS_SAID = 10.0
+# Seconds after Redis was away in which all agents see that it is back and append what they kept,
+# before anything is read: then an ACK does not go before its 200 that another agent kept.
+SETTLE = REDIS_TIMEOUT + 2 * REDIS_RETRY
+
+
+def ties_legs(rules: Iterable[Rule]) -> bool:
+    """Whether calls of several Call-IDs may be one charge by these routes (rule 17)."""
+    return any(rule.route.transaction_tag != "call-id" for rule in rules)
+
+
+class _Entry(NamedTuple):
+    """An entry of a stream; ``frame`` is empty for a stray, which goes no further.
+
+    ``time`` is the stream's, in seconds of UNIX time, ``read_at`` ours, of a monotonic clock,
+    ``hep_time`` that of the packet, in microseconds; ``packet`` is None for what is no frame.
+    """
+
+    number: bytes
+    time: float
+    read_at: float
+    hep_time: int
+    packet: HepPacket | None
+    sender: str
+    frame: bytes
+
+
+class StreamShard(Shard):
+    """A shard whose messages come from a stream, by whose clock its calls live."""
+
+    store: RedisStore
+
+    def _now(self) -> float:
+        return self.store.clock
+
+    def _offset(self) -> float:
+        return 0.0
+
+    def __init__(
+        self, table: CallTable, delivery: Delivery, metrics: Metrics, store: RedisStore
+    ) -> None:
+        super().__init__(table, delivery, metrics, store)
+        # What was read and not yet handled, and its last number.
+        self.held: list[_Entry] = []
+        self.read = store.position
+        for call in chain.from_iterable(table.slices()):
+            store.know_tag(call.row, self._tag(call))
+
+    @staticmethod
+    def _tag(call: Call | None) -> str:
+        """The From tag by which a leg of another Call-ID may end a call (rule 17)."""
+        running = call is not None and call.begun_at and not call.ended_at
+        return call.from_tag if running and len(call.from_tag) >= MIN_TAG else ""  # type: ignore[union-attr]
+
+    def _put_call(self, store: RedisStore, row: int, call: Call | None, offset: float) -> None:
+        super()._put_call(store, row, call, offset)
+        store.put_tag(row, self._tag(call))
+
+    @property
+    def unwritten(self) -> int:
+        """How many calls, events and fields are not committed yet."""
+        return len(self.table.changed or ()) + len(self._fresh) + self.store.unwritten
+
+    @property
+    def clean(self) -> bool:
+        """Whether all is committed."""
+        return not self.unwritten and not self.store.answered and self.store.clean
+
+    @property
+    def owned(self) -> bool:
+        """Whether its stream is to be followed."""
+        return not (self.store.lost or self.store.leaving)
+
+
+class Cluster:
+    """The shards of an agent, and the frames that it hands to others, all in one Redis.
+
+    ``failure`` says why Redis does not answer, "" while it does; ``fatal`` why it never will as
+    things are. ``agents`` is what the last beat said of each agent, ``lost`` how many shards were
+    lost. Its greenlets, which `start` starts, never raise. Raises ConfigError.
+    """
+
+    def __init__(
+        self, settings: Settings, rules: Sequence[Rule], metrics: Metrics, delivery: Delivery
+    ) -> None:
+        self.settings = settings
+        self.rules = rules
+        self.owned: dict[int, StreamShard] = {}
+        self.agents: list[dict[str, Any]] = []
+        self.rejected = self.entries = self.lost = 0
+        self.fatal = ""
+        # Why a greenlet gets nothing done, by what it does.
+        self._faults = {"beat": "not connected yet"}
+        self.name = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
+        self._metrics = metrics
+        self._delivery = delivery
+        self._prefix = f"{settings.cluster_name}:"
+        self._pool = RedisPool(settings.cluster_url, settings.cluster_password)
+        self._lease = settings.rating_api_timeout + LEASE_MARGIN
+        # The calls are shared out among the shards.
+        self._ties = ties_legs(rules)
+        used = 1 if self._ties else settings.cluster_shards
+        self._shard_settings = replace(settings, max_calls=-(-settings.max_calls // used))
+        self._salt = b""
+        self._tokens = 0
+        # Shards whose lease we have, but not all of the rest yet.
+        self._taking: list[RedisStore] = []
+        self._taker: gevent.Greenlet | None = None
+        # Redis' time of its last answer, and from when to when it was away last.
+        self._answered = 0.0
+        self._away = (0.0, 0.0)
+        self._settled = 0.0
+        self._said = -inf
+        self._pending: deque[tuple[str, bytes]] = deque()
+        self._octets = 0
+        self._append_due = gevent.event.Event()
+        self._commit_due = gevent.event.Event()
+        self._beat_due = gevent.event.Event()
+        self._writing: list[tuple[StreamShard, list[RatingEvent], list[RatingEvent]]] = []
+        self._greenlets: list[gevent.Greenlet] = []
+        self._stopping = False
+
+    # The start
+
+    def join(self) -> None:
+        """Check Redis, and what all agents must have in common. Raises ConfigError, RedisError."""
+        link = RedisLink(self._pool)
+        try:
+            check_redis(link)
+            self._agree(link)
+        except RedisError as error:
+            if "uthentica" in error.kind or "NOAUTH" in str(error) or "WRONGPASS" in str(error):
+                raise ConfigError(
+                    f"cluster_url, cluster_password: {error}; allowed: what Redis accepts"
+                ) from None
+            if "WRONGTYPE" in str(error) or error.kind == "NoPermissionError":
+                raise ConfigError(
+                    f"cluster_name: {self.settings.cluster_name}: {error}; "
+                    "allowed: a name whose keys are ours"
+                ) from None
+            raise
+        finally:
+            link.close()
+
+    def _agree(self, link: RedisLink) -> None:
+        key, settings = f"{self._prefix}config", self.settings
+        wanted = {
+            "version": CLUSTER_VERSION,
+            "shards": str(settings.cluster_shards),
+            "ties": "yes" if self._ties else "no",
+        }
+        ours = {**wanted, "salt": os.urandom(8).hex()}
+        for name, value in ours.items():
+            link.one("HSETNX", key, name, value)
+        values = link.one("HMGET", key, *ours)
+        found = dict(zip(ours, (value.decode("latin-1") for value in values), strict=True))
+        options = {
+            "version": "cluster_name",
+            "shards": "cluster_shards",
+            "ties": "routes: transaction_tag of another call than its own",
+        }
+        for name, value in wanted.items():
+            if found[name] != value:
+                raise ConfigError(
+                    f"{options[name]}: {value}, but {settings.cluster_name} has {found[name]}; "
+                    "allowed: the same for all agents, or another cluster_name"
+                )
+        self._salt = bytes.fromhex(found["salt"])
+
+    def change_rules(self, rules: Sequence[Rule]) -> None:
+        """Other routes, for attempts from now on. Raises ConfigError where calls would be torn."""
+        if ties_legs(rules) != self._ties:
+            raise ConfigError(
+                "routes: a transaction_tag that ties calls where none did, or none where one did; "
+                "allowed: a start with another cluster_name"
+            )
+        self.rules = rules
+        for shard in self.owned.values():
+            shard.table.rules = rules
+
+    @property
+    def failure(self) -> str:
+        """Why Redis does not answer as it should, "" while it does."""
+        return next(iter(self._faults.values()), "")
+
+    def start(self) -> None:
+        """Take part: the greenlets that append, own, read and commit."""
+        steps = {
+            "append": self._append,
+            "read": self._read,
+            "commit": self._commit,
+            "beat": self._beat,
+        }
+        self._greenlets = [gevent.spawn(self._repeat, *item) for item in steps.items()]
+
+    def _repeat(self, name: str, step: Callable[[RedisLink], None]) -> None:
+        link = RedisLink(self._pool)
+        while True:
+            try:
+                step(link)
+            except (RedisError, StoreError) as error:
+                link.close()
+                self._fail(name, error)
+                gevent.sleep(REDIS_RETRY)
+            except Exception:
+                link.close()
+                self._metrics.count("packets.internal_error")
+                extra = {"event": "internal_error"}
+                log.error("the cluster: %s failed", name, exc_info=True, extra=extra)
+                gevent.sleep(REDIS_RETRY)
+            else:
+                self._work(name)
+
+    def _fail(self, name: str, error: AgentError) -> None:
+        self._metrics.count("cluster.errors")
+        if name == "beat" and name not in self._faults:
+            self._away = (self._answered, inf)
+        self._faults[name] = str(error)
+        self._beat_due.set()
+        now = time.monotonic()
+        if now - self._said >= REDIS_SAID:
+            self._said = now
+            extra = {"event": "redis_failed", "unappended": self._octets}
+            log.error("Redis does not answer as it should: %s", error, extra=extra)
+
+    def _work(self, name: str) -> None:
+        """A step was done: its fault is over, if it had one."""
+        if not self._faults.pop(name, "") or self._said == -inf:
+            return
+        # The others may see it later, and have more to tell.
+        self._settled = time.monotonic() + SETTLE
+        if not self._faults:
+            self._said = -inf
+            log.warning("Redis answers again", extra={"event": "redis_back"})
+
+    def _come_back(self) -> None:
+        """Redis is back: the clocks go on where they stood, once all agents have told all."""
+        if self._away[1] == inf:
+            self._away = (self._away[0], self._answered + SETTLE)
+            for shard in self.owned.values():
+                self._skip(shard.store)
+
+    def _skip(self, store: RedisStore) -> None:
+        """Let a clock stand still over the time in which Redis was away last."""
+        start, end = self._away
+        if store.clock and end > start:
+            store.lag += max(end - max(start, store.clock + store.lag), 0.0)
+
+    # Taking in
+
+    def shard_of(self, call_id: str) -> int:
+        """The shard of a call. Where routes tie legs all calls have one, so that legs meet."""
+        if self._ties:
+            return 0
+        octets = call_id.encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(octets, digest_size=8, key=self._salt).digest()
+        return int.from_bytes(digest, "big") % self.settings.cluster_shards
+
+    @property
+    def unappended(self) -> int:
+        """Octets of frames that wait for Redis."""
+        return self._octets
+
+    @property
+    def behind(self) -> bool:
+        """Whether senders over TCP have to wait."""
+        return bool(self._faults) or self._octets > TCP_UNAPPENDED
+
+    def append(self, call_ids: Iterable[str], frame: bytes) -> bool:
+        """Hand a frame to the shards of its calls; False where too much waits: it was dropped."""
+        if self._octets + len(frame) > MAX_UNAPPENDED:
+            return False
+        for call_id in call_ids:
+            self._pending.append((call_id, frame))
+            self._octets += len(frame)
+        self._append_due.set()
+        return True
+
+    def _append(self, link: RedisLink) -> None:
+        """One pipeline. What was not answered is sent again; a copy adds no fact."""
+        self._append_due.wait()
+        if not self._pending or not self._salt:
+            self._append_due.clear()
+            return
+        if len(self._pending) < APPEND_GROUP:
+            gevent.sleep(APPEND_INTERVAL)
+        group = list(islice(self._pending, APPEND_GROUP))
+        prefix = f"{self._prefix}stream:"
+        commands = [
+            ("XADD", f"{prefix}{self.shard_of(call_id)}", "*", "f", frame)
+            for call_id, frame in group
+        ]
+        for answer in link.ask(*commands):
+            if isinstance(answer, RedisError):
+                raise answer
+            self._octets -= len(self._pending.popleft()[1])
+            self._metrics.count("cluster.appended")
+
+    # Owning
+
+    def tick(self) -> None:
+        """Drop what may be another agent's by now; called a few times a second."""
+        now = boottime()
+        for shard in list(self.owned.values()):
+            if now >= shard.store.until:
+                self._lose(shard, "its lease could not be renewed in time")
+
+    def _beat(self, link: RedisLink) -> None:
+        """Renew the leases, see who is there, take or give back shards."""
+        if not self._salt:
+            try:
+                self.join()
+            except ConfigError as error:
+                self.fatal = str(error)
+                raise RedisError("config", str(error)) from None
+            self._append_due.set()
+        started = boottime()
+        beaten = [*(shard.store for shard in self.owned.values()), *self._taking]
+        status = {"name": self.name, "shards": len(self.owned), "version": __version__}
+        answer = link.run(
+            BEAT_SCRIPT,
+            self._prefix,
+            self.name,
+            _compact_json(status),
+            round(AGENT_GONE * 1000),
+            round(self._lease * 1000),
+            self.settings.cluster_shards,
+            *chain.from_iterable((store.number, store.token) for store in beaten),
+        )
+        now, agents, lost, free, retries, self.rejected, self.entries = answer
+        self.agents = sorted((json.loads(text) for text in agents), key=lambda x: str(x["name"]))
+        self._answered = max(self._answered, now / 1000)
+        self.tick()
+        taken = set(map(int, lost))
+        for store in beaten:
+            if store.number not in taken:
+                store.until = started + self._lease
+            elif store in self._taking:
+                store.lost = True
+            elif not store.lost:
+                self._lose(self.owned[store.number], "another agent has it")
+        if "beat" in self._faults:
+            self._come_back()
+            self._work("beat")
+        for number in map(int, retries):
+            shard = self.owned.get(number)
+            if shard is not None and shard.owned and shard.take_up(shard.store):
+                self._commit_due.set()
+        if time.monotonic() >= self._settled:
+            self._take_share([int(number) for number in free])
+        self._beat_due.wait(timeout=max(BEAT - (boottime() - started), 0.05))
+        self._beat_due.clear()
+
+    def try_to_join(self) -> None:
+        """`join`; where Redis does not answer that is said, and tried again later."""
+        try:
+            self.join()
+        except RedisError as error:
+            self._fail("beat", error)
+
+    def _take_share(self, free: Sequence[int]) -> None:
+        """Take free shards up to the share of one agent, or give some back."""
+        if self._stopping or (self._taker is not None and not self._taker.ready()):
+            return
+        share = -(-self.settings.cluster_shards // max(len(self.agents), 1))
+        staying = [shard for shard in self.owned.values() if shard.owned]
+        if len(staying) > share:
+            gevent.spawn(self._give_back, staying[share:])
+        elif len(staying) < share and free:
+            free = [number for number in free if number not in self.owned]
+            chosen = random.sample(free, min(len(free), share - len(staying)))
+            self._taker = gevent.spawn(self._take_all, chosen)
+
+    def _take_all(self, numbers: Iterable[int]) -> None:
+        link = RedisLink(self._pool)
+        before = set(self.owned)
+        try:
+            for number in numbers:
+                if not self._stopping:
+                    self._take(link, number)
+        except RedisError:
+            # The beat says so. What was not taken whole is free again when its lease ends.
+            self._metrics.count("cluster.errors")
+        except Exception:
+            self._metrics.count("packets.internal_error")
+            log.error("a shard was not taken", exc_info=True, extra={"event": "internal_error"})
+        finally:
+            self._taking.clear()
+            link.close()
+            taken = [shard for number, shard in self.owned.items() if number not in before]
+            extra: dict[str, Any] = {"event": "shards_taken", "shards": len(taken)}
+            extra["calls"] = sum(len(shard.table) for shard in taken)
+            if taken:
+                log.info("shards were taken", extra=extra)
+
+    def _take(self, link: RedisLink, number: int) -> None:
+        self._tokens += 1
+        token = f"{self.name}:{self._tokens}"
+        store = RedisStore(self._pool, self._prefix, number, token, self._commit_due)
+        started = boottime()
+        lease = round(self._lease * 1000)
+        meta = link.run(TAKE_SCRIPT, self._prefix, number, store.token, lease)
+        if meta is None:
+            return
+        position, clock, lag, serial = meta
+        store.until = started + self._lease
+        store.position = position or b"0-0"
+        store.clock, store.lag = float(clock or 0), float(lag or 0)
+        self._skip(store)
+        self._taking.append(store)
+        store.load(link, int(serial or 0))
+        table = CallTable(self._shard_settings, self.rules)
+        calls = iter(store.load_calls())
+        while some := list(islice(calls, STORE_STEP)):
+            table.restore(some, store.last_serial, store.clock, 0.0)
+            gevent.idle(gevent.get_hub().loop.MAXPRI)
+        self._taking.remove(store)
+        if store.lost:
+            return
+        shard = self.owned[number] = StreamShard(table, self._delivery, self._metrics, store)
+        self._metrics.count("cluster.shards.taken")
+        if shard.unwritten:
+            self._commit_due.set()
+
+    def _lose(self, shard: StreamShard, reason: str) -> None:
+        if shard.store.lost:
+            return
+        self.lost += 1
+        self._metrics.count("cluster.shards.lost")
+        extra = {"event": "shard_lost", "shard": shard.store.number, "calls": len(shard.table)}
+        log.warning("a shard was lost: %s", reason, extra=extra)
+        self._forget(shard)
+
+    def _forget(self, shard: StreamShard) -> None:
+        """Drop a shard at once: table, waiting events, further attempts."""
+        shard.store.lost = True
+        if self.owned.get(shard.store.number) is shard:
+            del self.owned[shard.store.number]
+        self._delivery.forget(shard.store)
+
+    def _give_back(self, shards: Sequence[StreamShard]) -> None:
+        """Release shards once nothing of them is under way and all is committed."""
+        for shard in shards:
+            shard.store.leaving = True
+        while shards := [shard for shard in shards if not shard.store.lost]:
+            # All, without a stop at the first that has some.
+            busy = sum([self._delivery.withdraw(shard.store) for shard in shards])
+            if not busy and all(shard.clean for shard in shards):
+                break
+            self._commit_due.set()
+            gevent.sleep(CLUSTER_COMMIT)
+        for shard in shards:
+            self._forget(shard)
+        link = RedisLink(self._pool)
+        try:
+            names = ((shard.store.number, shard.store.token) for shard in shards)
+            link.run(RELEASE_SCRIPT, self._prefix, *chain.from_iterable(names))
+        except RedisError:
+            # The leases end by themselves.
+            self._metrics.count("cluster.errors")
+        finally:
+            link.close()
+        self._metrics.count("cluster.shards.given_back", len(shards))
+        extra = {"event": "shards_given_back", "shards": len(shards)}
+        log.info("shards were given back", extra=extra)
+
+    # Following
+
+    def _read(self, link: RedisLink) -> None:
+        """One look at the streams of all shards, and at what is due in them."""
+        shards = [shard for shard in self.owned.values() if shard.owned]
+        crowded = sum(shard.unwritten for shard in shards) > MAX_UNWRITTEN
+        if not shards or "beat" in self._faults or crowded or time.monotonic() < self._settled:
+            gevent.sleep(CLUSTER_COMMIT)
+            return
+        streams = [f"{self._prefix}stream:{shard.store.number}" for shard in shards]
+        after = [shard.read for shard in shards]
+        started = time.monotonic()
+        command = ("XREAD", "COUNT", READ_GROUP, "STREAMS", *streams, *after)
+        # The time first: what is appended later is not older.
+        (seconds, micros), found = link.ask(("TIME",), command)
+        if isinstance(found, RedisError):
+            raise found
+        now = int(seconds) + int(micros) / 1_000_000
+        entries = {name.decode(): batch for name, batch in found or ()}
+        for shard, stream in zip(shards, streams, strict=True):
+            batch = entries.get(stream, ())
+            if not shard.owned:
+                continue
+            for entry, values in batch:
+                self._hold(shard, entry, values)
+            self._feed(shard, now - HOLD)
+            if len(batch) < READ_GROUP:
+                shard.store.clock = max(shard.store.clock, now - HOLD - shard.store.lag)
+            try:
+                shard.expire(shard.store.clock)
+            except Exception:
+                # It must not keep the other shards from their work.
+                self._metrics.count("packets.internal_error")
+                log.warning("a tick failed", exc_info=True, extra={"event": "internal_error"})
+            if not shard.clean:
+                self._commit_due.set()
+            if batch:
+                # Others first that have something to do.
+                gevent.idle(gevent.get_hub().loop.MAXPRI)
+        self._answered = max(self._answered, now)
+        if all(len(batch) < READ_GROUP for batch in entries.values()):
+            gevent.sleep(max(READ_INTERVAL - (time.monotonic() - started), 0.001))
+
+    def _hold(self, shard: StreamShard, entry: bytes, values: Sequence[bytes]) -> None:
+        """Decode an entry of a stream, and keep it until its turn comes."""
+        shard.read = entry
+        kind, frame = values if len(values) == 2 else (b"", b"")
+        appended = int(entry.partition(b"-")[0]) / 1000
+        packet, sender = None, ""
+        try:
+            data, arrival, sender = unpack_frame(frame)
+            packet = decode_hep(data, arrival)
+        except (HepError, struct.error):
+            # It was whole when it was appended: another program writes here.
+            self._metrics.count("packets.dropped.cluster_foreign")
+        shard.held.append(
+            _Entry(
+                number=entry,
+                time=appended,
+                read_at=time.monotonic(),
+                hep_time=packet.time if packet else 0,
+                packet=packet,
+                sender=sender,
+                frame=frame if kind == b"f" else b"",
+            )
+        )
+
+    def _feed(self, shard: StreamShard, until: float) -> None:
+        """Handle the entries up to a time of the stream in the order of their HEP time, in one go.
+
+        Later ones go with them whose HEP time is before that of one of these.
+        """
+        held, store = shard.held, shard.store
+        # Or read so long ago: a clock that was set back must not hold all.
+        read = time.monotonic() - HOLD
+        number = sum(1 for _ in takewhile(lambda x: x.time <= until or x.read_at <= read, held))
+        latest = max((entry.hep_time for entry in held[:number]), default=0)
+        for index in range(number, len(held)):
+            if held[index].hep_time < latest:
+                latest = max([latest, *(entry.hep_time for entry in held[number:index])])
+                number = index + 1
+        if not number:
+            return
+        batch = sorted(held[:number], key=attrgetter("hep_time"))
+        clocks = list(accumulate((entry.time for entry in reversed(batch)), min))
+        for entry in batch:
+            # Never ahead of what is still to come.
+            store.clock = max(store.clock, clocks.pop() - store.lag)
+            try:
+                self._handle(shard, entry)
+            except Exception:
+                self._metrics.count("packets.internal_error")
+                extra = {"event": "internal_error", "sender": entry.sender}
+                log.warning("a packet could not be handled", exc_info=True, extra=extra)
+        store.advance(held[number - 1].number)
+        del held[:number]
+        self._metrics.count("cluster.read", number)
+
+    def _handle(self, shard: StreamShard, entry: _Entry) -> None:
+        packet = entry.packet
+        if packet is None:
+            return
+        for payload in split_messages(packet):
+            try:
+                message = parse_sip(payload, packet.time)
+            except SipError:
+                # Counted where it was taken in.
+                continue
+            if message is None:
+                continue
+            if entry.frame and self.shard_of(message.call_id) != shard.store.number:
+                continue
+            shard.handle(Sighting(packet, message, entry.sender), shard.store.clock)
+            tags = message.from_tag, message.to_tag
+            leg = message.cseq_method == "BYE" and min(map(len, tags)) >= MIN_TAG
+            if leg and entry.frame and not shard.table.knows(message.call_id):
+                # A leg without INVITE ends the call whose tags it has, in another shard (rule 17).
+                shard.store.put_stray(*tags, entry.frame)
+
+    def _commit(self, link: RedisLink) -> None:
+        """Write what was noted in all shards; what was not answered is written again as it was."""
+        if not self._writing:
+            self._commit_due.wait(timeout=BEAT)
+            gevent.sleep(CLUSTER_COMMIT)
+            self._commit_due.clear()
+            for shard in list(self.owned.values()):
+                if not shard.clean:
+                    events, answered = shard.note(shard.store)
+                    shard.store.collect(shard.table.next_serial())
+                    self._writing.append((shard, events, answered))
+        writing = self._writing
+        if not writing:
+            return
+        started = time.monotonic()
+        limit = max(MAX_REJECTED // self.settings.cluster_shards, 1)
+        values = chain.from_iterable(shard.store.writing for shard, _, _ in writing)
+        written = link.run(COMMIT_SCRIPT, self._prefix, limit, *values)
+        self._writing = []
+        for (shard, events, answered), ours in zip(writing, written, strict=True):
+            shard.store.writing = []
+            if not ours:
+                self._lose(shard, "its commit was refused")
+            elif not shard.store.lost:
+                shard.hand_over(events if shard.owned else (), answered, True)
+        self._metrics.count("cluster.commits")
+        self._metrics.time("cluster.commit.time", time.monotonic() - started)
+
+    # How things are, and the end
+
+    def faults(self) -> list[str]:
+        """Why this agent's part of the work is not done, each a line for a person."""
+        faults = []
+        if self.failure:
+            faults.append(f"Redis does not answer as it should: {self.failure}")
+        if self.lag() > LAG_UNHEALTHY:
+            faults.append(f"what was taken in waits for {self.lag():.0f} s in Redis")
+        return faults
+
+    def status(self) -> dict[str, Any]:
+        """What ``/status`` shows: the agents by name, and how far this one is."""
+        return {
+            "name": self.name,
+            "redis": self.failure or "ok",
+            "shards": len(self.owned),
+            "of": self.settings.cluster_shards,
+            "lag": round(self.lag(), 3),
+            "entries": self.entries,
+            "unappended": self._octets,
+            "shards_lost": self.lost,
+            "agents": self.agents,
+        }
+
+    def lag(self) -> float:
+        """Seconds for which what is still unread waits at most."""
+        clocks = (shard.store.clock + shard.store.lag for shard in self.owned.values())
+        return max(self._answered - min(clocks, default=self._answered), 0.0)
+
+    def stop(self, deadline: float) -> None:
+        """Append what waits and give all back, until a time of the monotonic clock.
+
+        What could not be given back is free when its lease ends.
+        """
+        self._stopping = True
+        while self._pending and not self.failure and time.monotonic() < deadline:
+            gevent.sleep(APPEND_INTERVAL)
+        if self._taker is not None:
+            # Else nobody would give back what it takes.
+            self._taker.join(timeout=max(deadline - time.monotonic(), 0.1))
+        leaving = gevent.spawn(self._give_back, list(self.owned.values()))
+        leaving.join(timeout=max(deadline - time.monotonic(), 0.1))
+        gevent.killall([leaving, *filter(None, [self._taker]), *self._greenlets])
+        if self._pending:
+            extra = {"event": "unappended", "packets": len(self._pending)}
+            log.error("packets are lost that Redis did not take", extra=extra)
+        # The others share what is free from their next beat on.
+        with suppress(RedisError):
+            RedisLink(self._pool).ask(
+                ("ZREM", f"{self._prefix}agents", self.name),
+                ("HDEL", f"{self._prefix}agent", self.name),
+            )
+
+
+class ClusterOutbox:
+    """What waits and what was rejected in a cluster, for an operator on any machine.
+
+    Raises ConfigError where no agent has run, RedisError where Redis does not answer.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._prefix = f"{settings.cluster_name}:"
+        self._link = RedisLink(RedisPool(settings.cluster_url, settings.cluster_password))
+        shards = self._link.one("HGET", f"{self._prefix}config", "shards")
+        if shards is None:
+            raise ConfigError(
+                f"cluster_name: {settings.cluster_name}: no such cluster; "
+                "allowed: one in which an agent has run"
+            )
+        self._shards = range(int(shards))
+
+    def events(self) -> Iterator[tuple[str, RatingEvent]]:
+        """Each event with its state: "waiting", "rejected" or "retry"; shard by shard, in order."""
+        for number in self._shards:
+            found = []
+            for name, value in self._link.scan(f"{self._prefix}calls:{number}"):
+                if chr(name[-1]) != _FACTS:
+                    event, state, _ = unpack_record(int(name[:-1]), value)
+                    if state == _WAITS:
+                        found.append(event)
+            yield from (("waiting", event) for event in sorted(found, key=attrgetter("serial")))
+        for number in self._shards:
+            again = self._retries(number)
+            for _, event in self._rejected(number):
+                yield "retry" if event.serial in again else "rejected", event
+
+    def retry(self, calls: Collection[str]) -> int:
+        """Have rejected events of some calls, or of all, sent again; how many they are."""
+        return self._mark(calls, lambda event, _, key: ("SADD", f"{key}retry:{{}}", event.serial))
+
+    def drop(self, calls: Collection[str]) -> int:
+        """Drop the rejected events of some calls; how many they were."""
+        return self._mark(calls, lambda _, text, key: ("ZREM", f"{key}rejected:{{}}", text))
+
+    def _mark(self, calls: Collection[str], command: Callable[..., tuple[Any, ...]]) -> int:
+        changed = 0
+        for number in self._shards:
+            for text, event in self._rejected(number):
+                if not calls or {event.call_id, event.transaction_tag} & set(calls):
+                    name, key, value = command(event, text, self._prefix)
+                    self._link.one(name, key.format(number), value)
+                    changed += 1
+        return changed
+
+    def _retries(self, number: int) -> set[int]:
+        return {
+            int(serial) for serial in self._link.one("SMEMBERS", f"{self._prefix}retry:{number}")
+        }
+
+    def _rejected(self, number: int) -> Iterator[tuple[bytes, RatingEvent]]:
+        after: Any = "-inf"
+        while found := self._link.one(
+            "ZRANGEBYSCORE",
+            f"{self._prefix}rejected:{number}",
+            after,
+            "+inf",
+            "LIMIT",
+            0,
+            MAX_LOADED,
+        ):
+            for text in found:
+                event = unpack_rejected(text)
+                after = f"({event.serial}"
+                yield text, event
 
 
 # Room: forwarding
@@ -7301,8 +8871,13 @@ class Agent:
         self.tls = tls
         self.metrics = Metrics(settings)
         self.delivery = Delivery(settings, self.metrics)
-        table = (RecordedTable if records else CallTable)(settings, rules)
-        self.shards = [Shard(table, self.delivery, self.metrics, store, records)]
+        self.cluster: Cluster | None = None
+        self._shards: list[Shard] = []
+        if settings.cluster_url:
+            self.cluster = Cluster(settings, rules, self.metrics, self.delivery)
+        else:
+            table = (RecordedTable if records else CallTable)(settings, rules)
+            self._shards = [Shard(table, self.delivery, self.metrics, store, records)]
         self.senders = Senders(settings.hep_allow)
         self.connections = 0
         # What listens, as the log says it, for the status.
@@ -7317,6 +8892,11 @@ class Agent:
         self._keys = [key.encode() for key in settings.hep_auth_key]
 
     @property
+    def shards(self) -> list[Shard]:
+        """What this agent owns: all calls, or its part of them in a cluster."""
+        return list(self.cluster.owned.values()) if self.cluster else self._shards
+
+    @property
     def waiting(self) -> int:
         """How many events wait for a store or for delivery."""
         return sum(shard.fresh for shard in self.shards) + len(self.delivery)
@@ -7324,17 +8904,21 @@ class Agent:
     @property
     def rejected(self) -> int:
         """How many rejected events are kept for an operator."""
-        return sum(shard.rejected for shard in self.shards)
+        return self.cluster.rejected if self.cluster else sum(x.rejected for x in self.shards)
 
     @property
     def store_failure(self) -> str | None:
         """Why a store can't be written, "" where each can, None where there is none."""
+        if self.cluster:
+            return self.cluster.failure
         stores = [shard.store for shard in self.shards if shard.store]
         return next((x.failure for x in stores if x.failure), "") if stores else None
 
     @property
     def behind(self) -> bool:
         """Whether messages come faster than a store can take them."""
+        if self.cluster:
+            return self.cluster.behind
         return any(shard.behind for shard in self.shards)
 
     @property
@@ -7349,7 +8933,9 @@ class Agent:
 
     def commit(self, patience: float | None = None) -> bool:
         """Write all that has changed, as `Shard.commit` does; whether all of it is written."""
-        written = [shard.commit(patience) for shard in self.shards if shard.store]
+        written = [
+            shard.commit(patience) for shard in self.shards if isinstance(shard.store, Journal)
+        ]
         return all(written)
 
     def admit(self, sender: Sender) -> bool:
@@ -7384,7 +8970,7 @@ class Agent:
                 # Without a time stamp the packet has the arrival's.
                 if packet.time != arrival:
                     sender.note_skew((arrival - packet.time) / 1000)
-                self._follow(packet, sender, now)
+                self._follow(packet, sender, now, data)
         except (HepError, SipError) as error:
             layer = "hep" if isinstance(error, HepError) else "sip"
             self.malformed(f"{layer}_{error.kind}", str(error), sender)
@@ -7406,7 +8992,7 @@ class Agent:
             return False
         return True
 
-    def _follow(self, packet: HepPacket, sender: Sender, now: float) -> None:
+    def _follow(self, packet: HepPacket, sender: Sender, now: float, data: bytes) -> None:
         """Give the SIP messages of a packet to their calls. Raises SipError for a bad one."""
         if packet.protocol_type != SIP_PROTOCOL_TYPE:
             self._drop("not_sip", sender)
@@ -7415,6 +9001,7 @@ class Agent:
             self._drop("empty", sender)
             return
         fault: SipError | None = None
+        call_ids = []
         for payload in split_messages(packet):
             try:
                 message = parse_sip(payload, packet.time)
@@ -7424,10 +9011,23 @@ class Agent:
                 continue
             if message is None:
                 self.metrics.count("packets.ignored")
+            elif self.cluster:
+                call_ids.append(message.call_id)
             else:
-                self.shards[0].handle(Sighting(packet, message, sender.address), now)
+                self._shards[0].handle(Sighting(packet, message, sender.address), now)
+        if call_ids:
+            self._append(data, call_ids, sender)
         if fault is not None:
             raise fault
+
+    def _append(self, data: bytes, call_ids: list[str], sender: Sender) -> None:
+        assert self.cluster is not None
+        frame = pack_frame(data, sender.seen_at, sender.address)
+        if not self.cluster.append(dict.fromkeys(call_ids), frame):
+            self._drop("cluster_full", sender)
+            if not self._limiter.holds("dropped_cluster_full", time.time()):
+                extra = {"event": "dropped_cluster_full", "sender": sender.address}
+                log.error("Redis takes too little, packets are lost: calls go wrong", extra=extra)
 
     def _has_key(self, packet: HepPacket) -> bool:
         # Some senders end a string chunk with a NUL. All keys are compared, in constant time each.
@@ -7460,8 +9060,11 @@ class Agent:
         """Look at deadlines and send what has waited; ``closing``: decide all that waits."""
         now = time.monotonic()
         try:
-            for shard in self.shards:
-                shard.expire(now, closing)
+            if self.cluster:
+                self.cluster.tick()
+            else:
+                for shard in self.shards:
+                    shard.expire(now, closing)
             self.delivery.tick()
             for notice in chain.from_iterable(x.table.take_notices() for x in self.shards):
                 text = {
@@ -7505,7 +9108,15 @@ class Agent:
         gauges["events.waiting"] = self.waiting
         if (failure := self.store_failure) is not None:
             gauges["events.rejected_kept"] = self.rejected
-            gauges["journal.failing"] = int(bool(failure))
+            if not self.cluster:
+                gauges["journal.failing"] = int(bool(failure))
+        if self.cluster:
+            gauges["cluster.agents"] = len(self.cluster.agents)
+            gauges["cluster.shards"] = len(self.cluster.owned)
+            gauges["cluster.lag_ms"] = round(self.cluster.lag() * 1000)
+            gauges["cluster.entries"] = self.cluster.entries
+            gauges["cluster.unappended"] = self.cluster.unappended
+            gauges["cluster.failing"] = int(bool(self.cluster.failure))
         gauges["connections"] = self.connections
         for shard in self.shards:
             for labels, traffic in shard.table.traffic.items():
@@ -7564,7 +9175,9 @@ class Agent:
             for api in self.delivery.apis()
             if api["state"] == "down" and now - api["since"] >= API_DOWN_UNHEALTHY
         ]
-        if self.store_failure:
+        if self.cluster:
+            faults += self.cluster.faults()
+        elif self.store_failure:
             faults.append(f"the journal cannot be written: {self.store_failure}")
         longest = self.settings.status_max_silence
         if longest and now - self._heard >= longest:
@@ -7595,6 +9208,7 @@ class Agent:
             }
 
         faults = self.faults(now)
+        in_memory = self.cluster is not None or self.store_failure is None
         return {
             "version": __version__,
             "healthy": not faults,
@@ -7606,7 +9220,8 @@ class Agent:
             "calls": self.sizes(),
             "waiting": self.waiting,
             "rejected_kept": self.rejected,
-            "journal": None if self.store_failure is None else self.store_failure or "ok",
+            "journal": None if in_memory else self.store_failure or "ok",
+            "cluster": self.cluster.status() if self.cluster else None,
             "apis": [api_status(api) for api in self.delivery.apis()],
             "tenants": self.tenants(senders),
             "forward": [forwarder.status(offset) for forwarder in self.forwarders],
@@ -7643,6 +9258,8 @@ class Agent:
         try:
             settings, changed = read_again(configuration, self.settings)
             rules, tls = load_rules(settings), load_tls(settings)
+            if self.cluster:
+                self.cluster.change_rules(rules)
         except ConfigError as error:
             log.error("not reloaded: %s", error, extra={"event": "reload_failed"})
             return
@@ -7942,6 +9559,8 @@ input { font: inherit; width: 100%; padding: 6px 8px; margin-bottom: 6px }
 </header>
 <section><table id="now"></table></section>
 <section><h2>Rating APIs</h2><table id="apis"></table></section>
+<section id="cluster" hidden><h2>Cluster <span id="part"></span></h2>
+<table id="agents"></table></section>
 <section id="forwarding" hidden><h2>Forwarding</h2><table id="targets"></table></section>
 <section><h2>Last warnings and errors <span>the last of each kind</span></h2>
 <table id="errors"></table></section>
@@ -8038,6 +9657,13 @@ function show() {
     "dropped_/_s": perSecond(/^packets.(dropped|malformed)/), events_waiting: shown.waiting,
     events_rejected: total("events.rejected"), events_lost: total("events.lost") }]);
   draw("apis", shown.apis, "url state since waiting last_error last_error_at");
+  $("cluster").hidden = !shown.cluster;
+  if (shown.cluster) {
+    const { shards, of, lag, entries, redis } = shown.cluster;
+    $("part").textContent = [`${shards} of ${of} shards`, `lag ${lag} s`,
+      `${count(entries)} packets in Redis`, "Redis: " + redis].join(" · ");
+    draw("agents", shown.cluster.agents, "name shards version");
+  }
   $("forwarding").hidden = !shown.forward.length;
   draw("targets", shown.forward, "target sent waiting dropped last_error last_error_at");
   draw("errors", shown.last_errors.slice(0, 12), "time event count text");
@@ -9107,9 +10733,12 @@ def run(configuration: Configuration) -> int:
     limiter = set_up_logging(settings, sys.stdout)
     for warning in configuration.warnings:
         log.warning(warning, extra={"event": "former_option"})
+    alone = not settings.cluster_url
     records = RecordFile(settings.call_records) if settings.call_records else None
-    journal = Journal(settings.state_dir, bool(records)) if settings.state_dir else None
+    journal = Journal(settings.state_dir, bool(records)) if alone and settings.state_dir else None
     agent = Agent(settings, configuration.rules, limiter, journal, configuration.tls, records)
+    if agent.cluster:
+        agent.cluster.try_to_join()
     # The soft limit is 1,024 on most systems, for programs that use select().
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
@@ -9128,10 +10757,15 @@ def run(configuration: Configuration) -> int:
         _tell_restored(agent, journal)
         background += [gevent.spawn(shard.commit_forever) for shard in agent.shards]
         background += [gevent.spawn(x.write_records_forever) for x in agent.shards if x.records]
+    if agent.cluster:
+        agent.cluster.start()
     notifier.say("READY=1")
     collector = Collector(time.monotonic())
     while not stop.wait(TICK):
         agent.tick()
+        if agent.cluster and agent.cluster.fatal:
+            # Redis answers for the first time, and is not what it must be.
+            return _fail(agent.cluster.fatal)
         collector.step(sum(agent.sizes().values()), time.monotonic())
         notifier.alive(agent, time.monotonic())
         for server in servers:
@@ -9295,9 +10929,11 @@ def _shut_down(
     _hang_up([server for server in servers if isinstance(server, TcpServer)], deadline)
     for server in servers:
         server.stop(timeout=0)
+    if agent.cluster:
+        agent.cluster.stop(last_send)
     # What waits for a late message is decided with what is known now, where nobody keeps it.
     agent.tick(closing=in_memory)
-    while agent.waiting and time.monotonic() < last_send:
+    while not agent.cluster and agent.waiting and time.monotonic() < last_send:
         # What a store has can wait for the next start.
         if agent.store_failure == "" and not agent.busy:
             break
@@ -9306,7 +10942,7 @@ def _shut_down(
     agent.delivery.kill()
     gevent.killall(background)
     saved = not in_memory and agent.commit(max(deadline - time.monotonic(), 0.1))
-    if not saved:
+    if not saved and not agent.cluster:
         agent.delivery.stop()
     finish_forwarding(agent.forwarders, max(min(deadline - time.monotonic(), FORWARD_LAST), 0.1))
     if saved:
@@ -9315,11 +10951,11 @@ def _shut_down(
     with gevent.Timeout(max(min(deadline - time.monotonic(), STATSD_FLUSH), 0.1), False):
         agent.flush(time.monotonic())
     running = agent.sizes()[ANSWERED]
-    if running and not saved:
+    if running and not saved and not agent.cluster:
         extra = {"event": "calls_forgotten", "running": running}
         log.warning("running calls are forgotten: their end will not be reported", extra=extra)
     for shard in agent.shards:
-        if shard.store:
+        if isinstance(shard.store, Journal):
             shard.store.close(max(deadline - time.monotonic(), 0.1))
     log.info("stopped", extra={"event": "stopped"})
 
@@ -9704,7 +11340,7 @@ class RecordedDelivery:
 # Settings that do not change what is charged.
 _FREE_SETTINGS = re.compile(
     "listen_|tls_|hep_rate|hep_idle|hep_forward|status|rating_api_(?!url)|statsd|log_|debug|state_dir|shutdown"
-    "|unknown_party|call_records"
+    "|unknown_party|call_records|cluster_"
 )
 
 
@@ -9884,7 +11520,7 @@ def _account(
             delivery.put(event)
 
 
-def outbox(folder: str, arguments: Sequence[str], out: Any) -> int:
+def outbox(settings: Settings, arguments: Sequence[str], out: Any) -> int:
     """The command that shows what waits and what was rejected; an agent may run meanwhile.
 
     ``arguments`` is "list", "retry" with any number of calls (none: all that were rejected), or
@@ -9895,6 +11531,9 @@ def outbox(folder: str, arguments: Sequence[str], out: Any) -> int:
     known = action in ("list", "retry", "drop")
     if not known or (action == "list" and calls) or (action == "drop" and not calls):
         raise ConfigError("outbox: unknown; allowed: list, retry [CALL...], drop CALL...")
+    if settings.cluster_url:
+        return _cluster_outbox(settings, action, calls, out)
+    folder = settings.state_dir
     if not folder:
         raise ConfigError("state_dir: empty; allowed: the folder of the agent's journal")
     path = inspect_journal(folder)
@@ -9903,13 +11542,30 @@ def outbox(folder: str, arguments: Sequence[str], out: Any) -> int:
     try:
         with closing(_connect(path, "rw")) as db:
             if action == "list":
-                return _list_outbox(db, out)
+                return _list_outbox(_events_of(db), out)
             verb = "UPDATE rejected SET retry = 1" if action == "retry" else "DELETE FROM rejected"
             changed = db.execute(f"{verb} {_OF_CALLS}", (json.dumps(calls),)).rowcount
     except BrokenPipeError:
         return _reader_left(out)
     except sqlite3.Error as error:
         return _fail(f"outbox: {error}")
+    return _tell_changed(action, changed, calls, out)
+
+
+def _cluster_outbox(settings: Settings, action: str, calls: Sequence[str], out: Any) -> int:
+    try:
+        cluster = ClusterOutbox(settings)
+        if action == "list":
+            return _list_outbox(cluster.events(), out)
+        changed = cluster.retry(calls) if action == "retry" else cluster.drop(calls)
+    except BrokenPipeError:
+        return _reader_left(out)
+    except RedisError as error:
+        return _fail(f"outbox: {error}")
+    return _tell_changed(action, changed, calls, out)
+
+
+def _tell_changed(action: str, changed: int, calls: Sequence[str], out: Any) -> int:
     if not changed and calls:
         return _fail("outbox: nothing was rejected of these calls")
     done = "to be sent again, by a running agent within seconds" if action == "retry" else "dropped"
@@ -9917,9 +11573,17 @@ def outbox(folder: str, arguments: Sequence[str], out: Any) -> int:
     return 0
 
 
-def _list_outbox(db: sqlite3.Connection, out: Any) -> int:
+def _list_outbox(events: Iterable[tuple[str, RatingEvent]], out: Any) -> int:
     form = "{:<8} {:<5} {:<24} {:>8} {} {} {} {}"
     print(form.format(*"STATE KIND TIME ATTEMPTS TENANT API CALL ANSWER".split()), file=out)
+    for state, event in events:
+        shown = [state, event.kind, rfc3339(event.time), event.attempts, event.tenant]
+        shown += [event.api_url, event.call_id, event.answer]
+        print(printable(form.format(*shown).rstrip()), file=out)
+    return 0
+
+
+def _events_of(db: sqlite3.Connection) -> Iterator[tuple[str, RatingEvent]]:
     apis = sorted(api for api, _ in db.execute(_WAITING_COUNTS).fetchall())
     sources = [("waiting", _WAITING, api) for api in apis]
     sources += [("rejected", _REJECTED, 0), ("retry", _REJECTED, 1)]
@@ -9929,12 +11593,8 @@ def _list_outbox(db: sqlite3.Connection, out: Any) -> int:
         while events := _unpack_waiting(
             db.execute(query, (chosen, after, MAX_LOADED)).fetchone()[0]
         ):
-            for event in events:
-                shown = [state, event.kind, rfc3339(event.time), event.attempts, event.tenant]
-                shown += [event.api_url, event.call_id, event.answer]
-                print(printable(form.format(*shown).rstrip()), file=out)
+            yield from ((state, event) for event in events)
             after = events[-1].serial
-    return 0
 
 
 def _reader_left(out: Any) -> int:
@@ -9995,8 +11655,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 settings, rules = configuration.settings, configuration.rules
                 return explain_files(configuration.arguments, settings, rules, sys.stdout)
             case "outbox":
-                folder = configuration.settings.state_dir
-                return outbox(folder, configuration.arguments, sys.stdout)
+                return outbox(configuration.settings, configuration.arguments, sys.stdout)
             case "check":
                 return check(configuration, sys.stdout)
         return run(configuration)

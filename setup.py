@@ -43,6 +43,8 @@ setup(
     extras_require={
         # The rating sandbox's GraphQL, and the bar that hep_replay.py draws.
         "sandbox": ["graphql-core>=3.2", "tqdm>=4.66"],
+        # Several agents, one set of calls: the client of Redis, and its parser in C.
+        "cluster": ["redis>=5", "hiredis>=3"],
         # What `rate` and `decode` read pcap and pcapng with, and the bar of `rate`. pktcap: MIT,
         # pure Python, alive; all link layers, IP fragments and TCP streams in one, and a bound for
         # each length that a file states. dpkt has no release since 2022, takes all of a pcapng for
@@ -61,6 +63,9 @@ setup(
             "hypothesis>=6.100",
             "mypy>=1.10",
             "pytest>=8",
+            # The extra `cluster`, against a real redis-server.
+            "redis>=5",
+            "hiredis>=3",
             # Several tests at one time: most of the long ones wait.
             "pytest-xdist>=3.6",
             # Formatting differs between versions, so that this one is the same for all.

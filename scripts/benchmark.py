@@ -37,10 +37,12 @@ import asyncio
 import contextlib
 import gc
 import importlib
+import itertools
 import json
 import os
 import py_compile
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -362,7 +364,10 @@ def replace(owner: Any, name: str, value: Any) -> None:
 
 
 def be_agent(arguments: list[str]) -> int:
-    os.sched_setaffinity(0, {AGENT_CORE})
+    if os.environ.get("CORES") != "all":
+        os.sched_setaffinity(0, {AGENT_CORE})
+    else:
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     module = load_module()
     import gevent
 
@@ -944,6 +949,164 @@ class Bench:
         value = statistics.median(values)
         yield Figure(f"start with {number:,} calls in the journal", value, "s", "<= 5", value <= 5)
 
+    # Several agents
+
+    def cluster(self) -> Iterator[Figure]:
+        """CPU a call of 1, 2 and 3 agents with Redis, and what a call takes in Redis."""
+        calls, rate = (1_000, 100) if self.brief else (6_000, 200)
+        alone, _, fault = self._sprayed(None, 1, calls, rate)
+        yield Figure(
+            "one agent, no Redis: CPU a call", alone * 1e6, "us", note=fault or "all right"
+        )
+        for number in (1, 2, 3):
+            with RedisServer() as server:
+                cpu, lag, fault = self._sprayed(server, number, calls, rate)
+                redis = server.cpu / calls
+            note = f"Redis {redis * 1e6:.0f} us: {1 / redis:,.0f} calls/s a core; lag {lag:.1f} s"
+            yield Figure(
+                f"{number} agents: CPU a call of all",
+                cpu * 1e6,
+                "us",
+                f"<= {alone * 1.5e6:.0f}" if number == 1 else "",
+                cpu <= alone * 1.5 if number == 1 else None,
+                note=fault or note,
+            )
+        with RedisServer() as server:
+            with self.start_agent(*server.options, NULL_API="1") as agent:
+                agent.wait_for("shards_taken")
+                before, number = server.memory, 1_000 if self.brief else 10_000
+                self._send(agent, self._calls(number, range(5)), False)
+                server.wait_until_read()
+                call = (server.memory - before) / number
+            for packet in self._calls(number, range(1)):
+                server.ask("XADD", "waiting", "*", "f", packet)
+            entry = server.number("MEMORY", "USAGE", "waiting", "SAMPLES", "0") / number
+        yield Figure("Redis memory: a running call", call / 1000, "kB")
+        yield Figure("Redis memory: a waiting packet", entry / 1000, "kB")
+
+    def cluster_rate(self) -> Iterator[Figure]:
+        """Calls a second that two agents on two cores hold, with Redis and the API beside them."""
+        seconds, held, note = 4 if self.brief else 20, 0.0, "none"
+        for rate in (400, 600, 800, 1_000, 1_300, 1_600):
+            with RedisServer() as server:
+                _, lag, fault = self._sprayed(server, 2, rate * seconds, rate, CORES="all")
+            if fault:
+                note = f"at {rate}: {fault}"
+                break
+            held, note = rate, f"all right; lag {lag:.1f} s at the end"
+        yield Figure(f"2 agents on 2 cores: held for {seconds} s", held, "calls/s", note=note)
+
+    def _sprayed(
+        self, server: RedisServer | None, number: int, calls: int, rate: float, **environment: str
+    ) -> tuple[float, float, str]:
+        """Packets go to agents in turn: CPU seconds a call, last lag, what was wrong."""
+
+        async def run() -> tuple[float, float, str]:
+            ledger = Ledger()
+            api, url = await self._serve(ledger)
+            options = (f"--rating-api-url={url}", *(server.options if server else ()))
+            with contextlib.ExitStack() as stack:
+                agents = [
+                    stack.enter_context(self.start_agent(*options, QUIET="", **environment))
+                    for _ in range(number)
+                ]
+                places = [agent.address("udp") for agent in agents]
+                if server:
+                    for agent in agents:
+                        agent.wait_for("shards_taken")
+                    server.start_counting()
+                before = sum(agent.cpu for agent in agents)
+                last = await self._spray(places, ledger, self.mirror(calls), rate)
+                cpu = (sum(agent.cpu for agent in agents) - before) / calls
+            api.close()
+            fault = ledger.faults(calls)
+            self.remarks += [fault] if fault else []
+            return cpu, last, fault
+
+        return asyncio.run(run())
+
+    async def _spray(
+        self, places: list[tuple[str, int]], ledger: Ledger, mirror: Mirror, rate: float
+    ) -> float:
+        """Send each packet to another agent; the seconds from the last packet to the last end."""
+        turn = itertools.cycle(places)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            started = time.monotonic()
+            for slot in range(mirror.slots):
+                while (late := slot / rate - (time.monotonic() - started)) > 0:
+                    await asyncio.sleep(late)
+                for packet in mirror.packets(slot):
+                    sock.sendto(packet, next(turn))
+                await asyncio.sleep(0)
+            sent = time.monotonic()
+            while len(ledger.ended) < mirror.calls and time.monotonic() - sent < 15:
+                await asyncio.sleep(0.01)
+            return time.monotonic() - sent
+
+
+class RedisServer:
+    """A redis-server for the figures of a cluster, on the other core, without a disk."""
+
+    def __init__(self) -> None:
+        program = shutil.which("redis-server") or shutil.which("valkey-server")
+        if program is None:
+            raise Failed("no redis-server: make redis-server")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        command = [program, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd="/tmp")
+        self.options = (f"--cluster-url=redis://127.0.0.1:{self.port}",)
+        self._before = 0.0
+        deadline = time.monotonic() + DEADLINE
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                self.ask("PING")
+                return
+            time.sleep(0.02)
+        raise Failed("redis-server does not start")
+
+    def ask(self, *words: str | bytes) -> bytes:
+        """The answer to a command, as Redis writes it."""
+        octets = [word.encode() if isinstance(word, str) else word for word in words]
+        parts = [b"$%d\r\n%s\r\n" % (len(word), word) for word in octets]
+        with socket.create_connection(("127.0.0.1", self.port)) as sock:
+            sock.sendall(b"*%d\r\n" % len(parts) + b"".join(parts))
+            return sock.recv(65_536)
+
+    def number(self, *words: str) -> int:
+        """The answer to a command that answers a number."""
+        return int(self.ask(*words)[1:])
+
+    @property
+    def memory(self) -> int:
+        found = re.search(rb"used_memory:(\d+)", self.ask("INFO", "memory"))
+        assert found
+        return int(found[1])
+
+    @property
+    def cpu(self) -> float:
+        """Seconds of CPU since `start_counting`."""
+        return time.clock_gettime(~self._process.pid << 3 | 2) - self._before
+
+    def start_counting(self) -> None:
+        self._before += self.cpu
+
+    def wait_until_read(self) -> None:
+        """Until no stream has an entry that was not committed."""
+        deadline = time.monotonic() + DEADLINE
+        while any(self.number("XLEN", f"rating:stream:{number}") for number in range(64)):
+            if time.monotonic() > deadline:
+                raise Failed("the streams are not read")
+            time.sleep(0.05)
+
+    def __enter__(self) -> RedisServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
 
 def _udp_drops(port: int) -> int:
     """Packets that the kernel dropped at a UDP socket of 127.0.0.1, as /proc/net/udp has them."""
@@ -966,6 +1129,8 @@ FIGURES: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "growth": Bench.growth,
     "pause": Bench.pause,
     "start": Bench.start,
+    "cluster": Bench.cluster,
+    "cluster-rate": Bench.cluster_rate,
 }
 
 

@@ -72,6 +72,10 @@ class Program:
             time.sleep(0.02)
         return found
 
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        self._process.kill()
+
     def stop(self) -> int:
         """Ask it to end, and wait."""
         if self._process.poll() is None:

@@ -26,12 +26,14 @@ fi
 
 echo "missing, to be installed: $1"
 # Debian starts what it installs. The tests run Kamailio themselves, with ports of their own.
-unit=/etc/systemd/system/kamailio.service
-case "$missing" in
-*kamailio*)
-  [ -e "$unit" ] || { $sudo mkdir -p "${unit%/*}" && $sudo ln -s /dev/null "$unit"; }
-  ;;
-esac
+for program in $missing; do
+  unit="/etc/systemd/system/$program.service"
+  case "$program" in
+  kamailio | redis-server | nginx)
+    [ -e "$unit" ] || { $sudo mkdir -p "${unit%/*}" && $sudo ln -s /dev/null "$unit"; }
+    ;;
+  esac
+done
 # shellcheck disable=SC2086 # several packages
 $sudo apt-get update -qq &&
   $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $3 \

@@ -442,7 +442,7 @@ def test_invite_copies_are_bounded() -> None:
         scene.see(invite(vias=((f"10.0.0.1:{number}", f"z9hG4bK-{number}"), UAC)))
     (call,) = scene.table._calls["call-1@host"]
     assert len(call.attempts[0].copies) == agent.MAX_INVITE_COPIES
-    assert len(call.attempts[0].further) == 0
+    assert len(call.attempts[0].further) == agent.MAX_FURTHER
 
 
 def test_copies_of_one_branch_are_bounded() -> None:

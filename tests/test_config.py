@@ -78,6 +78,11 @@ DEFAULTS: dict[str, Any] = {
     "log_format": "json",
     "debug": False,
     "shutdown_timeout": 10.0,
+    "cluster_url": "",
+    "cluster_password": "",
+    "cluster_password_file": "",
+    "cluster_name": "rating",
+    "cluster_shards": 64,
 }
 
 # For each option a text that is valid and not its default, and the value it stands for. What
@@ -137,12 +142,18 @@ SAMPLES: dict[str, tuple[str, Any]] = {
     "state_dir": ("/var/lib/rating-agent-hep", "/var/lib/rating-agent-hep"),
     "call_records": ("/var/log/calls.jsonl", "/var/log/calls.jsonl"),
     "shutdown_timeout": ("0.5", 0.5),
+    "cluster_url": ("redis://10.0.0.5:6379/1", "redis://10.0.0.5:6379/1"),
+    "cluster_password": ("Passwort-3", "Passwort-3"),
+    "cluster_password_file": ("{redis-password}", ...),
+    "cluster_name": ("site.b", "site.b"),
+    "cluster_shards": ("8", 8),
 }
 
 # Files of secrets, and the options they give a value besides their own.
 SECRET_FILES: dict[str, tuple[str, dict[str, Any]]] = {
     "hep_auth_key_file": ("a, key\r\n\nthe other\n", {"hep_auth_key": ("a, key", "the other")}),
     "rating_api_token_file": ("to.ken-2\n", {"rating_api_token": "to.ken-2"}),
+    "cluster_password_file": ("Passwort-4\n", {"cluster_password": "Passwort-4"}),
     "rating_api_password_file": (
         "pass, word: \u00fc",
         {"rating_api_password": "pass, word: \u00fc"},
@@ -186,6 +197,7 @@ BAD: dict[str, list[str]] = {
     "rating_api_ca_file": ["/no/such/file", "/", "/dev/null", __file__],
     "rating_api_token_file": ["/no/such/file", "/", "/dev/null", __file__],
     "rating_api_password_file": ["/no/such/file", "/", "/dev/null", __file__],
+    "cluster_password_file": ["/no/such/file", "/", "/dev/null", __file__],
     # What can't stand in a header would fail at each request, and the log would show it.
     "rating_api_token": ["one\ntwo", "one\rtwo", "one\x00two", "one\u2603two"],
     "tenant": [""],
@@ -210,6 +222,10 @@ BAD: dict[str, list[str]] = {
     "log_format": ["", "JSON", "xml"],
     "debug": ["maybe", "2"],
     "shutdown_timeout": ["-1", "3601", "nan", "x", ""],
+    "cluster_url": ["http://redis", "redis", "redis:", "redis://user:geheim@host", "a:b@c"],
+    "cluster_password": ["a\u00e9"],
+    "cluster_name": ["", "a:b", "a b", "x" * 65],
+    "cluster_shards": [*COUNTS, "4097"],
 }
 ANY_TEXT = {
     "tls_cert",
@@ -490,7 +506,7 @@ FORMER_FILE = """\
 listen_udp: ":9061"
 listen_tcp: "127.0.0.1:9062"
 message_bus_uri: amqp://rating:busword@bus:5672
-state_manager: redis-state
+state_manager: other
 redis_address: redis-host:6379
 redis_password: rediswordy
 redis_db: 31
@@ -506,7 +522,7 @@ transaction_tags: one,two
 """
 FORMER_VALUES = {
     "message_bus_uri": "amqp://rating:busword@bus:5672",
-    "state_manager": "redis-state",
+    "state_manager": "other",
     "redis_address": "redis-host:6379",
     "redis_password": "rediswordy",
     "redis_db": "31",
@@ -564,6 +580,27 @@ def test_the_single_listener_of_the_first_versions_in_the_file(config: Any) -> N
 def test_the_single_listener_of_the_first_versions_in_the_environment() -> None:
     """Ignored, it would leave the agent on another port than its configuration says."""
     assert load(listen=":9063").listen_udp == ":9063"
+
+
+def test_the_former_agents_redis_is_a_cluster(config: Any) -> None:
+    text = FORMER_FILE.replace("state_manager: other", "state_manager: redis")
+    cluster = {"cluster_url": "redis://redis-host:6379/31", "cluster_password": "rediswordy"}
+    found = configuration(config(text))
+    assert found.settings == dataclasses.replace(FORMER_SETTINGS, **cluster)
+    (warning,) = found.warnings
+    assert "message_bus_uri" in warning and "redis" not in warning and "state" not in warning
+    environ = {**FORMER_VALUES, "state_manager": "redis"}
+    assert load(**environ).cluster_url == cluster["cluster_url"]
+    assert load(state_manager="redis").cluster_url == "redis://localhost:6379/0"
+    # Ours goes before, and then the others have no effect.
+    found = configuration("--cluster-url=unix:///run/redis.sock", **environ)
+    assert found.settings.cluster_url == "unix:///run/redis.sock"
+    assert "redis_address" in found.warnings[0]
+
+
+def test_with_a_cluster_the_journal_has_no_effect() -> None:
+    found = configuration("--cluster-url=redis://a", "--state-dir=/tmp")
+    assert found.warnings == ["with cluster_url there is no journal: state_dir has no effect"]
 
 
 # What is refused

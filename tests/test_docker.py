@@ -47,14 +47,15 @@ def test_profiles_are_those_of_the_issue() -> None:
             profiles.setdefault(profile, set()).add(name)
     assert profiles == {
         "default": {"rating-agent-hep", "sandbox"},
+        "cluster": {"redis", "agent-1", "agent-2", "balancer"},
         "opensips": {"opensips", "carrier"},
         "kamailio": {"kamailio", "carrier"},
         "tester": {"tester"},
         "canyan": {"mongodb", "rabbitmq", "rating-api", "rating-engine", "rating-agent"},
         "statsd": {"statsd-exporter"},
     }
-    (names,) = re.findall(r"^ALL_PROFILES := (.+)$", MAKEFILE, re.M)
-    assert set(re.findall(r"--profile (\S+)", names)) == set(profiles) - {"default"}
+    (names,) = re.findall(r"^ALL_PROFILES := .*--profile ,(.+)\)$", MAKEFILE, re.M)
+    assert set(names.split()) == set(profiles) - {"default"}
 
 
 def test_every_path_service_volume_and_stage_that_is_named_is_there() -> None:
@@ -73,13 +74,14 @@ def test_every_variable_has_a_default_and_every_host_is_a_service() -> None:
     variables = re.findall(r"\$\{([^}]+)\}", COMPOSE)
     assert len(variables) > 10 and all(":-" in variable for variable in variables)
     text = without_comments(COMPOSE) + MAKEFILE + (OPENSIPS / "opensips.cfg").read_text()
-    hosts = set(
-        re.findall(r"(?:https?://|mongodb://|sip:|\}@|--target |_HOST=)([a-z][a-z-]+)", text)
-    )
+    text += without_comments((harness.ROOT / "conf" / "nginx" / "nginx.conf").read_text())
+    before = r"https?://|mongodb://|redis://|sip:|\}@|--target |_HOST=|server (?=agent)"
+    hosts = set(re.findall(rf"(?:{before})([a-z][a-z-]+\d?)", text))
     hosts |= set(re.findall(r"\[hid\] ([\w-]+):9060", text))
     assert hosts == {
         *("rating-agent-hep", "sandbox", "carrier", "opensips", "kamailio", "mongodb"),
         *("rabbitmq", "rating-api", "rating-agent", "statsd-exporter"),
+        *("redis", "agent-1", "agent-2"),
     }
     assert hosts <= set(SERVICES)
 

@@ -876,7 +876,9 @@ def test_shards_share_delivery_and_have_stores_of_their_own(
 
 def outbox(folder: Path, *words: str) -> tuple[int, list[str]]:
     out = io.StringIO()
-    return agent.outbox(str(folder), words, out), out.getvalue().splitlines()
+    return agent.outbox(
+        agent.Settings(state_dir=str(folder)), words, out
+    ), out.getvalue().splitlines()
 
 
 def test_outbox_lists_what_waits_and_what_was_rejected(journals: Any, tmp_path: Path) -> None:
@@ -932,4 +934,4 @@ def test_outbox_without_a_journal(tmp_path: Path) -> None:
     with pytest.raises(agent.ConfigError, match="no journal"):
         outbox(tmp_path)
     with pytest.raises(agent.ConfigError, match="state_dir: empty"):
-        agent.outbox("", [], io.StringIO())
+        agent.outbox(agent.Settings(), [], io.StringIO())

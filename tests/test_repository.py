@@ -65,6 +65,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         ("reliability", r"for good, up to ([\d,]+) events", agent.MAX_REJECTED),
         ("reliability", r"groups that are (\d+) ms", agent.JOURNAL_INTERVAL * 1000),
         ("reliability", r"does not answer for (\d+) s", agent.JOURNAL_STALL),
+        ("cluster", r"is (\d+) s longer than", agent.LEASE_MARGIN),
+        ("cluster", r"entry waits ([\d.]+) s before", agent.HOLD),
+        ("cluster", r"append every (\d+) ms", agent.APPEND_INTERVAL * 1000),
+        ("cluster", r"ms, (\d+) packets at most", agent.APPEND_GROUP),
+        ("cluster", r"; (\d+) MB of UDP packets", agent.MAX_UNAPPENDED / 2**20),
+        ("cluster", r"more than (\d+) s\.", agent.LAG_UNHEALTHY),
         ("charging", r"over ([\d,]+) characters, the API", agent.MAX_TEXT),
         ("charging", r"\((\d+) minutes after its end\)", agent.REMEMBERED / 60),
     ],
@@ -72,7 +78,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_limits_are_those_of_the_module(page: str, sentence: str, limit: float) -> None:
     text = (harness.ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     (shown,) = re.findall(sentence, text)
-    assert int(shown.replace(",", "")) == limit
+    assert float(shown.replace(",", "")) == limit
 
 
 def test_architecture_is_that_of_the_module() -> None:
@@ -116,7 +122,7 @@ def test_example_configuration_has_every_option_with_its_default() -> None:
     # These show an example in the place of an empty default.
     examples = {"sip_local_domains", "account_tag_match_regexp", "routes"}
     examples |= {"listen_tls", "tls_cert", "tls_key", "hep_allow", "hep_forward"}
-    examples |= {"hep_auth_key_file", "rating_api_token_file"}
+    examples |= {"hep_auth_key_file", "rating_api_token_file", "cluster_password_file"}
     shown = {name: value for name, value in lines.items() if name not in examples}
     path = harness.ROOT / "conf" / "rating-agent-hep.yaml"
     assert agent.load_configuration(["-c", str(path)], {}).settings == agent.Settings()

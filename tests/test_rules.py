@@ -275,6 +275,14 @@ scene("3 K1", "the proxy asserts an identity further on, of the answered attempt
     5     BYE c=3
     5.02  200:BYE c=3
 """, "2-5 3000>2001", "2.05-5 3000>2001", without="shuffle")
+scene("3 K1", "the copy further on, which alone names the account, comes before the nearer one", """
+    0     INVITE from=sip:x@x.invalid hop=p h="P-Asserted-Identity: sip:3000@sip.canyan.io"
+    0.01  INVITE from=sip:x@x.invalid
+    2     200
+    2.05  ACK
+    5     BYE
+    5.02  200:BYE
+""", "2-5 3000>2001", "2.05-5 3000>2001")
 scene("3 K1", "another route for the challenged attempt", """
     0     INVITE h="X-Tenant: other"
     0.1   407
