@@ -1025,11 +1025,19 @@ def test_check_takes_the_former_agents_file_and_says_so(config: Any) -> None:
 
 
 def test_check_output_is_a_configuration_file(tmp_path: Path, config: Any) -> None:
-    flags = [f"--{name}={sample(name, tmp_path)[0]}" for name in NAMES if name not in SECRETS]
+    # A cluster keeps no call records, so the two options do not go together.
+    left_out = {*SECRETS, "cluster_url"}
+    flags = [f"--{name}={sample(name, tmp_path)[0]}" for name in NAMES if name not in left_out]
     done = program("check", *flags)
     assert done.returncode == 0
     assert load(config(done.stdout, "again.yaml")) == load(*flags)
     assert load(*flags) != agent.Settings()
+
+
+def test_call_records_of_a_cluster_are_refused() -> None:
+    done = program("check", "--call_records=-", "--cluster_url=redis://127.0.0.1:1/0")
+    assert done.returncode == 2
+    assert "call_records: a cluster keeps no call records; allowed: " in done.stderr
 
 
 @pytest.mark.parametrize("text", [*AWKWARD, "two\nlines", "tab\there", "back\\slash"])

@@ -239,4 +239,8 @@ def test_statsd_mapping_is_of_metrics_that_the_agent_sends() -> None:
     prefix = f"{agent.Settings().statsd_prefix}."
     for entry in mapping["mappings"]:
         assert entry["match"].startswith(prefix) and entry["match"].endswith(".*")
-        assert entry["match"].removeprefix(prefix)[:-1] in module, entry
+        name = entry["match"].removeprefix(prefix).rstrip(".*")
+        if name.startswith("tenants."):
+            assert name.removeprefix("tenants.") in agent.Traffic.__slots__, entry
+        else:
+            assert f"{name}." in module, entry
