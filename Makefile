@@ -33,7 +33,7 @@ WORKERS := 4
 test: lint sip-servers browser redis-server
 	$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=5
 
-# While editing: the pure rooms, which are HEP, SIP, routes, calls, call table and outbox; some 20 s.
+# While editing: the pure rooms, which are HEP, SIP, routes, calls, call table and outbox; some 30 s.
 PURE := hep sip torture routes calls rules outbox layers
 test-fast: $(VENV)/.tests
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile $(PURE:%=tests/test_%.py)
