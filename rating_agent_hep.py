@@ -7756,7 +7756,7 @@ SETTLE = REDIS_TIMEOUT + 2 * REDIS_RETRY
 
 def ties_legs(rules: Iterable[Rule]) -> bool:
     """Whether calls of several Call-IDs may be one charge by these routes (rule 17)."""
-    return any(rule.route.transaction_tag != "call-id" for rule in rules)
+    return any(rule.route.ties for rule in rules)
 
 
 class _Entry(NamedTuple):

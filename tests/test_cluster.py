@@ -593,6 +593,37 @@ def test_a_leg_in_another_shard_ends_the_call_whose_tags_it_has(tmp_path: Path) 
     several.close()
 
 
+def test_legs_that_a_part_of_the_call_id_ties_are_charged_once(tmp_path: Path) -> None:
+    """A B2BUA's second leg has a Call-ID of its own: hashed by it, the legs would never meet."""
+    routes = tmp_path / "routes.yaml"
+    routes.write_text("- transaction_tag: {from: call-id, match: '^(.+?)(?:_b2b-1)*$'}\n")
+    several = Several(tmp_path, 13, agents=0)
+    several.options.append(f"--routes={routes}")
+    several.agents = [start(*several.options) for _ in range(2)]
+    several.all_owned()
+    base = hepbuild.TIME_US
+
+    def send(payload: bytes, leg: str, at: float) -> None:
+        payload = payload.replace(b"call-1@host", f"call-1@host{leg}".encode())
+        payload = payload.replace(b"tag=", f"tag={leg}".encode())
+        frame = hepbuild.hep3(payload, time_us=base + round(at * 1e6))
+        harness.send_udp(several.chance.choice(several.agents).udp, [frame])
+
+    for payload, at in ((invite(), 0.0), (reply(200), 0.5), (ack(), 0.6)):
+        send(payload, "", at)
+        send(payload, "_b2b-1", at + 0.02)
+    harness.wait_until(lambda: several.api.running, "the call is begun")
+    for payload, at in ((bye(), 5.0), (bye_reply(), 5.1)):
+        send(payload, "_b2b-1", at)
+        send(payload, "", at + 0.02)
+    harness.wait_until(lambda: several.api.records, "the call is ended")
+    while several.agents:
+        several.end(signal.SIGTERM)
+    assert several.api.faults == [] and several.api.running == {}
+    assert list(several.api.bodies) == [("begin", "call-1@host"), ("end", "call-1@host")]
+    several.close()
+
+
 @pytest.mark.skipif(not NGINX, reason="no nginx; make redis-server installs it")
 def test_the_example_of_a_balancer_and_that_of_redis(tmp_path: Path) -> None:
     """conf/redis and conf/nginx as they are, but for addresses, ports and folders."""
