@@ -3421,9 +3421,8 @@ class CallTable:
     ``handle`` and ``expire`` take ``now``, seconds of a monotonic clock, and return the events to
     report, in order. Should one raise, what it had brought about so far comes with the next call,
     so that nothing is lost by it. ``counts`` maps metric names to numbers since they were last
-    taken. ``rules`` may be replaced at any time: an attempt keeps its route. ``changed`` maps rows
-    to what a journal has to write since it last looked, None for what is gone; it is None itself
-    where there is no journal.
+    taken. ``changed`` maps rows to what a journal has to write since it last looked, None for what
+    is gone; it is None itself where there is no journal.
     """
 
     def __init__(self, settings: Settings, rules: Sequence[Rule]) -> None:
@@ -3458,6 +3457,16 @@ class CallTable:
         self._legs: dict[tuple[str, str], list[Call]] = {}
         # Running calls by From tag, or how many have it: see `_tie_tags`.
         self._from_tags: dict[str, Call | int] = {}
+
+    @property
+    def rules(self) -> Sequence[Rule]:
+        """The routes; they may be replaced at any time: an attempt keeps the one that it has."""
+        return self._rules
+
+    @rules.setter
+    def rules(self, rules: Sequence[Rule]) -> None:
+        self._rules = rules
+        self._targets = any(rule.route.carrier_ip for rule in rules)
 
     def __len__(self) -> int:
         return sum(self._sizes.values())
@@ -3692,7 +3701,7 @@ class CallTable:
         return other
 
     def _handle_invite(self, sighting: Sighting) -> None:
-        route = choose_route(self.rules, sighting)
+        route = choose_route(self._rules, sighting)
         call = self._find_invited(sighting, route)
         if call is None:
             call = self._create(sighting, TRYING)
@@ -3704,9 +3713,7 @@ class CallTable:
             call.capture_id = sighting.packet.capture_id
             self._inherit(call)
         call.heard = self._now
-        rules = self.rules
-        targets = any(rule.route.carrier_ip for rule in rules)
-        if note_invite(call, sighting, route, self.settings, targets):
+        if note_invite(call, sighting, route, self.settings, self._targets):
             self._touch(call)
             if call.dialogs or call.state != TRYING:
                 self._review(call)
