@@ -5777,6 +5777,15 @@ def _connect(path: str, mode: str) -> sqlite3.Connection:
     )
 
 
+def sync_folder(path: str) -> None:
+    """Make the names in a folder outlive a power cut, as fsync does its files. Raises OSError."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def _wal_frames(path: str) -> tuple[int, int]:
     """How many frames a write-ahead log has, and how many octets after the last whole one.
 
@@ -5899,10 +5908,7 @@ class Journal:
                 self._create(db)
             os.chmod(path + ".new", 0o600)
             os.rename(path + ".new", path)
-            # The name must outlive a power cut as well.
-            directory = os.open(folder, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
+            sync_folder(folder)
         frames, rest = _wal_frames(path + "-wal")
         db = _connect(path, "rw")
         db.execute("PRAGMA journal_mode = WAL")
@@ -6293,10 +6299,7 @@ class RecordFile:
             if not S_ISREG(os.fstat(file).st_mode):
                 raise OSError(errno.EINVAL, "not a file")
             self._written |= _look_back(file)
-            # The name must outlive a power cut as well.
-            folder = os.open(os.path.dirname(os.path.abspath(self.path)), os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            sync_folder(os.path.dirname(os.path.abspath(self.path)))
         except BaseException:
             os.close(file)
             raise
@@ -10617,9 +10620,13 @@ class Playback:
     """
 
     def __init__(
-        self, settings: Settings, rules: Sequence[Rule], counts: dict[str, int] | None = None
+        self,
+        settings: Settings,
+        rules: Sequence[Rule],
+        counts: dict[str, int] | None = None,
+        table: RecordedTable | None = None,
     ) -> None:
-        self.table = RecordedTable(settings, rules)
+        self.table = RecordedTable(settings, rules) if table is None else table
         self.counts: dict[str, int] = {} if counts is None else counts
         self.now = 0.0
         self.gap = (0.0, 0.0)
@@ -11002,6 +11009,27 @@ def open_recording(name: str) -> tuple[Any, Any]:
     return below, below
 
 
+def _open_recordings(
+    names: Sequence[str], fault: Callable[[str, str], None]
+) -> list[tuple[str, Any, Any]]:
+    """Open each with `open_recording`; ``fault(name, text)`` is told of those that can't be."""
+    opened = []
+    for name in names:
+        try:
+            opened.append((name, *open_recording(name)))
+        except (OSError, EOFError, zlib.error) as error:
+            fault(name, getattr(error, "strerror", None) or str(error))
+    return opened
+
+
+def _check_number(command: str, files: Sequence[str]) -> None:
+    if not 0 < len(files) <= MAX_RECORDINGS:
+        raise ConfigError(
+            f"{command}: {len(files)} files; "
+            f"allowed: {command} FILE..., 1 to {MAX_RECORDINGS} files"
+        )
+
+
 def decode_files(names: Sequence[str], out: Any) -> int:
     """Print what is in recordings as text, one file after another.
 
@@ -11054,10 +11082,7 @@ def rate_options(arguments: Sequence[str]) -> RateOptions:
     if values["--format"] not in ("", *_WRITERS):
         allowed = ", ".join(_WRITERS)
         raise ConfigError(f"--format: {values['--format']!r}; allowed: {allowed}")
-    if not 0 < len(files) <= MAX_RECORDINGS:
-        raise ConfigError(
-            f"rate: {len(files)} files; allowed: rate FILE..., 1 to {MAX_RECORDINGS} files"
-        )
+    _check_number("rate", files)
     if deliver and (not values["--journal"] or "-" in files):
         raise ConfigError(
             "--deliver: cannot be resumed; allowed: with --journal FOLDER, and files instead of -"
@@ -11339,9 +11364,7 @@ class RecordedDelivery:
             file.flush()
             os.fsync(file.fileno())
         os.rename(self._path + ".new", self._path)
-        folder = os.open(os.path.dirname(self._path) or ".", os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync_folder(os.path.dirname(self._path) or ".")
 
 
 # Settings that do not change what is charged.
@@ -11379,12 +11402,7 @@ def rate(
         print(printable(f"rating_agent_hep.py: {name}: {text}"), file=note)
 
     delivery = RecordedDelivery(options, settings) if options.deliver else None
-    opened = []
-    for name in options.files:
-        try:
-            opened.append((name, *open_recording(name)))
-        except (OSError, EOFError, zlib.error) as error:
-            fault(name, getattr(error, "strerror", None) or str(error))
+    opened = _open_recordings(options.files, fault)
     recordings = Recordings([(name, file) for name, file, _ in opened], fault)
     playback = Playback(settings, rules, recordings.counts)
     ledger = _Ledger(options.format or ("table" if out.isatty() else "csv"), out)
@@ -11473,24 +11491,16 @@ def explain_files(names: Sequence[str], settings: Settings, rules: Sequence[Rule
 
     Returns the exit status: 0, or 2 where a file could not be read. Raises ConfigError.
     """
-    if not 0 < len(names) <= MAX_RECORDINGS:
-        raise ConfigError(
-            f"explain: {len(names)} files; allowed: explain FILE..., 1 to {MAX_RECORDINGS} files"
-        )
+    _check_number("explain", names)
     faults = []
 
     def fault(name: str, text: str) -> None:
         faults.append(_fail(printable(f"{name}: {text}")))
 
-    opened = []
-    for name in names:
-        try:
-            opened.append((name, open_recording(name)[0]))
-        except (OSError, EOFError, zlib.error) as error:
-            fault(name, getattr(error, "strerror", None) or str(error))
-    recordings = Recordings(opened, fault)
-    playback = Playback(settings, rules, recordings.counts)
-    table = playback.table = ExplainedTable(settings, rules)
+    opened = _open_recordings(names, fault)
+    recordings = Recordings([(name, file) for name, file, _ in opened], fault)
+    table = ExplainedTable(settings, rules)
+    playback = Playback(settings, rules, recordings.counts, table)
     try:
         for recorded in recordings:
             playback.take(recorded)
