@@ -236,6 +236,22 @@ def as_recorded(process: harness.AgentProcess, events: list[Event]) -> None:
         connection.close()
 
 
+def told_of(requests: list[tuple[str, dict[str, Any]]]) -> dict[str, list[agent.RatingEvent]]:
+    """What the rating API was told, by the beginning of the Call-ID."""
+    told: dict[str, list[agent.RatingEvent]] = {}
+    for path, body in requests:
+        kind = path.removeprefix("/v1/").removesuffix("_transaction")
+        event = agent.RatingEvent(
+            kind=kind, call_id="", tenant="", transaction_tag=body["transaction_tag"],
+            account_tag=body.get("account_tag", ""),
+            destination_account_tag=body.get("destination_account_tag", ""),
+            time=round(harness.seconds(body[f"timestamp_{kind}"]) * 1_000_000),
+            reason="", api_url="", body=json.dumps(body).encode(),
+        )  # fmt: skip
+        told.setdefault(body["transaction_tag"].partition("#")[0][:60], []).append(event)
+    return told
+
+
 def test_real_sockets_and_gaps(api: harness.RatingServer) -> None:
     """All that need no options and no more than 12 s, at one time; SIGTERM decides the rest."""
     chosen = [x for x in CASES + FIELD if x.plain and arrivals(x)[-1].time <= 12.0]
@@ -249,17 +265,7 @@ def test_real_sockets_and_gaps(api: harness.RatingServer) -> None:
         gevent.sleep(0.5)
         assert process.stop(signal.SIGTERM) == 0
         assert process.events("internal_error") == []
-    told: dict[str, list[agent.RatingEvent]] = {}
-    for path, body in api.requests:
-        kind = path.removeprefix("/v1/").removesuffix("_transaction")
-        event = agent.RatingEvent(
-            kind=kind, call_id="", tenant="", transaction_tag=body["transaction_tag"],
-            account_tag=body.get("account_tag", ""),
-            destination_account_tag=body.get("destination_account_tag", ""),
-            time=round(harness.seconds(body[f"timestamp_{kind}"]) * 1_000_000),
-            reason="", api_url="", body=json.dumps(body).encode(), row=0, serial=0,
-        )  # fmt: skip
-        told.setdefault(body["transaction_tag"].partition("#")[0][:60], []).append(event)
+    told = told_of(api.requests)
     wrong = []
     for case in chosen:
         own = {call["call_id"][:60] for call in case.calls}

@@ -34,7 +34,7 @@ import pytest
 import redis
 from pure import kind_of
 from redisserver import RedisServer, free_port, needs_redis
-from test_cases import CAPTURES, CASES, FIELD, Case, arrivals, faults, stamps
+from test_cases import CAPTURES, CASES, FIELD, Case, arrivals, faults, stamps, told_of
 
 import harness
 import hepbuild
@@ -366,22 +366,6 @@ class Several:
 
 
 # The captures, the cases and the field recordings
-
-
-def told_of(requests: list[tuple[str, dict[str, Any]]]) -> dict[str, list[agent.RatingEvent]]:
-    """What the rating API was told, by the beginning of the Call-ID."""
-    told: dict[str, list[agent.RatingEvent]] = {}
-    for path, body in requests:
-        kind = path.removeprefix("/v1/").removesuffix("_transaction")
-        event = agent.RatingEvent(
-            kind=kind, call_id="", tenant="", transaction_tag=body["transaction_tag"],
-            account_tag=body.get("account_tag", ""),
-            destination_account_tag=body.get("destination_account_tag", ""),
-            time=round(harness.seconds(body[f"timestamp_{kind}"]) * 1_000_000),
-            reason="", api_url="", body=json.dumps(body).encode(),
-        )  # fmt: skip
-        told.setdefault(body["transaction_tag"].partition("#")[0][:60], []).append(event)
-    return told
 
 
 def play(agents: list[harness.AgentProcess], case: Case, pace: bool, seed: str) -> None:
