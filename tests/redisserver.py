@@ -47,6 +47,8 @@ class RedisServer:
             str(self.folder),
         ]
         command += ["--save", "", "--logfile", str(self.folder / "redis.log")]
+        # Else the port of `cluster-enabled` is 10,000 above, which there may not be.
+        command += ["--cluster-port", str(free_port())]
         for option in self.options:
             name, _, value = option.partition(" ")
             command += [f"--{name}", *value.split(" ")]
@@ -54,6 +56,7 @@ class RedisServer:
         harness.wait_until(self._answers, "Redis answers")
 
     def _answers(self) -> bool:
+        assert self.process is not None and self.process.poll() is None, "Redis has ended"
         try:
             return self.ask("PING") in ("+PONG", "-NOAUTH Authentication required.")
         except OSError:
