@@ -29,6 +29,23 @@ RESENT = 0.2
 LOOK = 0.05
 
 
+def random_call(
+    chance: random.Random, start: float, shortest: float, gap: float
+) -> tuple[list[tuple[float, bytes]], tuple[float, float] | None]:
+    """The messages of a call with their times, and from when to when it is charged, if it is.
+
+    One in ten is refused. Times are seconds: `shortest` is the least that is talked, and `gap` is
+    between what goes one way and what goes back.
+    """
+    answered = start + chance.choice((0.05, 0.3, 1.5))
+    end = answered + chance.choice((shortest, 0.4, 1.0, 2.5))
+    steps = [(start, invite()), (start + 0.02, reply(180))]
+    if chance.random() < 0.1:
+        return [*steps, (answered, reply(486)), (answered + gap, negative_ack())], None
+    steps += [(answered, reply(200)), (answered + gap, ack())]
+    return [*steps, (end, bye()), (end + gap, bye_reply())], (answered, end)
+
+
 class RatingApi(Server):
     """A rating API with the ledger of reference/rating-api.md, and faults by `mode`."""
 
@@ -191,18 +208,12 @@ class Traffic:
     def _call(self) -> None:
         self.number += 1
         chance, number = self._chance, self.number
-        start = self._clock
-        answered = start + chance.choice((0.05, 0.3, 1.5))
-        end = answered + chance.choice((0.05, 0.4, 1.0, 2.5))
-        steps = [(start, invite()), (start + 0.02, reply(180))]
+        steps, charged = random_call(chance, self._clock, shortest=0.05, gap=0.01)
         tag = f"call-{number}@host"
-        if chance.random() < 0.1:
+        if charged is None:
             self.refused.add(tag)
-            steps += [(answered, reply(486)), (answered + 0.01, negative_ack())]
         else:
-            self.ended[tag] = (self._base + answered, self._base + end)
-            steps += [(answered, reply(200)), (answered + 0.01, ack())]
-            steps += [(end, bye()), (end + 0.01, bye_reply())]
+            self.ended[tag] = (self._base + charged[0], self._base + charged[1])
         for when, payload in steps:
             stamp = round((self._base + when) * 1_000_000)
             data = hepbuild.hep3(numbered(payload, number), time_us=stamp)

@@ -39,8 +39,8 @@ from test_cases import CAPTURES, CASES, FIELD, Case, arrivals, faults, stamps, t
 import harness
 import hepbuild
 import rating_agent_hep as agent
-from chaos import RATE, RatingApi
-from dialog import ack, bye, bye_reply, invite, negative_ack, numbered, reply
+from chaos import RATE, RatingApi, random_call
+from dialog import ack, bye, bye_reply, invite, numbered, reply
 from harness import LOCAL
 
 pytestmark = needs_redis
@@ -153,18 +153,12 @@ class Spray:
     def _call(self) -> None:
         self.number += 1
         chance, number = self._chance, self.number
-        start = self._clock
-        answered = start + chance.choice((0.05, 0.3, 1.5))
-        end = answered + chance.choice((0.1, 0.4, 1.0, 2.5))
-        steps = [(start, invite()), (start + 0.02, reply(180))]
+        steps, charged = random_call(chance, self._clock, shortest=0.1, gap=0.05)
         tag = f"call-{number}@host"
-        if chance.random() < 0.1:
+        if charged is None:
             self.refused.add(tag)
-            steps += [(answered, reply(486)), (answered + 0.05, negative_ack())]
         else:
-            self.ended[tag] = (self._base + answered, self._base + end)
-            steps += [(answered, reply(200)), (answered + 0.05, ack())]
-            steps += [(end, bye()), (end + 0.05, bye_reply())]
+            self.ended[tag] = (self._base + charged[0], self._base + charged[1])
         for when, payload in steps:
             stamp = round((self._base + when) * 1_000_000)
             self._count += 1
