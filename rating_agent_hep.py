@@ -20,9 +20,9 @@ from the types to the outbox are pure: they take bytes, settings and ``now`` and
 clock, logger or global.
 
 What is promised: at most one begin and one end for a call, the end only after its begin was
-answered, a retry with the same octets; no charge without an answer; with a journal nothing that
-was taken in is lost; nothing grows without bound; one bad packet costs only itself; everything
-dropped is counted and says why.
+answered, a retry with the same octets; no charge without an answer; with a journal or a cluster
+nothing that was taken in is lost; nothing grows without bound; one bad packet costs only itself;
+everything dropped is counted and says why.
 
 The rooms: imports; limits; errors and types; options; HEP; SIP; routes; the call: facts and a
 judge; call table; call records; outbox; configuration; logs and metrics; store; Redis; rating API;
