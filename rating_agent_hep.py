@@ -6497,6 +6497,8 @@ local done = 0
 for i = 2, #ARGV, 2 do
   if redis.call('GET', ARGV[1] .. 'lease:' .. ARGV[i]) == ARGV[i + 1] then
     done = done + redis.call('DEL', ARGV[1] .. 'lease:' .. ARGV[i])
+    -- Else a beat that is under way would take it for lost.
+    redis.call('HINCRBY', ARGV[1] .. 'meta:' .. ARGV[i], 'owners', 1)
   end
 end
 return done
@@ -7268,6 +7270,9 @@ class Delivery:
         """Take an event for delivery; ``written`` says that its store has it. Never waits."""
         lane = self._lane(event.api_url)
         backlog = lane.backlogs[event.store]
+        if event.store and event.serial <= backlog.last_serial:
+            # The loader has found it in the store since that was written.
+            return
         if backlog.count or (written and len(lane.outbox) >= MAX_EVENTS_IN_MEMORY):
             backlog.count += 1
             if not written:
@@ -7415,7 +7420,7 @@ class Delivery:
                     self._load_some(lane, store, backlog)
         except StoreError as error:
             self._metrics.count("journal.errors")
-            log.error("the journal cannot be read: %s", error, extra={"event": "journal_failed"})
+            log.error("the store cannot be read: %s", error, extra={"event": "journal_failed"})
             gevent.sleep(JOURNAL_RETRY)
         finally:
             lane.loader = None
@@ -7432,7 +7437,8 @@ class Delivery:
             backlog.unwritten.clear()
             backlog.count -= count - len(events)
         for event in events:
-            backlog.count -= 1
+            # Not those that are written, and not `put` yet.
+            backlog.count = max(backlog.count - 1, 0)
             self._enqueue(lane, event)
         self._wake(lane)
 

@@ -952,7 +952,7 @@ class Bench:
     # Several agents
 
     def cluster(self) -> Iterator[Figure]:
-        """CPU a call of 1, 2 and 3 agents with Redis at 600 calls a second, and what Redis needs."""
+        """CPU a call of 1, 2 and 3 agents with Redis, at 600 calls a second; what Redis needs."""
         calls, rate = (2_000, 600) if self.brief else (12_000, 600)
         alone, _, fault = self._sprayed(None, 1, calls, rate)
         yield Figure(

@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import gevent
@@ -260,6 +261,43 @@ def test_stop_with_nothing_left_is_silent(deliveries: Any, server: Server, log: 
     harness.wait_until(lambda: len(delivery) == 0, "it is delivered")
     delivery.stop()
     assert [line["event"] for line in log()] == ["call_begin"]
+
+
+@pytest.mark.parametrize("limit", [agent.MAX_LOADED, 1])
+def test_what_is_loaded_before_it_is_put_goes_once(
+    deliveries: Any, server: Server, limit: int, monkeypatch: Any, tmp_path: Path
+) -> None:
+    """The loader may read between a commit and the turn of the greenlet that made it."""
+    monkeypatch.setattr(agent, "MAX_LOADED", limit)
+    delivery, journal = deliveries(), agent.Journal(str(tmp_path))
+
+    def written(kind: str, call: str, row: int, serial: int) -> agent.RatingEvent:
+        each = event(kind, call, server.url, row=row, serial=serial)
+        journal.put_event(each)
+        assert journal.commit()
+        return each
+
+    def delivered() -> bool:
+        while journal.answered:
+            delivery.release(journal.answered.pop())
+        delivery.tick()
+        return len(delivery) == 0 and not delivery.busy
+
+    written("begin", "old", 1, 2)
+    delivery.restore(journal)
+    fresh = [written("begin", "new", 3, 4), written("end", "new", 3, 5)]
+    delivery.tick()
+    harness.wait_until(lambda: not delivery._lane(server.url).loader, "it has read")
+    for each in fresh:
+        delivery.put(each, True)
+    harness.wait_until(delivered, "all are delivered")
+    # What comes later is not taken for old.
+    delivery.put(written("begin", "later", 6, 7), True)
+    harness.wait_until(delivered, "this one, too")
+    told = [(x.path[4:7], json.loads(x.body)["transaction_tag"]) for x in server.requests]
+    assert sorted(told[:-1]) == [("beg", "new"), ("beg", "old"), ("end", "new")]
+    assert told[-1] == ("beg", "later")
+    journal.close(harness.DEADLINE)
 
 
 def test_an_event_that_is_lost_is_logged_whole(
