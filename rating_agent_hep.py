@@ -4726,6 +4726,10 @@ class Outbox:
         for key in [key for key, (_, other) in self._one_sided.items() if other is store]:
             del self._one_sided[key]
 
+    def waiting(self, store: Any) -> list[RatingEvent]:
+        """All events of a store, also those that are out."""
+        return [x for queue in self._calls.values() for x in queue if x.store is store]
+
     def undelivered(self) -> list[RatingEvent]:
         """All that still waits, the calls in order of their oldest event."""
         for key in self._out:
@@ -6338,10 +6342,16 @@ def _write_all(file: int, octets: bytes) -> None:
 #   NAME:agents      zset    agents by the time of their last beat; NAME:agent has their status
 #   NAME:lease:K     string  the token of the owner of shard K; expires
 #   NAME:stream:K    stream  frames that were taken in; f: the frame, s: a stray of another shard
-#   NAME:meta:K      hash    position in the stream, clock, lag, last row given
+#   NAME:meta:K      hash    position in the stream, clock, lag, last row given, number of owners so
+#                            far, last commit; gap where Redis has lost one that it had confirmed
 #   NAME:calls:K     hash    ROW:c the facts of a call, ROW:b and ROW:e its events
 #   NAME:rejected:K  zset    rejected events by serial; NAME:retry:K those to be sent again
 #   NAME:tags        hash    From tags of running calls: the shard, or #N where N calls have it
+#
+# Redis may come back without the last that it had confirmed: a failover to a replica, a power cut
+# with `appendfsync everysec`, a disk that is lost. Agents notice: a commit that does not follow the
+# one before, a lease that nobody has. Then the owner writes all that it knows of the shard again,
+# and each agent appends once more what it appended last; a copy adds no fact.
 #
 # The clock of a shard is the time of its stream, so it never runs ahead of what is unread. Leases
 # go by CLOCK_BOOTTIME here, which goes on while the machine sleeps: who woke up owns nothing.
@@ -6367,10 +6377,16 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', p .. 'agents', '-inf', ms - ARGV
   redis.call('HDEL', p .. 'agent', id)
 end
 local lost, retry, free, rejected, entries = {}, {}, {}, 0, 0
-for i = 7, #ARGV, 2 do
-  local lease = p .. 'lease:' .. ARGV[i]
-  if redis.call('GET', lease) == ARGV[i + 1] then
-    redis.call('PEXPIRE', lease, ARGV[5])
+for i = 7, #ARGV, 3 do
+  local lease, meta = p .. 'lease:' .. ARGV[i], p .. 'meta:' .. ARGV[i]
+  local owner = redis.call('GET', lease)
+  if not owner and tonumber(redis.call('HGET', meta, 'owners') or 0) <= tonumber(ARGV[i + 2]) then
+    -- Nobody has had it since, so Redis has lost the lease.
+    redis.call('HSET', meta, 'owners', ARGV[i + 2])
+    owner = ARGV[i + 1]
+  end
+  if owner == ARGV[i + 1] then
+    redis.call('SET', lease, owner, 'PX', ARGV[5])
     if redis.call('EXISTS', p .. 'retry:' .. ARGV[i]) == 1 then retry[#retry + 1] = ARGV[i] end
   else
     lost[#lost + 1] = ARGV[i]
@@ -6381,11 +6397,14 @@ for k = 0, ARGV[6] - 1 do
   rejected = rejected + redis.call('ZCARD', p .. 'rejected:' .. k)
   entries = entries + redis.call('XLEN', p .. 'stream:' .. k)
 end
-return {ms, redis.call('HVALS', p .. 'agent'), lost, free, retry, rejected, entries}
+local salt = redis.call('HGET', p .. 'config', 'salt') or ''
+return {ms, redis.call('HVALS', p .. 'agent'), lost, free, retry, rejected, entries, salt}
 """
 
-# Of each shard: values, then lists, each after its length. Answers 1 for each that was committed; a
-# commit whose answer was lost is sent again, and done once.
+# Of each shard: values, then lists, each after its length. Answers 0 where another agent is the
+# owner and 3 where nobody is. It answers 1 where it has committed, and 2 if a commit before that
+# has gone, until all was written again (`before` is *). A commit whose answer was lost is sent
+# again, and is done once.
 COMMIT_SCRIPT = """
 local p, at, done = ARGV[1], 3, {}
 local function list(width)
@@ -6399,8 +6418,8 @@ local function each(first, last, command, key)
   end
 end
 while ARGV[at] do
-  local k, token, commit, position, trim, clock, lag, serial = unpack(ARGV, at, at + 7)
-  at = at + 8
+  local k, token, commit, before, position, trim, clock, lag, serial = unpack(ARGV, at, at + 8)
+  at = at + 9
   local sets, sets_end = list(2)
   local dels, dels_end = list(1)
   local rejects, rejects_end = list(1)
@@ -6408,13 +6427,19 @@ while ARGV[at] do
   local tags, tags_end = list(1)
   local untags, untags_end = list(1)
   local strays, strays_end = list(3)
-  local ours = redis.call('GET', p .. 'lease:' .. k) == token
-  done[#done + 1] = ours and 1 or 0
-  if ours and redis.call('HGET', p .. 'meta:' .. k, 'commit') ~= commit then
+  local owner = redis.call('GET', p .. 'lease:' .. k)
+  local ours = owner == token
+  local known, gap = unpack(redis.call('HMGET', p .. 'meta:' .. k, 'commit', 'gap'))
+  local whole, done_before = before == '*', known == commit
+  gap = not whole and (gap or not done_before and (known or '') ~= before)
+  done[#done + 1] = ours and (gap and 2 or 1) or owner and 0 or 3
+  if ours and not done_before then
     -- A write that needs no memory first: then Redis refuses none of the others for want of it.
     redis.call('SREM', p .. 'retry:' .. k, '')
     redis.call('HSET', p .. 'meta:' .. k,
       'position', position, 'clock', clock, 'lag', lag, 'serial', serial, 'commit', commit)
+    if gap then redis.call('HSET', p .. 'meta:' .. k, 'gap', 1) end
+    if whole then redis.call('HDEL', p .. 'meta:' .. k, 'gap') end
     each(sets, sets_end, 'HSET', p .. 'calls:' .. k)
     each(dels, dels_end, 'HDEL', p .. 'calls:' .. k)
     each(rejects, rejects_end, 'ZADD', p .. 'rejected:' .. k)
@@ -6426,13 +6451,17 @@ while ARGV[at] do
       redis.call('SREM', p .. 'retry:' .. k, ARGV[i])
     end
     for i = tags, tags_end do
-      local known = redis.call('HGET', p .. 'tags', ARGV[i])
-      local count = known and (tonumber(known:match('^#(%d+)$')) or 1)
-      redis.call('HSET', p .. 'tags', ARGV[i], count and '#' .. string.format('%d', count + 1) or k)
+      local tag = redis.call('HGET', p .. 'tags', ARGV[i])
+      local count = tag and (tonumber(tag:match('^#(%d+)$')) or 1)
+      -- Of all that is written again, most tags were not lost.
+      if not (whole and count) then
+        tag = count and '#' .. string.format('%d', count + 1) or k
+        redis.call('HSET', p .. 'tags', ARGV[i], tag)
+      end
     end
     for i = untags, untags_end do
-      local known = redis.call('HGET', p .. 'tags', ARGV[i]) or ''
-      local count = tonumber(known:match('^#(%d+)$')) or 1
+      local tag = redis.call('HGET', p .. 'tags', ARGV[i]) or ''
+      local count = tonumber(tag:match('^#(%d+)$')) or 1
       if count > 1 then
         redis.call('HSET', p .. 'tags', ARGV[i], '#' .. string.format('%d', count - 1))
       else
@@ -6458,7 +6487,9 @@ redis.call('SREM', ARGV[1] .. 'retry:' .. ARGV[2], '')
 if not redis.call('SET', ARGV[1] .. 'lease:' .. ARGV[2], ARGV[3], 'NX', 'PX', ARGV[4]) then
   return false
 end
-return redis.call('HMGET', ARGV[1] .. 'meta:' .. ARGV[2], 'position', 'clock', 'lag', 'serial')
+local meta = ARGV[1] .. 'meta:' .. ARGV[2]
+redis.call('HINCRBY', meta, 'owners', 1)
+return redis.call('HMGET', meta, 'position', 'clock', 'lag', 'serial', 'commit', 'owners')
 """
 
 RELEASE_SCRIPT = """
@@ -6698,6 +6729,9 @@ class RedisStore:
         self.answered: list[RatingEvent] = []
         # Seconds of `boottime` at which the lease ends at the earliest.
         self.until = 0.0
+        # How many owners the shard has had with this one, and the last commit.
+        self.owners = 0
+        self.committed = ""
         # What is being written: it is sent again until it is answered.
         self.writing: list[Any] = []
         self._pool = pool
@@ -6708,8 +6742,8 @@ class RedisStore:
         self._rows: dict[int, str] = {}
         # Waiting events of each API: row by serial.
         self._waiting: defaultdict[str, dict[int, tuple[int, str]]] = defaultdict(dict)
-        # Begins that are kept for the end to come, by row, and whom alone they named.
-        self._kept: dict[int, tuple[CallKey, str]] = {}
+        # Begins that are kept for the end to come, by row: whom alone they named, and the field.
+        self._kept: dict[int, tuple[CallKey, str, str]] = {}
         # From tags of running calls.
         self._tags: dict[int, str] = {}
         self._taken_up: set[int] = set()
@@ -6741,7 +6775,7 @@ class RedisStore:
             if state == _WAITS:
                 self._waiting[event.api_url][event.serial] = (row, letter)
             else:
-                self._kept[row] = (event.key, party)
+                self._kept[row] = (event.key, party, value.decode())
 
     def load_calls(self) -> list[tuple[int, str]]:
         """The calls as `CallTable.restore` needs them: row and text of `pack_call`."""
@@ -6754,11 +6788,11 @@ class RedisStore:
 
     def load_given_up(self) -> list[CallKey]:
         """The running calls whose begin was rejected."""
-        return [key for key, party in self._kept.values() if not party]
+        return [key for key, party, _ in self._kept.values() if not party]
 
     def load_one_sided(self) -> dict[CallKey, str]:
         """The running calls that were begun with one party alone, and which."""
-        return {key: party for key, party in self._kept.values() if party}
+        return {key: party for key, party, _ in self._kept.values() if party}
 
     # Notes
 
@@ -6837,12 +6871,14 @@ class RedisStore:
         if self._rows.get(event.row, _BEGIN) == _BEGIN:
             self._drop(event.row, _BEGIN)
             return
-        self._kept[event.row] = (event.key, party)
-        self._put_record(event, _ONE_SIDED if party else _GIVEN_UP, party)
+        text = self._put_record(event, _ONE_SIDED if party else _GIVEN_UP, party)
+        self._kept[event.row] = (event.key, party, text)
 
-    def _put_record(self, event: RatingEvent, state: str, party: str = "") -> None:
+    def _put_record(self, event: RatingEvent, state: str, party: str = "") -> str:
         record = [event.api_url, event.serial, event.attempts, event.answer, state, party]
-        self._put(event.row, _LETTERS[event.kind], _compact_json([*record, event.pack()]))
+        text = _compact_json([*record, event.pack()])
+        self._put(event.row, _LETTERS[event.kind], text)
+        return text
 
     def _put(self, row: int, letter: str, value: str) -> None:
         letters = self._rows.get(row, "")
@@ -6867,8 +6903,25 @@ class RedisStore:
     # To Redis
 
     def advance(self, position: bytes) -> None:
-        """All entries of the stream up to here were handled."""
+        """All entries of the stream up to here were handled; to be committed in any case."""
         self.position, self._moved = position, True
+        self.due.set()
+
+    def rewrite(self, names: Iterable[bytes], waiting: Iterable[RatingEvent]) -> None:
+        """Note all again but for the calls, for Redis has lost some of it.
+
+        ``names`` are the fields that Redis has, ``waiting`` the events in memory. Those in Redis
+        alone are lost where they are.
+        """
+        self.committed = "*"
+        ours = {f"{row}{letter}" for row, letters in self._rows.items() for letter in letters}
+        for name in {name.decode() for name in names} - ours:
+            self._changes.setdefault(name, None)
+        for event in waiting:
+            self.put_attempt(event)
+        for row, (_, _, text) in self._kept.items():
+            self._put(row, _BEGIN, text)
+        self._new_tags = list(self._tags.values())
         self.due.set()
 
     @property
@@ -6887,7 +6940,8 @@ class RedisStore:
         self._commits += 1
         milliseconds, _, count = self.position.partition(b"-")
         after = b"%s-%d" % (milliseconds, int(count) + 1)
-        values: list[Any] = [self.number, self.token, f"{self.token}:{self._commits}"]
+        before, self.committed = self.committed, f"{self.token}:{self._commits}"
+        values: list[Any] = [self.number, self.token, self.committed, before]
         values += [self.position, after, repr(self.clock), repr(self.lag), serial]
         sets = [(name, value) for name, value in self._changes.items() if value is not None]
         values += [len(sets), *chain.from_iterable(sets)]
@@ -6916,23 +6970,26 @@ class RedisStore:
         Raises StoreError.
         """
         known = self._waiting.get(api_url, {})
-        chosen = heapq.nsmallest(limit, (serial for serial in known if serial > after))
-        names = [known[serial] for serial in chosen]
-        if not names:
-            return []
         key = f"{self._prefix}calls:{self.number}"
+        events: list[RatingEvent] = []
         link = RedisLink(self._pool)
         try:
-            values = link.one("HMGET", key, *[f"{row}{letter}" for row, letter in names])
+            while not events:
+                chosen = heapq.nsmallest(limit, (serial for serial in known if serial > after))
+                names = [known[serial] for serial in chosen]
+                if not names:
+                    break
+                values = link.one("HMGET", key, *[f"{row}{letter}" for row, letter in names])
+                for serial, (row, _), value in zip(chosen, names, values, strict=True):
+                    if value is None:
+                        # Redis has lost it, or it was dropped meanwhile.
+                        known.pop(serial, None)
+                    else:
+                        events.append(unpack_record(row, value)[0])
         except RedisError as error:
             raise StoreError(str(error)) from None
         finally:
             link.close()
-        events = [
-            unpack_record(row, value)[0]
-            for (row, _), value in zip(names, values, strict=True)
-            if value is not None
-        ]
         for event in events:
             event.store = self
         return events
@@ -7274,6 +7331,10 @@ class Delivery:
             lane.backlogs.pop(store, None)
             busy |= lane.outbox.withdraw(store)
         return busy
+
+    def waiting(self, store: Store) -> list[RatingEvent]:
+        """The events of a store that are in memory."""
+        return [event for lane in self._lanes.values() for event in lane.outbox.waiting(store)]
 
     def forget(self, store: Store) -> None:
         """Let go of all events of a store, also those that are out: they are another agent's."""
@@ -7738,6 +7799,10 @@ TCP_UNAPPENDED = 1024 * 1024
 # Seconds for which frames are gathered, and frames of one pipeline.
 APPEND_INTERVAL = 0.005
 APPEND_GROUP = 256
+# Seconds for which frames are kept that Redis has, and their octets: it may come back without its
+# last, with `appendfsync everysec` without those of a second or two.
+KEEP = 2.0
+MAX_KEPT = 16 * 1024 * 1024
 # Entries of one stream read at once, some 10 ms of work, and seconds between two looks at all
 # streams, which cost the more the more shards there are.
 READ_GROUP = 128
@@ -7826,10 +7891,21 @@ class StreamShard(Shard):
         """Whether all is committed."""
         return not self.unwritten and not self.store.answered and self.store.clean
 
+    def rewrite(self, link: RedisLink, key: str) -> None:
+        """Write all again, for Redis has lost some of it. Raises RedisError."""
+        names = link.one("HKEYS", key)
+        for call in chain.from_iterable(self.table.slices()):
+            self.table.changed.setdefault(call.row, call)  # type: ignore[union-attr]
+        self.store.rewrite(names, self.delivery.waiting(self.store))
+
     @property
     def owned(self) -> bool:
         """Whether its stream is to be followed."""
         return not (self.store.lost or self.store.leaving)
+
+
+# What a commit under way is of: the shard, the events that came about, and those answered.
+_Written = tuple[StreamShard, list[RatingEvent], list[RatingEvent]]
 
 
 class Cluster:
@@ -7862,6 +7938,7 @@ class Cluster:
         used = 1 if self._ties else settings.cluster_shards
         self._shard_settings = replace(settings, max_calls=-(-settings.max_calls // used))
         self._salt = b""
+        self._joined = False
         self._tokens = 0
         # Shards whose lease we have, but not all of the rest yet.
         self._taking: list[RedisStore] = []
@@ -7873,10 +7950,15 @@ class Cluster:
         self._said = -inf
         self._pending: deque[tuple[str, bytes]] = deque()
         self._octets = 0
+        # What was appended last: when, by a monotonic clock, and what.
+        self._kept: deque[tuple[float, str, bytes]] = deque()
+        self._kept_octets = 0
+        self._append_again = False
+        self._again_from = 0.0
         self._append_due = gevent.event.Event()
         self._commit_due = gevent.event.Event()
         self._beat_due = gevent.event.Event()
-        self._writing: list[tuple[StreamShard, list[RatingEvent], list[RatingEvent]]] = []
+        self._writing: list[_Written] = []
         self._greenlets: list[gevent.Greenlet] = []
         self._stopping = False
 
@@ -7909,7 +7991,7 @@ class Cluster:
             "shards": str(settings.cluster_shards),
             "ties": "yes" if self._ties else "no",
         }
-        ours = {**wanted, "salt": os.urandom(8).hex()}
+        ours = {**wanted, "salt": (self._salt or os.urandom(8)).hex()}
         for name, value in ours.items():
             link.one("HSETNX", key, name, value)
         values = link.one("HMGET", key, *ours)
@@ -7925,7 +8007,11 @@ class Cluster:
                     f"{options[name]}: {value}, but {settings.cluster_name} has {found[name]}; "
                     "allowed: the same for all agents, or another cluster_name"
                 )
-        self._salt = bytes.fromhex(found["salt"])
+        salt = bytes.fromhex(found["salt"])
+        if self._salt not in (b"", salt):
+            for shard in list(self.owned.values()):
+                self._lose(shard, "Redis was emptied, and another agent has begun anew")
+        self._salt, self._joined = salt, True
 
     def change_rules(self, rules: Sequence[Rule]) -> None:
         """Other routes, for attempts from now on. Raises ConfigError where calls would be torn."""
@@ -7973,6 +8059,8 @@ class Cluster:
 
     def _fail(self, name: str, error: AgentError) -> None:
         self._metrics.count("cluster.errors")
+        if not self._faults:
+            self._again_from = time.monotonic() - REDIS_TIMEOUT - KEEP
         if name == "beat" and name not in self._faults:
             self._away = (self._answered, inf)
         self._faults[name] = str(error)
@@ -7991,7 +8079,15 @@ class Cluster:
         self._settled = time.monotonic() + SETTLE
         if not self._faults:
             self._said = -inf
+            self._write_again()
             log.warning("Redis answers again", extra={"event": "redis_back"})
+
+    def _write_again(self) -> None:
+        """Redis was away, and may have lost its last: append that again, and look with a commit."""
+        self._append_again = True
+        self._append_due.set()
+        for shard in self.owned.values():
+            shard.store.advance(shard.store.position)
 
     def _come_back(self) -> None:
         """Redis is back: the clocks go on where they stood, once all agents have told all."""
@@ -8039,6 +8135,15 @@ class Cluster:
     def _append(self, link: RedisLink) -> None:
         """One pipeline. What was not answered is sent again; a copy adds no fact."""
         self._append_due.wait()
+        if self._append_again:
+            self._append_again = False
+            for appended, call_id, frame in reversed(self._kept):
+                # What is older may be of calls that were forgotten.
+                if appended >= self._again_from:
+                    self._pending.appendleft((call_id, frame))
+                    self._octets += len(frame)
+            self._kept.clear()
+            self._kept_octets = 0
         if not self._pending or not self._salt:
             self._append_due.clear()
             return
@@ -8053,8 +8158,17 @@ class Cluster:
         for answer in link.ask(*commands):
             if isinstance(answer, RedisError):
                 raise answer
-            self._octets -= len(self._pending.popleft()[1])
+            self._keep(*self._pending.popleft())
             self._metrics.count("cluster.appended")
+
+    def _keep(self, call_id: str, frame: bytes) -> None:
+        """A frame is in Redis; keep it for a while."""
+        now = time.monotonic()
+        self._octets -= len(frame)
+        self._kept.append((now, call_id, frame))
+        self._kept_octets += len(frame)
+        while self._kept[0][0] < now - KEEP or self._kept_octets > MAX_KEPT:
+            self._kept_octets -= len(self._kept.popleft()[2])
 
     # Owning
 
@@ -8067,7 +8181,7 @@ class Cluster:
 
     def _beat(self, link: RedisLink) -> None:
         """Renew the leases, see who is there, take or give back shards."""
-        if not self._salt:
+        if not self._joined:
             try:
                 self.join()
             except ConfigError as error:
@@ -8085,9 +8199,9 @@ class Cluster:
             round(AGENT_GONE * 1000),
             round(self._lease * 1000),
             self.settings.cluster_shards,
-            *chain.from_iterable((store.number, store.token) for store in beaten),
+            *chain.from_iterable((store.number, store.token, store.owners) for store in beaten),
         )
-        now, agents, lost, free, retries, self.rejected, self.entries = answer
+        now, agents, lost, free, retries, self.rejected, self.entries, salt = answer
         self.agents = sorted((json.loads(text) for text in agents), key=lambda x: str(x["name"]))
         self._answered = max(self._answered, now / 1000)
         self.tick()
@@ -8106,7 +8220,12 @@ class Cluster:
             shard = self.owned.get(number)
             if shard is not None and shard.owned and shard.take_up(shard.store):
                 self._commit_due.set()
-        if time.monotonic() >= self._settled:
+        if salt != self._salt.hex().encode():
+            # Redis was emptied.
+            self._joined = False
+            self._again_from = time.monotonic() - BEAT - KEEP
+            self._write_again()
+        elif time.monotonic() >= self._settled:
             self._take_share([int(number) for number in free])
         self._beat_due.wait(timeout=max(BEAT - (boottime() - started), 0.05))
         self._beat_due.clear()
@@ -8162,10 +8281,11 @@ class Cluster:
         meta = link.run(TAKE_SCRIPT, self._prefix, number, store.token, lease)
         if meta is None:
             return
-        position, clock, lag, serial = meta
+        position, clock, lag, serial, commit, owners = meta
         store.until = started + self._lease
         store.position = position or b"0-0"
         store.clock, store.lag = float(clock or 0), float(lag or 0)
+        store.committed, store.owners = (commit or b"").decode(), int(owners)
         self._skip(store)
         self._taking.append(store)
         store.load(link, int(serial or 0))
@@ -8354,22 +8474,40 @@ class Cluster:
                     events, answered = shard.note(shard.store)
                     shard.store.collect(shard.table.next_serial())
                     self._writing.append((shard, events, answered))
-        writing = self._writing
+        writing = [entry for entry in self._writing if not entry[0].store.lost]
+        self._writing = writing
         if not writing:
             return
         started = time.monotonic()
         limit = max(MAX_REJECTED // self.settings.cluster_shards, 1)
         values = chain.from_iterable(shard.store.writing for shard, _, _ in writing)
         written = link.run(COMMIT_SCRIPT, self._prefix, limit, *values)
-        self._writing = []
-        for (shard, events, answered), ours in zip(writing, written, strict=True):
+        self._metrics.count("cluster.commits")
+        self._metrics.time("cluster.commit.time", time.monotonic() - started)
+        self._committed(link, list(zip(writing, written, strict=True)))
+
+    def _committed(self, link: RedisLink, answers: Sequence[tuple[_Written, int]]) -> None:
+        """Go on by what the script answered for each shard."""
+        self._writing = [entry for entry, answer in answers if answer == 3]
+        for (shard, events, answered), answer in answers:
+            if answer == 3:
+                continue
             shard.store.writing = []
-            if not ours:
+            if not answer:
                 self._lose(shard, "its commit was refused")
             elif not shard.store.lost:
                 shard.hand_over(events if shard.owned else (), answered, True)
-        self._metrics.count("cluster.commits")
-        self._metrics.time("cluster.commit.time", time.monotonic() - started)
+        for (shard, _, _), answer in answers:
+            # What fails here is done after the next commit, which says so again.
+            if answer == 2 and not shard.store.lost:
+                self._metrics.count("cluster.shards.rewritten")
+                extra = {"event": "redis_went_back", "shard": shard.store.number}
+                log.warning("Redis has lost a commit: the shard is written again", extra=extra)
+                shard.rewrite(link, f"{self._prefix}calls:{shard.store.number}")
+        if self._writing:
+            # The next beat gives the lease back, or says that the shard is lost.
+            self._beat_due.set()
+            gevent.sleep(REDIS_RETRY)
 
     # How things are, and the end
 

@@ -952,8 +952,8 @@ class Bench:
     # Several agents
 
     def cluster(self) -> Iterator[Figure]:
-        """CPU a call of 1, 2 and 3 agents with Redis, and what a call takes in Redis."""
-        calls, rate = (1_000, 100) if self.brief else (6_000, 200)
+        """CPU a call of 1, 2 and 3 agents with Redis at 600 calls a second, and what Redis needs."""
+        calls, rate = (2_000, 600) if self.brief else (12_000, 600)
         alone, _, fault = self._sprayed(None, 1, calls, rate)
         yield Figure(
             "one agent, no Redis: CPU a call", alone * 1e6, "us", note=fault or "all right"

@@ -33,7 +33,7 @@ import gevent.server
 import pytest
 import redis
 from pure import kind_of
-from redisserver import RedisServer, free_port, needs_redis
+from redisserver import PROGRAM, RedisServer, free_port, needs_redis
 from test_cases import CAPTURES, CASES, FIELD, Case, arrivals, faults, stamps, told_of
 
 import harness
@@ -835,6 +835,68 @@ def test_a_redis_that_fails_in_each_way_and_comes_back(tmp_path: Path) -> None:
     several.finish()
 
 
+@pytest.mark.parametrize("case", ["its disk was lost", "the power was cut"])
+def test_a_redis_that_comes_back_without_its_last(case: str, tmp_path: Path) -> None:
+    """Under traffic: what the agents still know is written again, and taken over from there."""
+    several = Several(tmp_path, len(case), "appendonly yes", "appendfsync everysec")
+    redis, sizes = several.redis, deque([0], maxlen=15)
+    (log,) = (redis.folder / "appendonlydir").glob("*.incr.aof")
+    for _ in range(30):
+        several.run(0.1)
+        sizes.append(log.stat().st_size)
+    redis.stop(signal.SIGKILL)
+    # The last 1.5 s were not on the disk yet.
+    assert 0 < sizes[0] < sizes[-1]
+    if case == "the power was cut":
+        os.truncate(log, sizes[0])
+    else:
+        shutil.rmtree(log.parent)
+    several.run(0.5)
+    redis.start()
+    several.run_until("redis_went_back", several.agents)
+    several.run(1.0)
+    for _ in range(3):
+        # Who takes over knows no more than Redis.
+        several.end(signal.SIGKILL)
+        several.add()
+        several.run(1.0)
+    several.finish()
+
+
+def test_a_failover_of_redis_to_its_replica_by_sentinel(tmp_path: Path) -> None:
+    several = Several(tmp_path, 13, agents=0)
+    replica = RedisServer(tmp_path / "replica", f"replicaof 127.0.0.1 {several.redis.port}")
+    STARTED.append(replica)
+    port = free_port()
+    conf = tmp_path / "sentinel.conf"
+    conf.write_text(
+        f"port {port}\nsentinel monitor mymaster 127.0.0.1 {several.redis.port} 1\n"
+        "sentinel down-after-milliseconds mymaster 1000\n"
+        "sentinel failover-timeout mymaster 5000\n"
+    )
+    sentinel = subprocess.Popen([PROGRAM, str(conf), "--sentinel"], stdout=subprocess.DEVNULL)
+    several.options[0] = f"--cluster-url=sentinel://127.0.0.1:{port}/mymaster/0"
+    try:
+        # Redis lists a replica before it has copied anything, 5 s before by default.
+        copied = "master_link_status:up"
+        harness.wait_until(lambda: copied in replica.ask("INFO", "replication"), "copied")
+        for _ in range(2):
+            several.add()
+        several.all_owned()
+        several.run(2.0)
+        several.redis.stop(signal.SIGKILL)
+        several.run_until("redis_back", several.agents)
+        several.redis = replica
+        several.run(2.0)
+        several.end(signal.SIGKILL)
+        several.add()
+        several.run(1.0)
+        several.finish()
+    finally:
+        sentinel.kill()
+        sentinel.wait()
+
+
 def test_agents_that_start_before_their_redis(tmp_path: Path) -> None:
     redis = RedisServer(tmp_path / "redis")
     redis.stop()
@@ -873,6 +935,50 @@ def test_datagrams_over_the_limit_are_dropped_counted_and_said() -> None:
         taken += 1
     assert taken == agent.MAX_UNAPPENDED // len(frame)
     assert cluster.unappended == taken * len(frame) and cluster.behind
+
+
+def test_frames_are_kept_for_a_while_and_are_appended_again_once(monkeypatch: Any) -> None:
+    settings = agent.Settings(cluster_url="redis://127.0.0.1:1")
+    metrics = agent.Metrics(settings)
+    delivery = agent.Delivery(settings, metrics)
+    cluster = agent.Cluster(settings, agent.load_rules(settings), metrics, delivery)
+    cluster._salt = b"salt"
+    frame, appended = bytes(60_000), 0
+
+    def ask(*commands: Any) -> list[bytes]:
+        nonlocal appended
+        appended += len(commands)
+        return [b"1-1"] * len(commands)
+
+    def append(number: int) -> int:
+        nonlocal appended
+        appended = 0
+        assert all(cluster.append(["call"], frame) for _ in range(number))
+        while cluster.unappended:
+            cluster._append(SimpleNamespace(ask=ask))  # type: ignore[arg-type]
+        return appended
+
+    def redis_is_away() -> None:
+        cluster._fail("append", agent.RedisError("timeout", "no answer in time"))
+        cluster._work("append")
+
+    now = 1000.0
+    monkeypatch.setattr(agent, "time", SimpleNamespace(monotonic=lambda: now))
+    cluster._work("beat")
+    assert append(400) == 400
+    redis_is_away()
+    assert append(1) == agent.MAX_KEPT // len(frame) + 1
+    # What was appended long before is of calls that may be forgotten.
+    now += agent.KEEP + agent.REDIS_TIMEOUT + 0.1
+    redis_is_away()
+    assert append(1) == 1
+    now += agent.KEEP - 0.1
+    redis_is_away()
+    assert append(1) == 2
+    now += agent.KEEP + 0.1
+    assert append(1) == 1
+    redis_is_away()
+    assert append(1) == 2
 
 
 FAULTS = ["kills", "kills_under_a_doubled_mirror", "terms", "zombies", "changes"]
