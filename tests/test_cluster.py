@@ -945,6 +945,23 @@ def test_agents_that_start_before_their_redis(tmp_path: Path) -> None:
     redis.stop()
 
 
+def test_a_stop_while_redis_is_away_waits_for_it(tmp_path: Path) -> None:
+    several = Several(tmp_path, 3, "appendonly yes", "appendfsync always", agents=1)
+    (process,) = several.agents
+    several.redis.stop()
+    harness.wait_until(lambda: process.events("redis_failed"), "it says so")
+    steps = (invite(), reply(200), ack(), bye(), bye_reply())
+    harness.send_udp(process.udp, [hepbuild.hep3(numbered(x, 1)) for x in steps])
+    process.kill(signal.SIGTERM)
+    harness.wait_until(lambda: process.events("stopping"), "it stops")
+    several.redis.start()
+    harness.wait_until(lambda: process.ended, "it has stopped")
+    assert process.stop() == 0 and not process.events("unappended")
+    start(*several.options)
+    harness.wait_until(lambda: len(several.api.bodies) == 2, "the next one charges the call")
+    several.close()
+
+
 def test_what_another_program_writes_into_a_stream_costs_only_itself(tmp_path: Path) -> None:
     several = Several(tmp_path, 14, agents=1)
     client = several.client()
