@@ -50,7 +50,7 @@ STAND_INS = {
     "redis": f"""{INSTALL} redis-server && install -d -o redis -g redis /data
 WORKDIR /data
 USER redis
-ENTRYPOINT ["sh", "-c", "umask 077; exec \\"$@\\" --protected-mode no", "sh"]
+ENTRYPOINT ["sh", "-c", "exec \\"$@\\" --protected-mode no", "sh"]
 """,
     "balancer": f"""{INSTALL} nginx-light libnginx-mod-stream
 RUN ln -sf /dev/stderr /var/log/nginx/error.log
@@ -411,10 +411,10 @@ def main() -> int:
             ):
                 with step(f"image {described['image']}"):
                     images.build(described, "localhost/base")
-        for name in STAND_INS:
-            image = compose_services()[name]["image"]
+        for service in STAND_INS:
+            image = compose_services()[service]["image"]
             with step(f"stand-in for {image}"):
-                images.stand_in(name, image, "localhost/base", folder)
+                images.stand_in(service, image, "localhost/base", folder)
         done = subprocess.run([*NAMESPACES, sys.executable, __file__, "inside", name])
         images("rm", "--all")
     print(
