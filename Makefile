@@ -121,8 +121,9 @@ docker-start-kamailio:
 docker-start-canyan:
 	RATING_API_URL=http://rating-agent:8000 $(COMPOSE) --profile canyan up --detach --build
 
+# Without the agent that works alone. The balancer needs the two agents, and these need Redis.
 docker-start-cluster:
-	$(COMPOSE) --profile cluster up --detach --build
+	$(COMPOSE) --profile cluster up --detach --build balancer sandbox
 
 docker-start-statsd:
 	STATSD_HOST=statsd-exporter $(COMPOSE) --profile statsd up --detach --build

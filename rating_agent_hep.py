@@ -8551,7 +8551,8 @@ class Cluster:
         What could not be given back is free when its lease ends.
         """
         self._stopping = True
-        while self._pending and not self.failure and time.monotonic() < deadline:
+        # Also while Redis is away: it may come back in time.
+        while self._pending and not self.fatal and time.monotonic() < deadline:
             gevent.sleep(APPEND_INTERVAL)
         if self._taker is not None:
             # Else nobody would give back what it takes.

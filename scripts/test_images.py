@@ -7,6 +7,7 @@ Buildah builds all images on a base that debootstrap makes. Then each service of
 "kamailio" runs in its image's files, with a network namespace and an address of its own, and with
 the user, command, environment and volumes that image and compose file say; the tester runs all
 scenarios, and the agent is stopped by SIGTERM with calls running and started again on its volume.
+Then the profile "cluster" runs, with Debian's Redis and nginx in place of a registry's images.
 
 Everything is in one temporary folder and in namespaces that end with this program. Exit status:
 0 all is right, or this machine can't do it, which is said; 1 something is wrong.
@@ -32,13 +33,32 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from demo import ACCOUNTS, TRANSACTIONS, graphql
+from demo_cluster import CALLS, packets
 
 ROOT = Path(__file__).resolve().parent.parent
 # What is started; the tester is run as `make docker-test` does.
 PROFILE = "kamailio"
 PROXY = "kamailio:5060"
+CLUSTER = ("redis", "agent-1", "agent-2", "balancer")
 MIRROR = "http://deb.debian.org/debian"
 PACKAGES = "ca-certificates,python3,python3-venv,python-is-python3"
+# Debian's programs as the images of a registry have them: Redis drops root, works in /data and is
+# built without protected mode; nginx begins as root and writes its log to that of the container.
+INSTALL = "RUN apt-get update -qq && apt-get install -qq -y --no-install-recommends"
+STAND_INS = {
+    "redis": f"""{INSTALL} redis-server && install -d -o redis -g redis /data
+WORKDIR /data
+USER redis
+ENTRYPOINT ["sh", "-c", "exec \\"$@\\" --protected-mode no", "sh"]
+""",
+    "balancer": f"""{INSTALL} nginx-light libnginx-mod-stream
+RUN ln -sf /dev/stderr /var/log/nginx/error.log
+CMD ["nginx", "-g", "daemon off;"]
+""",
+}
+# Where a service without a health check listens.
+PORTS = {"redis": ("tcp", 6379), "balancer": ("tcp", 9060)}
 # Addresses for documentation, in namespaces only.
 NETWORK = "192.0.2"
 PATIENCE = 30.0  # seconds for anything that has to happen
@@ -131,6 +151,13 @@ class Images:
         command += ["--target", service["build"]["target"], "--tag", service["image"]]
         self(*command, ROOT / service["build"]["context"])
 
+    def stand_in(self, name: str, image: str, base: str, folder: Path) -> None:
+        """An image from a registry, as far as Debian has it."""
+        file = folder / f"{name}.dockerfile"
+        file.write_text(f"FROM {base}\n{STAND_INS[name]}", encoding="utf-8")
+        command = ["bud", "--quiet", "--isolation", "chroot", "--format", "docker"]
+        self(*command, "--tag", image, "--file", file, folder / "run")
+
     def mount(self, container: str) -> str:
         return self("mount", container)
 
@@ -156,12 +183,12 @@ class Service:
         self._inside = ["ip", "netns", "exec", name, "unshare", "--uts"]
         self._inside += ["sh", "-c", 'hostname "$0" && exec "$@"', name]
         self._inside += ["env", "-i", *sum(environment, [])]
-        user = image["User"]
+        user = image.get("User") or "root"
         self._inside += ["chroot", f"--userspec={user}:{user}", str(self.files)]
         self._inside += ["env", f"--chdir={image.get('WorkingDir') or '/'}"]
         # An entrypoint of the compose file takes the image's command away, too.
-        entry = self.described.get("entrypoint", image["Entrypoint"])
-        own = image.get("Cmd") or [] if entry == image["Entrypoint"] else []
+        entry = self.described.get("entrypoint", image.get("Entrypoint") or [])
+        own = image.get("Cmd") or [] if "entrypoint" not in self.described else []
         self._command = [*entry, *self.described.get("command", own)]
         self._check = (image.get("Healthcheck") or {}).get("Test", [])[1:]
         self.process: subprocess.Popen[bytes] | None = None
@@ -220,14 +247,15 @@ class Service:
         return done.returncode == 0
 
     def ready(self) -> bool:
-        """Its health check's word; of a SIP server, whether it has its port."""
+        """Its health check's word; without one, whether it has its port."""
         assert self.process is not None
         if self.process.poll() is not None:
             sys.exit(f"FAILED: {self.name} ended\n{self.log()}")
         if self._check:
             return self.healthy()
-        sockets = Path(f"/proc/{self.process.pid}/net/udp").read_text().splitlines()[1:]
-        return any(int(line.split()[1].rpartition(":")[2], 16) == 5060 for line in sockets)
+        kind, port = PORTS.get(self.name, ("udp", 5060))
+        sockets = Path(f"/proc/{self.process.pid}/net/{kind}").read_text().splitlines()[1:]
+        return any(int(line.split()[1].rpartition(":")[2], 16) == port for line in sockets)
 
     def log(self) -> str:
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
@@ -243,20 +271,18 @@ def run_all(folder: Path) -> None:
         services = {
             name: Service(name, number, images, folder)
             for number, (name, described) in enumerate(compose_services().items(), 2)
-            if name == "tester" or PROFILE in described.get("profiles", [PROFILE])
+            if name in ("tester", *CLUSTER) or PROFILE in described.get("profiles", [PROFILE])
         }
         for service in services.values():
             service.connect()
         names = {name: service.address for name, service in services.items()}
         threading.Thread(target=serve_names, args=[names], daemon=True).start()
+    several = [services.pop(name) for name in CLUSTER]
     tester, agent = services.pop("tester"), services["rating-agent-hep"]
     with step("start"):
         if agent.healthy():
             sys.exit("FAILED: the agent is healthy before it runs")
-        for service in services.values():
-            service.start()
-        for service in services.values():
-            wait_until(service.ready, f"{service.name} is ready")
+        start([*services.values()])
     scenarios = sorted(path.name for path in (ROOT / "tests" / "scenarios").glob("test_*.yaml"))
     with step(f"{len(scenarios)} scenarios"):
         # Each for itself: they have accounts of their own.
@@ -269,6 +295,55 @@ def run_all(folder: Path) -> None:
         service.stop()
     if agent.healthy():
         sys.exit("FAILED: the agent is healthy when it is stopped")
+    with step("two agents behind a balancer, one of them is killed"):
+        cluster(services["sandbox"], *several)
+
+
+def start(services: list[Service]) -> None:
+    """Start services and wait for them."""
+    for service in services:
+        service.start()
+    for service in services:
+        wait_until(service.ready, f"{service.name} is ready")
+
+
+def cluster(sandbox: Service, redis: Service, one: Service, two: Service, proxy: Service) -> None:
+    """Calls through the balancer, over UDP and TCP in turn; an agent is killed in the middle."""
+    start([redis, sandbox, one, two, proxy])
+    wait_until(lambda: shards(one) == shards(two) == 32, "each agent has half of the shards")
+    api, began = f"http://{sandbox.address}:8000", int(time.time())
+    graphql(api, ACCOUNTS)
+    for number, (at, data) in enumerate(packets(began)):
+        time.sleep(max(began + at - time.time(), 0))
+        if number == 30 and two.process:
+            two.process.kill()
+            two.process.wait()
+            start([two])
+        kind = socket.SOCK_STREAM if number % 2 else socket.SOCK_DGRAM
+        with socket.socket(socket.AF_INET, kind) as sock:
+            sock.connect((proxy.address, 9060))
+            sock.sendall(data)
+
+    def charged() -> list[tuple[str, int]]:
+        rows = graphql(api, TRANSACTIONS.replace("50", "5000"))["allTransactions"]
+        found = [(row["transaction_tag"], row["duration"] or 0) for row in rows]
+        return sorted(row for row in found if row[0].startswith("demo-"))
+
+    # Each call is answered after 0.5 s and lasts from 3 to 10 s. Both parties have an account, and
+    # the sandbox charges the difference of whole seconds.
+    calls = [(n / 2 + 0.5, n / 2 + 3 + 7 * (n % 4) / 3) for n in range(CALLS)]
+    wanted = [(f"demo-{n:02}", int(end) - int(begin)) for n, (begin, end) in enumerate(calls)] * 2
+    wait_until(lambda: charged() == sorted(wanted), "each call is charged once, with true times")
+    wait_until(lambda: shards(one) == shards(two) == 32, "the one that was killed has its half")
+    ended = [service.stop() for service in (proxy, one, two, redis, sandbox)]
+    if any(ended[1:3]):
+        sys.exit(f"FAILED: the agents ended with {ended[1:3]}\n{one.log()}\n{two.log()}")
+
+
+def shards(agent: Service) -> int:
+    """How many an agent in a cluster has."""
+    with urllib.request.urlopen(f"http://{agent.address}:9061/status", timeout=5) as answer:
+        return int(json.load(answer)["cluster"]["shards"])
 
 
 def restart(agent: Service, tester: Service) -> None:
@@ -336,6 +411,10 @@ def main() -> int:
             ):
                 with step(f"image {described['image']}"):
                     images.build(described, "localhost/base")
+        for service in STAND_INS:
+            image = compose_services()[service]["image"]
+            with step(f"stand-in for {image}"):
+                images.stand_in(service, image, "localhost/base", folder)
         done = subprocess.run([*NAMESPACES, sys.executable, __file__, "inside", name])
         images("rm", "--all")
     print(

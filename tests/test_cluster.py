@@ -9,6 +9,7 @@ last RESENT seconds: whatever was older has to be in Redis.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -602,39 +603,71 @@ def test_legs_that_a_part_of_the_call_id_ties_are_charged_once(tmp_path: Path) -
     several.close()
 
 
-@pytest.mark.skipif(not NGINX, reason="no nginx; make redis-server installs it")
-def test_the_example_of_a_balancer_and_that_of_redis(tmp_path: Path) -> None:
-    """conf/redis and conf/nginx as they are, but for addresses, ports and folders."""
-    conf = harness.ROOT / "conf"
-    example = (conf / "redis" / "redis.conf").read_text()
-    lines = [x for x in example.splitlines() if x and not x.startswith(("#", "save"))]
-    several = Several(tmp_path, 12, *lines, agents=2)
+@contextlib.contextmanager
+def balancing(folder: Path, *agents: tuple[int, int]) -> Iterator[Any]:
+    """nginx with conf/nginx as it is, but for addresses, before agents' ports of TCP and UDP."""
     port = free_port()
-    text = (conf / "nginx" / "nginx.conf").read_text().replace("listen 9060", f"listen {port}")
-    for name, process in zip(("agent-1:9060", "agent-2:9060"), several.agents, strict=True):
-        # They have a port for TCP and another for UDP.
-        for _, number in (process.tcp, process.udp):
+    text = (harness.ROOT / "conf" / "nginx" / "nginx.conf").read_text()
+    text = text.replace("listen 9060", f"listen 127.0.0.1:{port}")
+    for name, numbers in zip(("agent-1:9060", "agent-2:9060"), agents, strict=True):
+        for number in numbers:
             text = text.replace(f"server {name}", f"server 127.0.0.1:{number}", 1)
-    (tmp_path / "nginx.conf").write_text(text)
-    more = f"daemon off; pid {tmp_path}/nginx.pid; error_log {tmp_path}/error.log;"
-    command = [str(NGINX), "-c", str(tmp_path / "nginx.conf"), "-g", more]
-    nginx = subprocess.Popen(command)
-    balancer: Any = SimpleNamespace(pid=nginx.pid, udp=("127.0.0.1", port), tcp=("127.0.0.1", port))
+    (folder / "nginx.conf").write_text(text)
+    more = f"daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log;"
+    nginx = subprocess.Popen([str(NGINX), "-c", str(folder / "nginx.conf"), "-g", more])
 
     def listens() -> bool:
         with socket.socket() as sock:
-            return sock.connect_ex(balancer.tcp) == 0
+            return sock.connect_ex(("127.0.0.1", port)) == 0
 
     try:
         harness.wait_until(listens, "nginx listens")
+        yield SimpleNamespace(pid=nginx.pid, udp=("127.0.0.1", port), tcp=("127.0.0.1", port))
+    finally:
+        nginx.terminate()
+        nginx.wait()
+
+
+@pytest.mark.skipif(not NGINX, reason="no nginx; make redis-server installs it")
+def test_the_example_of_a_balancer_and_that_of_redis(tmp_path: Path) -> None:
+    """conf/redis and conf/nginx as they are, but for addresses, ports and folders."""
+    example = (harness.ROOT / "conf" / "redis" / "redis.conf").read_text()
+    lines = [x for x in example.splitlines() if x and not x.startswith(("#", "save"))]
+    several = Several(tmp_path, 12, *lines, agents=2)
+    with balancing(tmp_path, *((each.tcp[1], each.udp[1]) for each in several.agents)) as balancer:
         several.spray.run([balancer], 3.0)
         several.spray.calling = False
         while not several.spray.over:
             several.spray.run([balancer], 0.5)
         several.finish()
-    finally:
-        nginx.terminate()
-        nginx.wait()
+
+
+@pytest.mark.skipif(not NGINX, reason="no nginx; make redis-server installs it")
+def test_the_balancer_notices_over_udp_that_an_agent_is_away(tmp_path: Path) -> None:
+    agents = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2)]
+    for sock in agents:
+        sock.bind(("127.0.0.1", 0))
+        sock.settimeout(0.5)
+    ports = [(free_port(), sock.getsockname()[1]) for sock in agents]
+    with (
+        balancing(tmp_path, *ports) as balancer,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender,
+    ):
+
+        def arrived(of: int, at: list[socket.socket]) -> int:
+            for _ in range(of):
+                sender.sendto(b"HEP3", balancer.udp)
+            count = 0
+            for sock in at:
+                with contextlib.suppress(TimeoutError):
+                    while sock.recv(100):
+                        count += 1
+            return count
+
+        assert arrived(20, agents) == 20 and arrived(20, agents[:1]) == 10
+        agents.pop().close()
+        harness.wait_until(lambda: arrived(20, agents) == 20, "the other one gets all")
+    agents[0].close()
 
 
 def test_status_of_a_cluster(tmp_path: Path) -> None:
@@ -910,6 +943,23 @@ def test_agents_that_start_before_their_redis(tmp_path: Path) -> None:
             harness.wait_until(lambda: api.requests, "the call is begun all the same")
             assert process.stop() == 0
     redis.stop()
+
+
+def test_a_stop_while_redis_is_away_waits_for_it(tmp_path: Path) -> None:
+    several = Several(tmp_path, 3, "appendonly yes", "appendfsync always", agents=1)
+    (process,) = several.agents
+    several.redis.stop()
+    harness.wait_until(lambda: process.events("redis_failed"), "it says so")
+    steps = (invite(), reply(200), ack(), bye(), bye_reply())
+    harness.send_udp(process.udp, [hepbuild.hep3(numbered(x, 1)) for x in steps])
+    process.kill(signal.SIGTERM)
+    harness.wait_until(lambda: process.events("stopping"), "it stops")
+    several.redis.start()
+    harness.wait_until(lambda: process.ended, "it has stopped")
+    assert process.stop() == 0 and not process.events("unappended")
+    start(*several.options)
+    harness.wait_until(lambda: len(several.api.bodies) == 2, "the next one charges the call")
+    several.close()
 
 
 def test_what_another_program_writes_into_a_stream_costs_only_itself(tmp_path: Path) -> None:

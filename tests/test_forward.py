@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import socket
 import ssl
@@ -21,6 +22,7 @@ from test_access import make_agent, server_context, tls_options
 import harness
 import hepbuild
 import rating_agent_hep as agent
+import sipservers
 from dialog import ack, call, frames, invite, reply
 from harness import LOCAL, kinds, whole
 
@@ -203,6 +205,50 @@ def test_a_second_agent_behind_the_first_reports_the_same(
     assert ledger(other) == ledger(api)
     assert not [line for line in first.lines + second.lines if line["level"] != "INFO"]
     assert len(first.events("forward_connected")) == (transport != "udp")
+
+
+# It shows each message that Kamailio's module for capture servers hands on, and stores nothing.
+CAPTURE = """
+log_stderror=yes
+children=1
+disable_tcp=yes
+listen=udp:127.0.0.1:{port}
+loadmodule "pv.so"
+loadmodule "xlog.so"
+loadmodule "db_text.so"
+loadmodule "sipcapture.so"
+modparam("sipcapture", "db_url", "text://{folder}")
+modparam("sipcapture", "hep_capture_on", 1)
+request_route {{ route(SHOW); }}
+onreply_route {{ route(SHOW); }}
+route[SHOW] {{
+    xlog("L_ERR", "took $si:$sp $(mb{{s.encode.hexa}}) end\\n");
+    drop;
+}}
+"""
+
+
+def test_what_kamailio_takes_as_a_capture_server(tmp_path: Path) -> None:
+    kamailio, port = sipservers.program("kamailio"), sipservers.free_port()
+    (tmp_path / "kamailio.cfg").write_text(CAPTURE.format(folder=tmp_path, port=port))
+    (tmp_path / "version").write_text("table_name(str) table_version(int)\n")
+    command = [kamailio, "-DD", "-E", "-m", "32", "-Y", str(tmp_path)]
+    command += ["-f", str(tmp_path / "kamailio.cfg")]
+    log = tmp_path / "kamailio.log"
+
+    def took() -> list[tuple[str, ...]]:
+        return re.findall(r"took (\S+) (\S+) end", log.read_text())
+
+    messages = [invite(), reply(180), reply(200), ack()]
+    with (
+        sipservers.running(command, log, tmp_path),
+        forwarding(f"udp://127.0.0.1:{port}") as on,
+    ):
+        harness.wait_until(lambda: sipservers.listens(port), "Kamailio listens")
+        receive(on, *(hepbuild.hep3(payload) for payload in messages))
+        harness.wait_until(lambda: len(took()) >= len(messages), "all came")
+    host, number = hepbuild.SRC
+    assert took() == [(f"{host}:{number}", payload.hex()) for payload in messages]
 
 
 # It never waits
