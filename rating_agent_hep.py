@@ -7956,7 +7956,7 @@ class Cluster:
         self._said = -inf
         self._pending: deque[tuple[str, bytes]] = deque()
         self._octets = 0
-        # What was appended last: when, by a monotonic clock, and what.
+        # What was appended last: when, by `boottime`, and what.
         self._kept: deque[tuple[float, str, bytes]] = deque()
         self._kept_octets = 0
         self._append_again = False
@@ -8066,7 +8066,7 @@ class Cluster:
     def _fail(self, name: str, error: AgentError) -> None:
         self._metrics.count("cluster.errors")
         if not self._faults:
-            self._again_from = time.monotonic() - REDIS_TIMEOUT - KEEP
+            self._again_from = boottime() - REDIS_TIMEOUT - KEEP
         if name == "beat" and name not in self._faults:
             self._away = (self._answered, inf)
         self._faults[name] = str(error)
@@ -8169,7 +8169,7 @@ class Cluster:
 
     def _keep(self, call_id: str, frame: bytes) -> None:
         """A frame is in Redis; keep it for a while."""
-        now = time.monotonic()
+        now = boottime()
         self._octets -= len(frame)
         self._kept.append((now, call_id, frame))
         self._kept_octets += len(frame)
@@ -8229,7 +8229,7 @@ class Cluster:
         if salt != self._salt.hex().encode():
             # Redis was emptied.
             self._joined = False
-            self._again_from = time.monotonic() - BEAT - KEEP
+            self._again_from = boottime() - BEAT - KEEP
             self._write_again()
         elif time.monotonic() >= self._settled:
             self._take_share([int(number) for number in free])

@@ -1013,7 +1013,7 @@ def test_frames_are_kept_for_a_while_and_are_appended_again_once(monkeypatch: An
         cluster._work("append")
 
     now = 1000.0
-    monkeypatch.setattr(agent, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(agent, "boottime", lambda: now)
     cluster._work("beat")
     assert append(400) == 400
     redis_is_away()
