@@ -7807,8 +7807,8 @@ APPEND_INTERVAL = 0.005
 APPEND_GROUP = 256
 # Seconds for which frames are kept that Redis has, and their octets: it may come back without its
 # last, with `appendfsync everysec` without those of a second or two.
-KEEP = 2.0
-MAX_KEPT = 16 * 1024 * 1024
+APPENDED_KEPT = 2.0
+MAX_APPENDED_KEPT = 16 * 1024 * 1024
 # Entries of one stream read at once, some 10 ms of work, and seconds between two looks at all
 # streams, which cost the more the more shards there are.
 READ_GROUP = 128
@@ -7957,8 +7957,8 @@ class Cluster:
         self._pending: deque[tuple[str, bytes]] = deque()
         self._octets = 0
         # What was appended last: when, by `boottime`, and what.
-        self._kept: deque[tuple[float, str, bytes]] = deque()
-        self._kept_octets = 0
+        self._appended: deque[tuple[float, str, bytes]] = deque()
+        self._appended_octets = 0
         self._append_again = False
         self._again_from = 0.0
         self._append_due = gevent.event.Event()
@@ -8066,7 +8066,7 @@ class Cluster:
     def _fail(self, name: str, error: AgentError) -> None:
         self._metrics.count("cluster.errors")
         if not self._faults:
-            self._again_from = boottime() - REDIS_TIMEOUT - KEEP
+            self._again_from = boottime() - REDIS_TIMEOUT - APPENDED_KEPT
         if name == "beat" and name not in self._faults:
             self._away = (self._answered, inf)
         self._faults[name] = str(error)
@@ -8143,13 +8143,13 @@ class Cluster:
         self._append_due.wait()
         if self._append_again:
             self._append_again = False
-            for appended, call_id, frame in reversed(self._kept):
+            for appended, call_id, frame in reversed(self._appended):
                 # What is older may be of calls that were forgotten.
                 if appended >= self._again_from:
                     self._pending.appendleft((call_id, frame))
                     self._octets += len(frame)
-            self._kept.clear()
-            self._kept_octets = 0
+            self._appended.clear()
+            self._appended_octets = 0
         if not self._pending or not self._salt:
             self._append_due.clear()
             return
@@ -8164,17 +8164,17 @@ class Cluster:
         for answer in link.ask(*commands):
             if isinstance(answer, RedisError):
                 raise answer
-            self._keep(*self._pending.popleft())
+            self._note_appended(*self._pending.popleft())
             self._metrics.count("cluster.appended")
 
-    def _keep(self, call_id: str, frame: bytes) -> None:
+    def _note_appended(self, call_id: str, frame: bytes) -> None:
         """A frame is in Redis; keep it for a while."""
-        now = boottime()
+        kept, now = self._appended, boottime()
         self._octets -= len(frame)
-        self._kept.append((now, call_id, frame))
-        self._kept_octets += len(frame)
-        while self._kept[0][0] < now - KEEP or self._kept_octets > MAX_KEPT:
-            self._kept_octets -= len(self._kept.popleft()[2])
+        kept.append((now, call_id, frame))
+        self._appended_octets += len(frame)
+        while kept[0][0] < now - APPENDED_KEPT or self._appended_octets > MAX_APPENDED_KEPT:
+            self._appended_octets -= len(kept.popleft()[2])
 
     # Owning
 
@@ -8229,7 +8229,7 @@ class Cluster:
         if salt != self._salt.hex().encode():
             # Redis was emptied.
             self._joined = False
-            self._again_from = boottime() - BEAT - KEEP
+            self._again_from = boottime() - BEAT - APPENDED_KEPT
             self._write_again()
         elif time.monotonic() >= self._settled:
             self._take_share([int(number) for number in free])

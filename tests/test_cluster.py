@@ -1017,15 +1017,15 @@ def test_frames_are_kept_for_a_while_and_are_appended_again_once(monkeypatch: An
     cluster._work("beat")
     assert append(400) == 400
     redis_is_away()
-    assert append(1) == agent.MAX_KEPT // len(frame) + 1
+    assert append(1) == agent.MAX_APPENDED_KEPT // len(frame) + 1
     # What was appended long before is of calls that may be forgotten.
-    now += agent.KEEP + agent.REDIS_TIMEOUT + 0.1
+    now += agent.APPENDED_KEPT + agent.REDIS_TIMEOUT + 0.1
     redis_is_away()
     assert append(1) == 1
-    now += agent.KEEP - 0.1
+    now += agent.APPENDED_KEPT - 0.1
     redis_is_away()
     assert append(1) == 2
-    now += agent.KEEP + 0.1
+    now += agent.APPENDED_KEPT + 0.1
     assert append(1) == 1
     redis_is_away()
     assert append(1) == 2
