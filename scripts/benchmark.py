@@ -52,6 +52,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,8 +63,9 @@ AGENT_CORE, OTHER_CORE = 0, 1
 CONNECTIONS = 16  # requests at one time, the default of rating_api_concurrency
 # Calls between two messages of one call in the stream of the generator.
 LAG = 50
-# Calls sent and not ended yet in a run that goes as fast as the agent does, and the calls a second
-# with which it begins, so that the first packets have room in the receive buffer.
+# Calls sent and not begun yet in a run that goes as fast as the agent does, and the calls a second
+# with which it begins, so that the first packets have room in the receive buffer. Ends come seconds
+# later, when no late message can change them.
 WINDOW = 1500
 RAMP = 5_000
 # Seconds for anything that has to happen beside what is measured.
@@ -567,19 +569,32 @@ class Bench:
     async def _drive(
         self, agent: Process, ledger: Ledger, mirror: Mirror, rate: float, udp: bool = True
     ) -> float:
-        """Send calls, at `rate` a second or, for 0, as fast as they end; the seconds it took."""
+        """Send calls, at `rate` a second or, for 0, as fast as they begin; the begins a second.
+
+        These are counted in the second half, when ends come as well.
+        """
         kind = socket.SOCK_DGRAM if udp else socket.SOCK_STREAM
         with socket.socket(socket.AF_INET, kind) as sock:
             sock.connect(agent.address("udp" if udp else "tcp"))
             started = last = time.monotonic()
             slot = progress = 0
+            marks: list[float] = []
+
+            def look() -> float:
+                nonlocal progress, last
+                now, events = time.monotonic(), len(ledger.begun) + len(ledger.ended)
+                if events != progress:
+                    progress, last = events, now
+                share = (0.5, 0.98, inf)[len(marks)]
+                if len(ledger.begun) >= share * mirror.calls:
+                    marks.append(now)
+                return now
+
             while slot < mirror.slots:
-                now = time.monotonic()
-                if len(ledger.ended) != progress:
-                    progress, last = len(ledger.ended), now
+                now = look()
                 due = (now - started) * (rate or RAMP)
                 if not rate:
-                    due = min(due, progress + WINDOW)
+                    due = min(due, len(ledger.begun) + WINDOW)
                 if now - last > 5 and not rate:
                     break  # Something was lost: the ledger tells.
                 todo = min(int(due) - slot, mirror.slots - slot, 10)
@@ -588,11 +603,10 @@ class Bench:
                         sock.sendall(packet)
                     slot += 1
                 await asyncio.sleep(0 if todo > 0 else 0.0005)
-            while len(ledger.ended) < mirror.calls and time.monotonic() - last < 5:
-                if len(ledger.ended) != progress:
-                    progress, last = len(ledger.ended), time.monotonic()
+            while len(ledger.ended) < mirror.calls and look() - last < 5:
                 await asyncio.sleep(0.002)
-            return last - started
+            first, end = marks if len(marks) == 2 else (started, inf)
+            return 0.48 * mirror.calls / (end - first)
 
     def _job(
         self, *options: str, calls: int, rate: float = 0, udp: bool = True
@@ -605,12 +619,12 @@ class Bench:
             with self.start_agent(f"--rating-api-url={url}", *options) as agent:
                 agent.address("udp")
                 cpu = agent.cpu
-                seconds = await self._drive(agent, ledger, self.mirror(calls), rate, udp)
+                held = await self._drive(agent, ledger, self.mirror(calls), rate, udp)
                 cpu = (agent.cpu - cpu) / calls
             server.close()
             fault = ledger.faults(calls)
             self.remarks += [fault] if fault else []
-            return calls / seconds, fault, cpu
+            return held, fault, cpu
 
         return asyncio.run(run())
 
@@ -633,7 +647,7 @@ class Bench:
         runs, posts, faults = [], [], []
         for _ in range(self.rounds):
             posts.append(self._posts(1.5 if brief else 4))
-            runs.append(self._job(calls=3_000 if brief else 10_000))
+            runs.append(self._job(calls=12_000 if brief else 20_000))
             faults += [runs[-1][1]] if runs[-1][1] else []
         rate = statistics.median(run[0] for run in runs)
         allowed = statistics.median(posts) / 2
@@ -675,7 +689,7 @@ class Bench:
 
     def job_journal(self) -> Iterator[Figure]:
         """The same with the journal, as a part of the figure without."""
-        calls = 3_000 if self.brief else 10_000
+        calls = 12_000 if self.brief else 20_000
         parts, rates, faults = [], [], []
         for _ in range(self.rounds):
             without = self._job(calls=calls)
