@@ -53,7 +53,7 @@ SOAK := --seconds 600 --rate 300
 soak: $(VENV)/.tests
 	$(BIN)/python scripts/soak.py $(SOAK)
 
-# This measures the figures of docs/performance.md. It takes some fifteen minutes, on two cores with
+# This measures the figures of docs/performance.md. It takes half an hour, on two cores with
 # nothing else to do.
 bench: $(VENV)/.runs
 	$(BIN)/python scripts/benchmark.py

@@ -7551,7 +7551,7 @@ class Delivery:
 
 
 # Calls that are packed for the store in one go; the event loop waits meanwhile.
-STORE_STEP = 300
+STORE_STEP = 100
 # Seconds between two looks for what an operator wants done with rejected events.
 JOURNAL_POLL = 1.0
 # Seconds between two looks for call records that are whole, and after a file that failed.
@@ -10984,7 +10984,7 @@ def _tell_listening(agent: Agent, server: Server, inherited: bool) -> None:
 # New objects after which the garbage collector goes through them. It goes through all others only
 # each GC_PAUSE seconds, while fewer than GC_FEW calls are open, or else each GC_LAST: nothing runs
 # meanwhile, and that takes the longer the more calls there are.
-GC_OBJECTS = 20_000
+GC_OBJECTS = 5_000
 GC_FEW = 5_000
 GC_PAUSE = 600.0
 GC_LAST = 86_400.0

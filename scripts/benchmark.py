@@ -6,15 +6,15 @@ second one. Each figure has its baseline from the same run, measured in turns wi
 that does nothing but drain a UDP socket, and a loop of bare urllib3 POSTs over as many connections.
 Figures are medians of the rounds.
 
-    benchmark.py                      everything: some fifteen minutes
-    benchmark.py --rounds 1 --brief   everything, short and rough: two or three minutes
+    benchmark.py                      everything: half an hour
+    benchmark.py --rounds 1 --brief   everything, short and rough: ten minutes
     benchmark.py --only job-udp       one of them; --list names them
 
 All traffic is on loopback. Nothing else should run meanwhile; the figures say nothing about a
 machine that is busy. `--json FILE` writes them for a program.
 
     benchmark.py --against HEAD --only core    what a change brings: 15 seconds
-    benchmark.py --against v0.1.0 --brief      all figures: half an hour
+    benchmark.py --against v0.1.0 --brief      all figures, short: half an hour
 
 `--against REVISION` measures the module of that revision of git (old) and the module as it lies in
 the working tree (new) in turns: old, new, new, old and so on. Each round gives a ratio new/old; the
