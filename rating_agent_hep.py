@@ -6340,6 +6340,7 @@ def _write_all(file: int, octets: bytes) -> None:
 #
 #   NAME:config      hash    version, number of shards, whether routes tie legs, salt of the hash
 #   NAME:agents      zset    agents by the time of their last beat; NAME:agent has their status
+#   NAME:appended    hash    of each agent: the last group of frames that it appended
 #   NAME:lease:K     string  the token of the owner of shard K; expires
 #   NAME:stream:K    stream  frames that were taken in; f: the frame, s: a stray of another shard
 #   NAME:meta:K      hash    position in the stream, clock, lag, last row given, number of owners so
@@ -6351,7 +6352,7 @@ def _write_all(file: int, octets: bytes) -> None:
 # Redis may come back without the last that it had confirmed: a failover to a replica, a power cut
 # with `appendfsync everysec`, a disk that is lost. Agents notice: a commit that does not follow the
 # one before, a lease that nobody has. Then the owner writes all that it knows of the shard again,
-# and each agent appends once more what it appended last; a copy adds no fact.
+# and each agent appends once more what Redis has lost of its frames; a copy adds no fact.
 #
 # The clock of a shard is the time of its stream, so it never runs ahead of what is unread. Leases
 # go by CLOCK_BOOTTIME here, which goes on while the machine sleeps: who woke up owns nothing.
@@ -6375,6 +6376,7 @@ redis.call('HSET', p .. 'agent', ARGV[2], ARGV[3])
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', p .. 'agents', '-inf', ms - ARGV[4])) do
   redis.call('ZREM', p .. 'agents', id)
   redis.call('HDEL', p .. 'agent', id)
+  redis.call('HDEL', p .. 'appended', id)
 end
 local lost, retry, free, rejected, entries = {}, {}, {}, 0, 0
 for i = 7, #ARGV, 3 do
@@ -7843,11 +7845,12 @@ def ties_legs(rules: Iterable[Rule]) -> bool:
 class _Entry(NamedTuple):
     """An entry of a stream; ``frame`` is empty for a stray, which goes no further.
 
+    ``after`` is the number of the entry before it.
     ``time`` is the stream's, in seconds of UNIX time, ``read_at`` ours, of a monotonic clock,
     ``hep_time`` that of the packet, in microseconds; ``packet`` is None for what is no frame.
     """
 
-    number: bytes
+    after: bytes
     time: float
     read_at: float
     hep_time: int
@@ -7956,8 +7959,9 @@ class Cluster:
         self._said = -inf
         self._pending: deque[tuple[str, bytes]] = deque()
         self._octets = 0
-        # What was appended last: when, by `boottime`, and what.
-        self._appended: deque[tuple[float, str, bytes]] = deque()
+        # What was appended last: when, by `boottime`, in which group, and what.
+        self._groups = 0
+        self._appended: deque[tuple[float, int, str, bytes]] = deque()
         self._appended_octets = 0
         self._append_again = False
         self._again_from = 0.0
@@ -8070,6 +8074,8 @@ class Cluster:
         if name == "beat" and name not in self._faults:
             self._away = (self._answered, inf)
         self._faults[name] = str(error)
+        # To be looked at before the next group is appended.
+        self._append_again = True
         self._beat_due.set()
         now = time.monotonic()
         if now - self._said >= REDIS_SAID:
@@ -8089,7 +8095,7 @@ class Cluster:
             log.warning("Redis answers again", extra={"event": "redis_back"})
 
     def _write_again(self) -> None:
-        """Redis was away, and may have lost its last: append that again, and look with a commit."""
+        """Redis was away, and may have lost its last: see what it has, also by a commit."""
         self._append_again = True
         self._append_due.set()
         for shard in self.owned.values():
@@ -8142,11 +8148,13 @@ class Cluster:
         """One pipeline. What was not answered is sent again; a copy adds no fact."""
         self._append_due.wait()
         if self._append_again:
+            known = int(link.one("HGET", f"{self._prefix}appended", self.name) or 0)
             self._append_again = False
-            for appended, call_id, frame in reversed(self._appended):
+            # Behind what Redis has never had, which must not be late.
+            for appended, number, call_id, frame in self._appended:
                 # What is older may be of calls that were forgotten.
-                if appended >= self._again_from:
-                    self._pending.appendleft((call_id, frame))
+                if number > known and appended >= self._again_from:
+                    self._pending.append((call_id, frame))
                     self._octets += len(frame)
             self._appended.clear()
             self._appended_octets = 0
@@ -8156,25 +8164,30 @@ class Cluster:
         if len(self._pending) < APPEND_GROUP:
             gevent.sleep(APPEND_INTERVAL)
         group = list(islice(self._pending, APPEND_GROUP))
+        self._groups += 1
         prefix = f"{self._prefix}stream:"
         commands = [
             ("XADD", f"{prefix}{self.shard_of(call_id)}", "*", "f", frame)
             for call_id, frame in group
         ]
-        for answer in link.ask(*commands):
+        # Redis has all up to this group as long as it has this.
+        mark = ("HSET", f"{self._prefix}appended", self.name, self._groups)
+        for answer in link.ask(*commands, mark):
             if isinstance(answer, RedisError):
                 raise answer
-            self._note_appended(*self._pending.popleft())
-            self._metrics.count("cluster.appended")
+            if group:
+                group.pop()
+                self._note_appended(*self._pending.popleft())
+                self._metrics.count("cluster.appended")
 
     def _note_appended(self, call_id: str, frame: bytes) -> None:
         """A frame is in Redis; keep it for a while."""
         kept, now = self._appended, boottime()
         self._octets -= len(frame)
-        kept.append((now, call_id, frame))
+        kept.append((now, self._groups, call_id, frame))
         self._appended_octets += len(frame)
         while kept[0][0] < now - APPENDED_KEPT or self._appended_octets > MAX_APPENDED_KEPT:
-            self._appended_octets -= len(kept.popleft()[2])
+            self._appended_octets -= len(kept.popleft()[3])
 
     # Owning
 
@@ -8395,7 +8408,7 @@ class Cluster:
 
     def _hold(self, shard: StreamShard, entry: bytes, values: Sequence[bytes]) -> None:
         """Decode an entry of a stream, and keep it until its turn comes."""
-        shard.read = entry
+        after, shard.read = shard.read, entry
         kind, frame = values if len(values) == 2 else (b"", b"")
         appended = int(entry.partition(b"-")[0]) / 1000
         packet, sender = None, ""
@@ -8407,7 +8420,7 @@ class Cluster:
             self._metrics.count("packets.dropped.cluster_foreign")
         shard.held.append(
             _Entry(
-                number=entry,
+                after=after,
                 time=appended,
                 read_at=time.monotonic(),
                 hep_time=packet.time if packet else 0,
@@ -8426,15 +8439,15 @@ class Cluster:
         # Or read so long ago: a clock that was set back must not hold all.
         read = time.monotonic() - HOLD
         number = sum(1 for _ in takewhile(lambda x: x.time <= until or x.read_at <= read, held))
-        latest = max((entry.hep_time for entry in held[:number]), default=0)
-        for index in range(number, len(held)):
-            if held[index].hep_time < latest:
-                latest = max([latest, *(entry.hep_time for entry in held[number:index])])
-                number = index + 1
         if not number:
             return
-        batch = sorted(held[:number], key=attrgetter("hep_time"))
-        clocks = list(accumulate((entry.time for entry in reversed(batch)), min))
+        latest = max(entry.hep_time for entry in held[:number])
+        later = held[number:]
+        batch = held[:number] + [entry for entry in later if entry.hep_time < latest]
+        batch.sort(key=attrgetter("hep_time"))
+        shard.held = later = [entry for entry in later if entry.hep_time >= latest]
+        ahead = later[0].time if later else inf
+        clocks = list(accumulate((entry.time for entry in reversed(batch)), min, initial=ahead))
         for entry in batch:
             # Never ahead of what is still to come.
             store.clock = max(store.clock, clocks.pop() - store.lag)
@@ -8444,9 +8457,8 @@ class Cluster:
                 self._metrics.count("packets.internal_error")
                 extra = {"event": "internal_error", "sender": entry.sender}
                 log.warning("a packet could not be handled", exc_info=True, extra=extra)
-        store.advance(held[number - 1].number)
-        del held[:number]
-        self._metrics.count("cluster.read", number)
+        store.advance(later[0].after if later else shard.read)
+        self._metrics.count("cluster.read", len(batch))
 
     def _handle(self, shard: StreamShard, entry: _Entry) -> None:
         packet = entry.packet
@@ -8568,6 +8580,7 @@ class Cluster:
             RedisLink(self._pool).ask(
                 ("ZREM", f"{self._prefix}agents", self.name),
                 ("HDEL", f"{self._prefix}agent", self.name),
+                ("HDEL", f"{self._prefix}appended", self.name),
             )
 
 
