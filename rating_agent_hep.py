@@ -68,7 +68,7 @@ import zlib
 from base64 import b64decode, b64encode
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -6968,6 +6968,17 @@ class RedisStore:
 
     # While it runs
 
+    @contextmanager
+    def _reading(self) -> Iterator[RedisLink]:
+        """A connection of its own, so that no other greenlet waits. Raises StoreError."""
+        link = RedisLink(self._pool)
+        try:
+            yield link
+        except RedisError as error:
+            raise StoreError(str(error)) from None
+        finally:
+            link.close()
+
     def load_events(self, api_url: str, after: int, limit: int) -> list[RatingEvent]:
         """Up to ``limit`` events that wait for an API, after a serial, in order.
 
@@ -6976,8 +6987,7 @@ class RedisStore:
         known = self._waiting.get(api_url, {})
         key = f"{self._prefix}calls:{self.number}"
         events: list[RatingEvent] = []
-        link = RedisLink(self._pool)
-        try:
+        with self._reading() as link:
             while not events:
                 chosen = heapq.nsmallest(limit, (serial for serial in known if serial > after))
                 names = [known[serial] for serial in chosen]
@@ -6990,19 +7000,14 @@ class RedisStore:
                         known.pop(serial, None)
                     else:
                         events.append(unpack_record(row, value)[0])
-        except RedisError as error:
-            raise StoreError(str(error)) from None
-        finally:
-            link.close()
         for event in events:
             event.store = self
         return events
 
     def load_retries(self) -> list[RatingEvent]:
         """Rejected events that an operator wants to be sent again. Raises StoreError."""
-        link = RedisLink(self._pool)
         events = []
-        try:
+        with self._reading() as link:
             wanted = link.one("SMEMBERS", f"{self._prefix}retry:{self.number}")
             for serial in sorted(map(int, wanted))[:MAX_LOADED]:
                 key = f"{self._prefix}rejected:{self.number}"
@@ -7016,10 +7021,6 @@ class RedisStore:
                 if not found:
                     # Dropped meanwhile.
                     self._retried.append(serial)
-        except RedisError as error:
-            raise StoreError(str(error)) from None
-        finally:
-            link.close()
         return events
 
 
@@ -8151,9 +8152,9 @@ class Cluster:
             known = int(link.one("HGET", f"{self._prefix}appended", self.name) or 0)
             self._append_again = False
             # Behind what Redis has never had, which must not be late.
-            for appended, number, call_id, frame in self._appended:
+            for when, number, call_id, frame in self._appended:
                 # What is older may be of calls that were forgotten.
-                if number > known and appended >= self._again_from:
+                if number > known and when >= self._again_from:
                     self._pending.append((call_id, frame))
                     self._octets += len(frame)
             self._appended.clear()
@@ -8172,13 +8173,14 @@ class Cluster:
         ]
         # Redis has all up to this group as long as it has this.
         mark = ("HSET", f"{self._prefix}appended", self.name, self._groups)
-        for answer in link.ask(*commands, mark):
+        *appended, marked = link.ask(*commands, mark)
+        for answer in appended:
             if isinstance(answer, RedisError):
                 raise answer
-            if group:
-                group.pop()
-                self._note_appended(*self._pending.popleft())
-                self._metrics.count("cluster.appended")
+            self._note_appended(*self._pending.popleft())
+            self._metrics.count("cluster.appended")
+        if isinstance(marked, RedisError):
+            raise marked
 
     def _note_appended(self, call_id: str, frame: bytes) -> None:
         """A frame is in Redis; keep it for a while."""

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,51 @@ class RatingApi(Server):
         return True
 
 
+class Generator:
+    """Calls at a rate a second, by a clock of its own, and what must come of each."""
+
+    def __init__(self, seed: int, rate: float, shortest: float, gap: float) -> None:
+        self.number = self.packets = 0
+        self.calling = True
+        self.ended: dict[str, tuple[float, float]] = {}
+        self.refused: set[str] = set()
+        self._rate = rate
+        self._shortest, self._gap = shortest, gap
+        self._chance = random.Random(seed)
+        self._due: list[tuple[float, int, bytes]] = []
+        self._base = time.time()
+        self._clock = 0.0
+
+    @property
+    def over(self) -> bool:
+        return not self._due
+
+    def _call(self) -> list[tuple[float, bytes, int]]:
+        """One more call: when each message goes by the clock, its octets, its UNIX time in us."""
+        self.number += 1
+        tag = f"call-{self.number}@host"
+        steps, charged = random_call(self._chance, self._clock, self._shortest, self._gap)
+        if charged is None:
+            self.refused.add(tag)
+        else:
+            self.ended[tag] = (self._base + charged[0], self._base + charged[1])
+        return [(at, payload, round((self._base + at) * 1_000_000)) for at, payload in steps]
+
+    def judge(self, api: RatingApi, about: Callable[[str], str] = lambda tag: "") -> None:
+        """Each call was begun and ended once, within 2 ms; `about` adds to what a failure says."""
+        assert api.faults == []
+        assert api.running == {}
+        assert set(api.records) == set(self.ended)
+        assert not self.refused & set(api.records)
+        for tag, (answered, end) in self.ended.items():
+            begin, finish = (json.loads(body) for body in api.records[tag])
+            late = harness.seconds(begin["timestamp_begin"]) - answered
+            longer = harness.seconds(finish["timestamp_end"]) - end
+            assert max(abs(late), abs(longer)) < 0.002, (
+                f"{tag}: {late:.3f} {longer:.3f} {about(tag)}"
+            )
+
+
 def unread(of: harness.AgentProcess) -> bool:
     """Does anything, octets or connections, wait for the agent in its sockets, as Linux has it?"""
     for kind, (_, port) in (("udp", of.udp), ("tcp", of.tcp)):
@@ -130,7 +176,7 @@ def unread(of: harness.AgentProcess) -> bool:
     return False
 
 
-class Traffic:
+class Traffic(Generator):
     """Calls at a rate a second over UDP and TCP; some ring for long, some are refused.
 
     Each call keeps to one of the two, and TCP is one connection for as long as the agent lives:
@@ -139,19 +185,10 @@ class Traffic:
     """
 
     def __init__(self, seed: int, rate: float = RATE) -> None:
-        self._rate = rate
-        self._chance = random.Random(seed)
-        self._due: list[tuple[float, int, bytes]] = []
+        super().__init__(seed, rate, shortest=0.05, gap=0.01)
         self._sent: deque[tuple[float, int, bytes]] = deque()
-        self._base = time.time()
-        self._clock = 0.0
         # The generator's clock when the agent had read all that was sent until then.
         self._read = 0.0
-        self.number = 0
-        self.packets = 0
-        self.calling = True
-        self.ended: dict[str, tuple[float, float]] = {}
-        self.refused: set[str] = set()
         self._udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._tcp: socket.socket | None = None
         self._connected_to: harness.AgentProcess | None = None
@@ -175,7 +212,9 @@ class Traffic:
                 self._look(to)
             self._clock = begun + time.monotonic() - started
             while self.calling and self.number < self._clock * self._rate:
-                self._call()
+                for when, payload, stamp in self._call():
+                    data = hepbuild.hep3(numbered(payload, self.number), time_us=stamp)
+                    self._due.append((when, self.number, data))
             self._due.sort()
             while self._due and self._due[0][0] <= self._clock:
                 _, number, data = self._due.pop(0)
@@ -193,10 +232,6 @@ class Traffic:
             gevent.sleep(0.004)
         self._read = self._read if behind else self._clock
 
-    @property
-    def over(self) -> bool:
-        return not self._due
-
     def _send(self, to: harness.AgentProcess, number: int, data: bytes) -> None:
         self.packets += 1
         if number % 2:
@@ -204,17 +239,3 @@ class Traffic:
         else:
             assert self._tcp is not None
             self._tcp.sendall(data)
-
-    def _call(self) -> None:
-        self.number += 1
-        chance, number = self._chance, self.number
-        steps, charged = random_call(chance, self._clock, shortest=0.05, gap=0.01)
-        tag = f"call-{number}@host"
-        if charged is None:
-            self.refused.add(tag)
-        else:
-            self.ended[tag] = (self._base + charged[0], self._base + charged[1])
-        for when, payload in steps:
-            stamp = round((self._base + when) * 1_000_000)
-            data = hepbuild.hep3(numbered(payload, number), time_us=stamp)
-            self._due.append((when, number, data))
